@@ -1,0 +1,11 @@
+"""Errors that are the user's to mend: one clear line, no traceback, exit code 2."""
+
+
+class UserError(Exception):
+    """Wrong usage, configuration or data.
+
+    The message is one line that says what was wrong, where, and what to do about it. The command line prints it
+    without a traceback and exits with code 2.
+    """
+
+    exit_code = 2

@@ -1,0 +1,40 @@
+"""Keyed randomness: every draw comes from a counter-based generator named by what it is for.
+
+A stream of random numbers depends on everything that was drawn before it; a keyed draw depends on its key only. So a
+resumed run, another number of ranks or loader threads, or a skipped file changes nothing for the other samples.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Purpose(IntEnum):
+    """What a draw is for. The numbers are part of a run's reproducibility: never renumber, only append."""
+
+    SHUFFLE = 1  # counter: epoch
+    WINDOW = 2  # crop windows and flips; counter: epoch, sample
+    COLOR = 3  # jitter of both views; counter: epoch, sample
+    MASK = 4  # patch ranks; counter: epoch, sample
+    SUBSTITUTE = 5  # which sample stands in for an unreadable one; counter: epoch, sample
+    DROP_PATH = 6  # sequences kept by stochastic depth; counter: micro-step, rank
+    SCENE = 7  # procedural demo scenes; counter: class, index
+
+
+def generator(seed: int, purpose: Purpose, *counter: int) -> np.random.Generator:
+    """A generator that depends on (seed, purpose, counter) alone.
+
+    Args:
+        seed: the run's seed, 0 <= seed < 2**63.
+        purpose: what the draws are for.
+        counter: up to three non-negative integers, such as (epoch, sample).
+
+    Returns:
+        A Philox-4x64 generator. Distinct keys give independent streams of 2**64 blocks each.
+    """
+    if len(counter) > 3:
+        raise ValueError(f"at most three counters name a draw, got {len(counter)}")
+    words = np.zeros(4, dtype=np.uint64)
+    words[1 : 1 + len(counter)] = counter  # word 0 counts the blocks of this stream
+    key = np.array([seed, int(purpose)], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(counter=words, key=key))
