@@ -1,0 +1,5 @@
+"""Projection, position embedding and cls token of the visible patches, packed."""
+
+from .op import embed_tokens
+
+__all__ = ["embed_tokens"]

@@ -1,0 +1,5 @@
+"""Mask tokens that join the packed global sequences at mid-depth."""
+
+from .op import mask_tokens
+
+__all__ = ["mask_tokens"]

@@ -1,0 +1,56 @@
+"""Packed token groups: how sequences of several lengths lie in one [T, D] tensor without padding.
+
+``groups`` is a flat list ``[n0, len0, n1, len1, ...]``: n0 sequences of len0 tokens, then n1 sequences of len1 tokens, and
+so on, each sequence's tokens next to each other. ``keep`` names a subset of the sequences for stochastic depth: the kept
+sequence numbers of group 0, then those of group 1 ..., each counted within its group; ``kept`` says how many of each.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+def pairs(groups: Sequence[int]) -> list[tuple[int, int]]:
+    """[n0, len0, n1, len1] -> [(n0, len0), (n1, len1)]."""
+    if len(groups) % 2:
+        raise ValueError(f"groups holds pairs (sequences, length), got {len(groups)} numbers: {list(groups)}")
+    return [(groups[i], groups[i + 1]) for i in range(0, len(groups), 2)]
+
+
+def num_tokens(groups: Sequence[int]) -> int:
+    """Tokens of all groups together."""
+    return sum(n * length for n, length in pairs(groups))
+
+
+def kept_groups(groups: Sequence[int], kept: Sequence[int] | None) -> list[int]:
+    """The groups that remain when ``kept[i]`` sequences of group i are kept (None: all)."""
+    if kept is None:
+        return list(groups)
+    return [x for (_, length), k in zip(pairs(groups), kept, strict=True) for x in (k, length)]
+
+
+def split(x: Tensor, groups: Sequence[int]) -> list[Tensor]:
+    """Views [n, len, D] of each group of packed tokens x [T, D]."""
+    parts = x.split([n * length for n, length in pairs(groups)])
+    return [part.view(n, length, *x.shape[1:]) for part, (n, length) in zip(parts, pairs(groups), strict=True)]
+
+
+def check(x: Tensor, keep: Tensor | None, groups: Sequence[int], kept: Sequence[int]) -> None:
+    """Raise ValueError if x [T, D], keep and the group sizes do not fit together."""
+    if x.shape[0] != num_tokens(groups):
+        raise ValueError(f"x has {x.shape[0]} rows, groups {list(groups)} hold {num_tokens(groups)} tokens")
+    if keep is not None and (len(kept) != len(pairs(groups)) or keep.numel() != sum(kept)):
+        raise ValueError(f"keep has {keep.numel()} entries, kept is {list(kept)} for {len(pairs(groups))} groups")
+
+
+def kept_parts(x: Tensor, keep: Tensor, groups: Sequence[int], kept: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each group: its view [n, len, D] and the kept sequence numbers [k]."""
+    return zip(split(x, groups), keep.split(list(kept)), strict=True)
+
+
+def gather(x: Tensor, keep: Tensor | None, groups: Sequence[int], kept: Sequence[int]) -> Tensor:
+    """The kept sequences of x [T, D], packed: [sum(kept[i] * len[i]), D]. All of x (no copy) if keep is None."""
+    if keep is None:
+        return x
+    return torch.cat([part.index_select(0, k).flatten(0, 1) for part, k in kept_parts(x, keep, groups, kept)])

@@ -1,0 +1,92 @@
+"""pera::sequence_add: schema, shapes, gradient."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..packing import check, kept_groups, kept_parts, num_tokens, pairs, split
+
+backend.register("sequence_add", "reference")
+
+
+def _scales(groups: Sequence[int], kept: Sequence[int]) -> list[float]:
+    """n / kept of each group: what keeps the expectation of the stream."""
+    return [n / k if k else 0.0 for (n, _), k in zip(pairs(groups), kept, strict=True)]
+
+
+@torch.library.custom_op("pera::sequence_add", mutates_args=())
+def _sequence_add(x: Tensor, y: Tensor, keep: Tensor, groups: Sequence[int], kept: Sequence[int]) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    branches = split(y, kept_groups(groups, kept))
+    for (part, k), branch, scale in zip(
+        kept_parts(out, keep, groups, kept), branches, _scales(groups, kept), strict=True
+    ):
+        part.index_add_(0, k, branch, alpha=scale)
+    return out
+
+
+@_sequence_add.register_fake
+def _(x, y, keep, groups, kept):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("pera::sequence_add_backward", mutates_args=())
+def _backward(grad: Tensor, keep: Tensor, groups: Sequence[int], kept: Sequence[int]) -> Tensor:
+    parts = [
+        part.index_select(0, k).mul_(scale).flatten(0, 1)
+        for (part, k), scale in zip(kept_parts(grad, keep, groups, kept), _scales(groups, kept), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+@_backward.register_fake
+def _(grad, keep, groups, kept):
+    return grad.new_empty(num_tokens(kept_groups(groups, kept)), grad.shape[1])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, _, keep, groups, kept = inputs
+    ctx.save_for_backward(keep)
+    ctx.groups, ctx.kept = groups, kept
+
+
+def _autograd(ctx, grad: Tensor):
+    (keep,) = ctx.saved_tensors
+    return grad, _backward(grad.contiguous(), keep, ctx.groups, ctx.kept), None, None, None
+
+
+_sequence_add.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def sequence_add(
+    x: Tensor,
+    y: Tensor,
+    groups: Sequence[int],
+    keep: Tensor | None = None,
+    kept: Sequence[int] = (),
+) -> Tensor:
+    """Add a residual branch's result, scaled by n / kept, to the kept sequences of a packed stream.
+
+    METHOD section 4, batch-subset stochastic depth. Without a subset this is ``x + y``.
+
+    Args:
+        x: packed tokens [T, D].
+        y: the branch's result for the kept sequences [sum(kept[i] * len[i]), D], dtype of x.
+        groups: [n0, len0, n1, len1, ...], see ``pera_kernels.packing``.
+        keep: int32 [sum(kept)], kept sequence numbers of each group, without repetition; None keeps all.
+        kept: how many sequences of each group are kept; ignored if keep is None.
+
+    Returns:
+        [T, D], dtype of x.
+
+    Raises:
+        ValueError: x, y, groups and keep do not fit together.
+    """
+    check(x, keep, groups, kept)
+    if keep is None:
+        return x + y
+    if y.shape != (num_tokens(kept_groups(groups, kept)), x.shape[1]):
+        raise ValueError(f"y {tuple(y.shape)} does not hold the kept sequences of groups {list(groups)}: {list(kept)}")
+    return _sequence_add(x, y, keep, list(groups), list(kept))
