@@ -1,0 +1,119 @@
+"""Op `pera::pixel_loss`: schema, fake, autograd, dispatch.
+
+    loss = 1/R * sum over rows r, values i of (pred[r, i] - target[r, i])^2
+    d loss / d pred = 2/R * (pred - target)
+
+The target is the normalised student view's own pixels, read from the uint8 crop chunk by chunk: neither the view nor
+the target is ever in memory, and the backward reads them again (METHOD.md, sections 4 and 5).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pera_kernels import backend
+from pera_kernels.visible_patches.op import check_colors, check_index, check_patches
+from pera_kernels.visible_patches.reference import compute_dtype
+
+from . import eager, reference
+
+backend.register("pixel_loss", "eager")
+
+
+def _check(
+    pred: Tensor,
+    crops: Tensor,
+    index: Tensor,
+    order: Tensor | None,
+    factors: Tensor | None,
+    gray_mean: Tensor | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    patch_size: int,
+) -> None:
+    channels = check_patches(crops, index, mean, std, patch_size)
+    check_colors(crops, order, factors, gray_mean)
+    if not pred.is_floating_point():
+        raise TypeError(f"pred must be floating point, got {pred.dtype}")
+    shape = (index.shape[0] * index.shape[1], patch_size**2 * channels)
+    if tuple(pred.shape) != shape:
+        raise ValueError(f"pred must be {list(shape)} for {list(index.shape)} patches, got {list(pred.shape)}")
+    if pred.device != crops.device:
+        raise ValueError(f"pred is on {pred.device}, crops are on {crops.device}")
+
+
+@torch.library.custom_op("pera::pixel_loss", mutates_args=())
+def pixel_loss(
+    pred: Tensor,
+    crops: Tensor,
+    index: Tensor,
+    order: Tensor | None,
+    factors: Tensor | None,
+    gray_mean: Tensor | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    patch_size: int,
+) -> Tensor:
+    """Squared error of predicted patches: summed over a patch's values, mean over all rows.
+
+    Args:
+        pred: float [N*n, P*P*C], crop after crop in the order of `index`; elements in order (row, column, channel).
+        crops, index, order, factors, gray_mean, mean, std, patch_size: as `visible_patches` takes them, of the view
+            that is predicted (the student's) and the patches that are.
+
+    Returns:
+        float32 [] (float64 for float64 `pred`), accumulated in that precision; 0 with a gradient of zeros if there are
+        no rows. Gradient for `pred` only, of its dtype. Deterministic.
+
+    Raises:
+        TypeError, ValueError: an argument of another type or shape; the message names it.
+    """
+    where = (crops, index, order, factors, gray_mean, mean, std, patch_size)
+    _check(pred, *where)
+    check_index(crops, index, patch_size)
+    run = reference if backend.choose("pixel_loss", pred.device) == "reference" else eager
+    return run.pixel_loss(pred, *where)
+
+
+@pixel_loss.register_fake
+def _(pred, crops, index, order, factors, gray_mean, mean, std, patch_size):
+    _check(pred, crops, index, order, factors, gray_mean, mean, std, patch_size)
+    return pred.new_empty((), dtype=compute_dtype(pred.dtype))
+
+
+@torch.library.custom_op("pera::pixel_loss_backward", mutates_args=())
+def pixel_loss_backward(
+    grad: Tensor,
+    pred: Tensor,
+    crops: Tensor,
+    index: Tensor,
+    order: Tensor | None,
+    factors: Tensor | None,
+    gray_mean: Tensor | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    patch_size: int,
+) -> Tensor:
+    """Gradient of `pixel_loss` for `pred`: [N*n, P*P*C] of its dtype; `grad` [] is the loss's own."""
+    where = (crops, index, order, factors, gray_mean, mean, std, patch_size)
+    run = reference if backend.choose("pixel_loss", pred.device) == "reference" else eager
+    return run.pixel_loss_backward(grad, pred, *where)
+
+
+@pixel_loss_backward.register_fake
+def _(grad, pred, crops, index, order, factors, gray_mean, mean, std, patch_size):
+    return torch.empty_like(pred, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:6])  # the arguments themselves: nothing is made for the backward
+    ctx.constants = inputs[6:]
+
+
+def _backward(ctx, grad):
+    grad_pred = torch.ops.pera.pixel_loss_backward(grad, *ctx.saved_tensors, *ctx.constants)
+    return grad_pred, None, None, None, None, None, None, None, None
+
+
+pixel_loss.register_autograd(_backward, setup_context=_setup_context)

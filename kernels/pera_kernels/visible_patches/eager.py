@@ -1,0 +1,168 @@
+"""`contrast_mean` and `visible_patches` in vectorised PyTorch: the fallback on every device.
+
+Colours only the pixels of visible patches, all crops at once: no loop over crops, no data-dependent shape, no host
+synchronisation. What differs between crops is turned into numbers instead of branches:
+
+- brightness, contrast, saturation and grayscale are all `clamp(f*x + (1-f)*(a*gray(x) + b))`: brightness has a=0, b=0;
+  contrast a=0, b=mean gray; saturation a=1, b=0; grayscale f=0, a=1, b=0; and f=1 does exactly nothing;
+- hue, the costly one, runs once: blends that precede it in a crop's order, then hue, then the blends that follow it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .reference import BRIGHTNESS, CONTRAST, GRAY_WEIGHTS, GRAYSCALE, HUE, SATURATION, compute_dtype
+
+CHUNK_ROWS = 2048  # patches per chunk: bounds the temporaries (6 MiB each at 16x16x3 float32) and keeps them in cache
+CHUNK_VALUES = 1 << 22  # values per chunk of whole crops in contrast_mean: 16 MiB a temporary
+
+
+def _gray(x: Tensor) -> Tensor:
+    """[R, C, Q] -> [R, 1, Q]."""
+    if x.shape[1] != 3:
+        return x.mean(1, keepdim=True)
+    return GRAY_WEIGHTS[0] * x[:, 0:1] + GRAY_WEIGHTS[1] * x[:, 1:2] + GRAY_WEIGHTS[2] * x[:, 2:3]
+
+
+def _blend(x: Tensor, code: Tensor, factors: Tensor, mean_gray: Tensor) -> Tensor:
+    """The blend that `code` [R] stands for, on x [R, C, Q]; rows with any other code come back unchanged."""
+    is_rgb = x.shape[1] == 3
+    is_contrast = code == CONTRAST
+    f = torch.where(code == BRIGHTNESS, factors[:, BRIGHTNESS], torch.where(is_contrast, factors[:, CONTRAST], 1))
+    other = torch.where(is_contrast, mean_gray, 0)[:, None, None]
+    if is_rgb:
+        f = torch.where(code == SATURATION, factors[:, SATURATION], torch.where(code == GRAYSCALE, 0, f))
+        takes_gray = ((code == SATURATION) | (code == GRAYSCALE)).to(x.dtype)
+        other = takes_gray[:, None, None] * _gray(x) + other
+    f = f[:, None, None]
+    return (f * x + (1 - f) * other).clamp_(0, 1)
+
+
+def _shift_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Hue of x [R, 3, Q] moved by `turns` [R]: HSV, with saturation * value kept as the chroma it is."""
+    r, g, b = x.unbind(1)
+    value = x.amax(1)
+    chroma = value - x.amin(1)
+    divisor = torch.where(chroma == 0, 1, chroma)
+    sixths = torch.where(
+        value == r,
+        (g - b) / divisor,
+        torch.where(value == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor),
+    )
+    sixths = sixths + 6 * turns[:, None]
+    channels = []
+    for offset in (5, 3, 1):
+        k = (sixths + offset) % 6
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
+    return torch.stack(channels, 1)
+
+
+def apply_ops(x: Tensor, order: Tensor, factors: Tensor, mean_gray: Tensor) -> Tensor:
+    """Colour operations, each at most once per row, left to right.
+
+    Args:
+        x: float [R, C, Q] in [0, 1].
+        order: integer [R, K], operation codes.
+        factors: [R, 4], dtype of x.
+        mean_gray: [R], dtype of x.
+
+    Returns:
+        [R, C, Q] in [0, 1].
+    """
+    steps = order.shape[1]
+    if x.shape[1] != 3:
+        for step in range(steps):
+            x = _blend(x, order[:, step], factors, mean_gray)
+        return x
+    is_hue = order == HUE
+    after_hue = is_hue.cumsum(1) > 0
+    for step in range(steps):
+        x = _blend(x, order[:, step].masked_fill(after_hue[:, step], -1), factors, mean_gray)
+    shifted = _shift_hue(x, factors[:, HUE])
+    x = torch.where(is_hue.any(1)[:, None, None], shifted, x)
+    for step in range(1, steps):
+        x = _blend(x, order[:, step].masked_fill(~after_hue[:, step], -1), factors, mean_gray)
+    return x
+
+
+def contrast_mean(crops: Tensor, order: Tensor, factors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """See `reference.contrast_mean`. Goes through all crops: which of them need it is known on the device only."""
+    n, h, w, c = crops.shape
+    has_contrast = (order == CONTRAST).any(1)
+    # codes from contrast on do not count; contrast itself stands at most last, so the last column is never needed
+    before = order.masked_fill((order == CONTRAST).cumsum(1) > 0, -1)[:, :-1]
+    factors = factors.to(dtype)
+    means = torch.empty(n, dtype=dtype, device=crops.device)
+    step = max(1, CHUNK_VALUES // (h * w * c))
+    for start in range(0, n, step):
+        part = slice(start, min(start + step, n))
+        x = crops[part].reshape(-1, h * w, c).transpose(1, 2).to(dtype).contiguous().div_(255)
+        x = apply_ops(x, before[part], factors[part], torch.zeros_like(means[part]))
+        means[part] = _gray(x).mean((1, 2))
+    return torch.where(has_contrast, means, 0)
+
+
+def patch_rows(
+    crops: Tensor,  # uint8 [N, H, W, C] or float [N, C, H, W]
+    crop: Tensor,  # int64 [R], which crop
+    patch: Tensor,  # int64 [R], which patch of it
+    order: Tensor | None,
+    factors: Tensor | None,
+    gray_mean: Tensor | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    patch_size: int,
+    compute: torch.dtype,
+) -> Tensor:
+    """Pixels of R patches, coloured and normalised: [R, C, P, P] of dtype `compute`."""
+    p = patch_size
+    is_uint8 = crops.dtype == torch.uint8
+    images = crops if is_uint8 else crops.permute(0, 2, 3, 1)
+    columns = images.shape[2] // p
+    grid = images.unflatten(1, (-1, p)).unflatten(3, (columns, p))  # [N, rows, P, columns, P, C], a view
+    x = grid[crop, patch // columns, :, patch % columns]  # [R, P, P, C]: nothing but these pixels is read
+    x = x.permute(0, 3, 1, 2).to(compute, memory_format=torch.contiguous_format)
+    if not is_uint8:
+        return x
+    x = x.div_(255)
+    if order is not None and factors is not None and gray_mean is not None:
+        codes, turns, means = order[crop], factors[crop].to(compute), gray_mean[crop].to(compute)
+        x = apply_ops(x.flatten(2), codes, turns, means).unflatten(2, (p, p))
+    shape = (1, len(mean), 1, 1)
+    center = torch.tensor(mean, dtype=compute, device=x.device).view(shape)
+    scale = torch.tensor(std, dtype=compute, device=x.device).view(shape)
+    return (x - center) / scale
+
+
+def row_addresses(index: Tensor) -> tuple[Tensor, Tensor]:
+    """index [N, n] -> crop and patch of each row, int64 [N*n]."""
+    n, per_crop = index.shape
+    crop = torch.arange(n, device=index.device)[:, None].expand(n, per_crop).reshape(-1)
+    return crop, index.reshape(-1).long()
+
+
+def visible_patches(
+    crops: Tensor,
+    index: Tensor,
+    order: Tensor | None,
+    factors: Tensor | None,
+    gray_mean: Tensor | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    patch_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `op.visible_patches`. `gray_mean` None: computed here."""
+    compute = compute_dtype(dtype)
+    if order is not None and factors is not None and gray_mean is None:
+        gray_mean = contrast_mean(crops, order, factors, compute)
+    crop, patch = row_addresses(index)
+    channels = crops.shape[3] if crops.dtype == torch.uint8 else crops.shape[1]
+    rows = torch.empty(len(patch), channels * patch_size**2, dtype=dtype, device=crops.device)
+    for start in range(0, len(patch), CHUNK_ROWS):
+        part = slice(start, start + CHUNK_ROWS)
+        pixels = patch_rows(crops, crop[part], patch[part], order, factors, gray_mean, mean, std, patch_size, compute)
+        rows[part] = pixels.flatten(1)
+    return rows

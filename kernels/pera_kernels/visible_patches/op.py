@@ -1,0 +1,218 @@
+"""Ops `pera::contrast_mean` and `pera::visible_patches`: schema, fake, autograd, dispatch.
+
+    rows = (color(crops / 255)[visible patches] - mean) / std
+
+Colours are torchvision's `adjust_*` on float images in [0, 1], applied in each crop's own order (METHOD.md, section 2).
+Only the pixels of visible patches are coloured; contrast needs one number of the whole crop: `contrast_mean`.
+
+Operation codes: 0 brightness, 1 contrast, 2 saturation, 3 hue, 4 grayscale; any other (-1) nothing. An order holds each
+at most once.
+Crops without exactly 3 channels: brightness acts on all channels, contrast takes the plain mean over channels as gray,
+saturation, hue and grayscale do nothing.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pera_kernels import backend
+
+from . import eager, reference
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+for _name in ("contrast_mean", "visible_patches"):
+    backend.register(_name, "native", available=backend.needs_native(_name))
+    backend.register(_name, "eager")
+
+
+def check_colors(crops: Tensor, order: Tensor | None, factors: Tensor | None, gray_mean: Tensor | None) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless the colour arguments fit uint8 `crops`."""
+    count = crops.shape[0]
+    if (order is None) != (factors is None):
+        raise ValueError("order and factors come together: give both or neither")
+    if order is None or factors is None:
+        if gray_mean is not None:
+            raise ValueError("gray_mean is of use only with order and factors")
+        return
+    if crops.dtype != torch.uint8:
+        raise ValueError(f"order must be None for {crops.dtype} crops: float crops are taken as normalised views")
+    if order.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"order must be int32 or int64, got {order.dtype}")
+    if not factors.is_floating_point():
+        raise TypeError(f"factors must be floating point, got {factors.dtype}")
+    for name, value in (("order", order), ("factors", factors)):
+        if tuple(value.shape) != (count, 4):
+            raise ValueError(f"{name} must be [{count}, 4] for {count} crops, got {list(value.shape)}")
+        if value.device != crops.device:
+            raise ValueError(f"{name} is on {value.device}, crops are on {crops.device}")
+    if gray_mean is not None:
+        if not gray_mean.is_floating_point():
+            raise TypeError(f"gray_mean must be floating point, got {gray_mean.dtype}")
+        if tuple(gray_mean.shape) != (count,):
+            raise ValueError(f"gray_mean must be [{count}] for {count} crops, got {list(gray_mean.shape)}")
+        if gray_mean.device != crops.device:
+            raise ValueError(f"gray_mean is on {gray_mean.device}, crops are on {crops.device}")
+
+
+def check_patches(crops: Tensor, index: Tensor, mean: Sequence[float], std: Sequence[float], patch_size: int) -> int:
+    """Raises TypeError or ValueError, naming the argument, unless these fit together; returns C."""
+    if crops.dim() != 4:
+        raise ValueError(f"crops must be uint8 [N, H, W, C] or float [N, C, H, W], got {list(crops.shape)}")
+    if crops.dtype == torch.uint8:
+        _, height, width, channels = crops.shape
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != channels:
+                raise ValueError(f"{name} must have a value for each of {channels} channels, got {len(values)}")
+        if not all(value > 0 for value in std):
+            raise ValueError(f"std must be positive, got {list(std)}")
+    elif crops.is_floating_point():
+        _, channels, height, width = crops.shape
+    else:
+        raise TypeError(f"crops must be uint8 or floating point, got {crops.dtype}")
+    if patch_size < 1:
+        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+    if min(height, width, channels) < 1 or height % patch_size or width % patch_size:
+        raise ValueError(f"crops must be whole patches of {patch_size}x{patch_size} pixels, got {list(crops.shape)}")
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"index must be int32 or int64, got {index.dtype}")
+    if index.dim() != 2 or index.shape[0] != crops.shape[0]:
+        raise ValueError(f"index must be [{crops.shape[0]}, n] for {crops.shape[0]} crops, got {list(index.shape)}")
+    if index.device != crops.device:
+        raise ValueError(f"index is on {index.device}, crops are on {crops.device}")
+    return channels
+
+
+def check_index(crops: Tensor, index: Tensor, patch_size: int) -> None:
+    """On the CPU, where looking costs nothing: raises ValueError for patch numbers outside the grid."""
+    if index.device.type != "cpu" or index.numel() == 0:
+        return
+    height, width = crops.shape[1:3] if crops.dtype == torch.uint8 else crops.shape[2:4]
+    patches = (height // patch_size) * (width // patch_size)
+    low, high = (int(value) for value in index.aminmax())
+    if low < 0 or high >= patches:
+        raise ValueError(f"index must be in [0, {patches}), got values from {low} to {high}")
+
+
+def _check_whole_crops(crops: Tensor, order: Tensor, factors: Tensor) -> None:
+    if crops.dtype != torch.uint8:
+        raise TypeError(f"crops must be uint8, got {crops.dtype}")
+    if crops.dim() != 4 or min(crops.shape[1:]) < 1:
+        raise ValueError(f"crops must be [N, H, W, C] with pixels in it, got {list(crops.shape)}")
+    check_colors(crops, order, factors, None)
+
+
+@torch.library.custom_op("pera::contrast_mean", mutates_args=())
+def contrast_mean(crops: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+    """Mean gray of each crop at the point of its order where contrast comes.
+
+    Args:
+        crops: uint8 [N, H, W, C].
+        order: int32 or int64 [N, 4], operation codes, applied left to right.
+        factors: float [N, 4], the factor of operation code k at [:, k]: brightness, contrast, saturation, hue (turns).
+
+    Returns:
+        float32 [N], in [0, 1]; 0 for crops whose order does not hold contrast. No gradient. Deterministic.
+
+    Raises:
+        TypeError, ValueError: an argument of another type or shape; the message names it.
+    """
+    _check_whole_crops(crops, order, factors)
+    match backend.choose("contrast_mean", crops.device):
+        case "native":
+            return torch.ops.pera_native.contrast_mean(crops, order, factors)
+        case "eager":
+            return eager.contrast_mean(crops, order, factors)
+        case _:
+            return reference.contrast_mean(crops, order, factors)
+
+
+@contrast_mean.register_fake
+def _(crops: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+    _check_whole_crops(crops, order, factors)
+    return crops.new_empty(crops.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("pera::visible_patches", mutates_args=())
+def visible_patches(
+    crops: Tensor,
+    index: Tensor,
+    order: Tensor | None,
+    factors: Tensor | None,
+    gray_mean: Tensor | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    patch_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows of the visible patches: coloured, normalised, unfolded.
+
+    Args:
+        crops: uint8 [N, H, W, C], scaled by 1/255, coloured, normalised; or float [N, C, H, W], taken as views that are
+            normalised already (order, factors and gray_mean must be None; mean and std are not used). Any strides.
+        index: int32 or int64 [N, n], patch numbers in raster order. On the CPU numbers outside the grid raise; on other
+            devices they are not looked at (that would wait for the device), and what comes of them is undefined.
+        order: int32 or int64 [N, 4], operation codes; None: no colour.
+        factors: float [N, 4], see `contrast_mean`.
+        gray_mean: float [N], what `contrast_mean` gave; None: computed here.
+        mean, std: a float for each channel.
+        patch_size: P; H and W are multiples of it.
+        dtype: of the rows; float64 computes in float64, all others in float32.
+
+    Returns:
+        `dtype` [N*n, C*P*P], crop after crop in the order of `index`; elements in order (channel, row, column), as the
+        weight of a patch projection has them. No gradient reaches any argument: pixels are data. Asking for one raises.
+        Deterministic.
+
+    Raises:
+        TypeError, ValueError: an argument of another type or shape; the message names it.
+    """
+    _check(crops, index, order, factors, gray_mean, mean, std, patch_size, dtype)
+    check_index(crops, index, patch_size)
+    chosen = backend.choose("visible_patches", crops.device)
+    if order is not None and factors is not None and gray_mean is None and dtype != torch.float64:
+        gray_mean = torch.ops.pera.contrast_mean(crops, order, factors)
+    if chosen == "native" and runs_native(crops, dtype):
+        return torch.ops.pera_native.visible_patches(
+            crops, index, order, factors, gray_mean, mean, std, patch_size, dtype
+        )
+    run = reference.visible_patches if chosen == "reference" else eager.visible_patches
+    return run(crops, index, order, factors, gray_mean, mean, std, patch_size, dtype)
+
+
+def runs_native(crops: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the native kernels take these crops and give rows of this dtype; eager PyTorch does the others."""
+    return dtype in NATIVE_DTYPES and (crops.dtype == torch.uint8 or crops.dtype in NATIVE_DTYPES)
+
+
+def _check(
+    crops: Tensor,
+    index: Tensor,
+    order: Tensor | None,
+    factors: Tensor | None,
+    gray_mean: Tensor | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    patch_size: int,
+    dtype: torch.dtype,
+) -> int:
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating point, got {dtype}")
+    channels = check_patches(crops, index, mean, std, patch_size)
+    check_colors(crops, order, factors, gray_mean)
+    return channels
+
+
+@visible_patches.register_fake
+def _(crops, index, order, factors, gray_mean, mean, std, patch_size, dtype):
+    channels = _check(crops, index, order, factors, gray_mean, mean, std, patch_size, dtype)
+    return crops.new_empty(index.shape[0] * index.shape[1], channels * patch_size**2, dtype=dtype)
+
+
+def _no_gradient(ctx, grad):
+    raise RuntimeError("visible_patches and contrast_mean have no gradient: detach crops, factors and gray_mean")
+
+
+contrast_mean.register_autograd(_no_gradient)
+visible_patches.register_autograd(_no_gradient)

@@ -1,0 +1,146 @@
+"""Definition of `contrast_mean` and `visible_patches` in plain PyTorch: whole crops, one after the other.
+
+Nothing here is fast. Tests and benches compare every other implementation with this one; it runs in float64 when
+float64 rows are asked for, in float32 otherwise. Source: METHOD.md, section 2 (views) and 4 (patches).
+"""
+
+import torch
+from torch import Tensor
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE, NOTHING = 0, 1, 2, 3, 4, -1
+GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # of red, green, blue; torchvision's, which sum to .9999
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Precision in which colours and sums are computed: float64 for float64 results, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def gray(image: Tensor) -> Tensor:
+    """Luma of `image` [C, H, W] -> [H, W]; images that are not RGB have the plain mean over channels."""
+    if image.shape[0] != 3:
+        return image.mean(0)
+    return GRAY_WEIGHTS[0] * image[0] + GRAY_WEIGHTS[1] * image[1] + GRAY_WEIGHTS[2] * image[2]
+
+
+def blend(image: Tensor, other: Tensor | float, factor: float) -> Tensor:
+    """`factor` parts of `image` and the rest of `other`, clamped to [0, 1]."""
+    return (factor * image + (1 - factor) * other).clamp(0, 1)
+
+
+def rgb_to_hsv(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """RGB [3, H, W] in [0, 1] -> hue in turns [0, 1), saturation and value in [0, 1], each [H, W]; gray has hue 0."""
+    r, g, b = image
+    value = image.amax(0)
+    chroma = value - image.amin(0)
+    is_gray = chroma == 0
+    divisor = torch.where(is_gray, 1, chroma)
+    sixths = torch.where(
+        value == r,
+        (g - b) / divisor,
+        torch.where(value == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor),
+    )
+    hue = torch.where(is_gray, 0, (sixths / 6) % 1)
+    saturation = chroma / torch.where(value == 0, 1, value)
+    return hue, saturation, value
+
+
+def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
+    """Inverse of `rgb_to_hsv`: three [H, W] -> [3, H, W]."""
+
+    def channel(offset: int) -> Tensor:
+        k = (offset + hue * 6) % 6
+        return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
+
+    return torch.stack([channel(5), channel(3), channel(1)])
+
+
+def apply_op(image: Tensor, code: int, factors: list[float], mean_gray: float | Tensor | None = None) -> Tensor:
+    """One colour operation of torchvision's `adjust_*` on a float image.
+
+    Args:
+        image: [C, H, W] in [0, 1].
+        code: 0 brightness, 1 contrast, 2 saturation, 3 hue, 4 grayscale, anything else nothing. Saturation, hue and
+            grayscale leave images alone that do not have 3 channels.
+        factors: of brightness, contrast, saturation, hue (a shift in turns); the factor of an operation stands at the
+            index of its code.
+        mean_gray: what contrast blends with; None: the mean gray of `image` (the definition).
+
+    Returns:
+        [C, H, W] in [0, 1].
+    """
+    if code == BRIGHTNESS:
+        return blend(image, 0.0, factors[BRIGHTNESS])
+    if code == CONTRAST:
+        return blend(image, gray(image).mean() if mean_gray is None else mean_gray, factors[CONTRAST])
+    if image.shape[0] != 3:
+        return image
+    if code == SATURATION:
+        return blend(image, gray(image), factors[SATURATION])
+    if code == HUE:
+        hue, saturation, value = rgb_to_hsv(image)
+        return hsv_to_rgb((hue + factors[HUE]) % 1, saturation, value)
+    if code == GRAYSCALE:
+        return gray(image).expand(3, -1, -1)
+    return image
+
+
+def unit_images(crops: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 [N, H, W, C] -> [N, C, H, W] in [0, 1]."""
+    return crops.permute(0, 3, 1, 2).to(dtype) / 255
+
+
+def contrast_mean(crops: Tensor, order: Tensor, factors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Mean gray of each crop where contrast comes in its order; 0 for crops whose order does not hold contrast.
+
+    Args:
+        crops: uint8 [N, H, W, C].
+        order: integer [N, K], operation codes, applied left to right.
+        factors: [N, 4].
+        dtype: float32 or float64.
+
+    Returns:
+        [N] of `dtype`.
+    """
+    means = torch.zeros(crops.shape[0], dtype=dtype, device=crops.device)
+    for crop, image in enumerate(unit_images(crops, dtype)):
+        codes = order[crop].tolist()
+        if CONTRAST not in codes:
+            continue
+        for code in codes[: codes.index(CONTRAST)]:
+            image = apply_op(image, code, factors[crop].tolist())
+        means[crop] = gray(image).mean()
+    return means
+
+
+def visible_patches(
+    crops: Tensor,  # uint8 [N, H, W, C] or float [N, C, H, W]
+    index: Tensor,  # [N, n]
+    order: Tensor | None,  # [N, K]
+    factors: Tensor | None,  # [N, 4]
+    gray_mean: Tensor | None,  # [N]
+    mean: list[float],
+    std: list[float],
+    patch_size: int,
+    dtype: torch.dtype,
+) -> Tensor:  # [N*n, C*P*P]
+    """Rows of the visible patches, see `op.visible_patches`. Colours whole crops, then takes the patches."""
+    compute = compute_dtype(dtype)
+    if crops.dtype == torch.uint8:
+        images = unit_images(crops, compute)
+        if order is not None and factors is not None:
+            images = images.clone()
+            for crop in range(len(images)):
+                mean_gray = None if gray_mean is None else gray_mean[crop].to(compute)
+                for code in order[crop].tolist():
+                    images[crop] = apply_op(images[crop], code, factors[crop].tolist(), mean_gray)
+        shape = (1, len(mean), 1, 1)
+        images = images - torch.tensor(mean, dtype=compute, device=crops.device).view(shape)
+        images = images / torch.tensor(std, dtype=compute, device=crops.device).view(shape)
+    else:
+        images = crops.to(compute)
+    n, c, h, w = images.shape
+    p = patch_size
+    patches = images.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * p * p)
+    picked = [patches[crop, index[crop].long()] for crop in range(n)]
+    return torch.cat([patches.new_empty(0, c * p * p), *picked]).to(dtype)
