@@ -16,6 +16,7 @@ The environment variable ``PERA_BACKEND`` (``auto``, ``reference``, ``native`` o
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -150,6 +151,10 @@ def _load(path: Path) -> str | None:
     """Loads the native library once. Returns None, or why it is not there."""
     if not path.exists():
         return f"the native library was not built: {BUILD_HINT}"
+    # It is compiled for AVX2 on x86-64 (CMakeLists.txt); loading it on less would end the process at the first call.
+    capability = torch.backends.cpu.get_cpu_capability()
+    if platform.machine() == "x86_64" and not capability.startswith("AVX"):
+        return f"this processor has no AVX2 (torch sees {capability})"
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:  # mostly a library built against another torch: an undefined symbol
