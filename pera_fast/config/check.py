@@ -1,0 +1,116 @@
+"""What makes a configuration impossible, each rule with the one line that says so."""
+
+import math
+from typing import Any
+
+from pera_fast.config.keys import KEYS, flatten, nearest, show, wants
+from pera_fast.config.tree import Config
+from pera_fast.errors import UserError
+
+
+def check(cfg: Config) -> None:
+    """Raises UserError, naming the key to change, if the configuration cannot be run."""
+    values = flatten(cfg)
+    for key in KEYS:
+        check_value(key, values[key])
+    _check_sizes(cfg)
+    _check_masks(cfg)
+    _check_channels(cfg)
+    _check_lengths(cfg)
+
+
+def fail(key: str, value: Any, why: str) -> UserError:
+    """The error about one key, for raising."""
+    return UserError(f"{key}={show(value)}: {why}")
+
+
+def check_value(key: str, value: Any) -> None:
+    """The rules that stand beside a key in the tree."""
+    rule = KEYS[key].metadata
+    if value is None:
+        return  # whether null is allowed is a matter of type
+    if "choices" in rule and value not in rule["choices"]:
+        near = nearest(value, rule["choices"])
+        hint = f"; did you mean {near}?" if near else ""
+        raise fail(key, value, f"allowed: {wants(key)}{hint}")
+    for v in value if isinstance(value, list) else [value]:
+        if isinstance(v, float) and not math.isfinite(v):
+            raise fail(key, value, f"wants {wants(key)}, and finite")
+        if isinstance(v, (int, float)) and not _within(v, rule):
+            raise fail(key, value, f"wants {wants(key)}")
+    if rule.get("rising") and (len(value) != 2 or value[0] > value[1]):
+        raise fail(key, value, "wants two numbers [smallest,largest]")
+
+
+def _within(v: float, rule: Any) -> bool:
+    return (
+        v >= rule.get("low", -math.inf)
+        and v <= rule.get("high", math.inf)
+        and ("above" not in rule or v > rule["above"])
+        and ("below" not in rule or v < rule["below"])
+    )
+
+
+def _check_sizes(cfg: Config) -> None:
+    m, v = cfg.model, cfg.views
+    for name in ("global_size", "local_size"):
+        if name == "local_size" and v.num_local == 0:
+            continue
+        size = getattr(v, name)
+        if size % m.patch_size:
+            near = sorted({max(size // m.patch_size, 1) * m.patch_size, (size // m.patch_size + 1) * m.patch_size})
+            why = f"must be a multiple of model.patch_size={m.patch_size}; nearest: {' or '.join(map(str, near))}"
+            raise fail(f"views.{name}", size, why)
+    if m.embed_dim % m.num_heads:
+        heads = [h for h in range(1, m.embed_dim + 1) if m.embed_dim % h == 0]
+        close = sorted(sorted(heads, key=lambda h: abs(h - m.num_heads))[:4])
+        why = f"must divide model.embed_dim={m.embed_dim}; nearest that do: {', '.join(map(str, close))}"
+        raise fail("model.num_heads", m.num_heads, why)
+
+
+def _check_masks(cfg: Config) -> None:
+    m, v = cfg.model, cfg.views
+    if m.masking == "none":
+        for name in ("student_ratio", "teacher_ratio"):
+            if getattr(m, name) != 1:
+                why = "model.masking=none shows every patch to both networks; allowed with it: 1.0"
+                raise fail(f"model.{name}", getattr(m, name), why)
+        return
+    if m.student_ratio + m.teacher_ratio > 1 + 1e-9:
+        room = round(1 - m.teacher_ratio, 6)
+        why = (
+            f"with model.teacher_ratio={show(m.teacher_ratio)} the sum is over 1, and the masks are disjoint;"
+            f" allowed: at most {show(room)} (or model.masking=none, where both see everything)"
+        )
+        raise fail("model.student_ratio", m.student_ratio, why)
+    crops = [("global", v.global_size)] + ([("local", v.local_size)] if v.num_local else [])
+    for crop, size in crops:
+        total = (size // m.patch_size) ** 2
+        student, predicted, teacher = m.patch_counts(total)
+        for name, count in (("student", student), ("teacher", teacher)):
+            if count == 0:
+                why = (
+                    f"the {name} would see no patch of a {crop} crop ({total} patches: {student} student, {predicted}"
+                    f" between, {teacher} teacher); make this ratio or views.{crop}_size={size} larger"
+                )
+                raise fail(f"model.{name}_ratio", getattr(m, f"{name}_ratio"), why)
+
+
+def _check_channels(cfg: Config) -> None:
+    for name in ("mean", "std"):
+        values = getattr(cfg.views, name)
+        if len(values) != cfg.model.in_chans:
+            why = f"has {len(values)} numbers, wants one per channel: model.in_chans={cfg.model.in_chans}"
+            raise fail(f"views.{name}", values, why)
+
+
+def _check_lengths(cfg: Config) -> None:
+    o, t = cfg.optim, cfg.train
+    if len(o.betas) != 2:
+        raise fail("optim.betas", o.betas, "wants two numbers such as [0.9,0.999]")
+    for name in ("warmup_epochs", "teacher_temp_warmup_epochs"):
+        if getattr(o, name) > t.epochs:
+            why = f"is longer than train.epochs={t.epochs}; allowed: at most that"
+            raise fail(f"optim.{name}", getattr(o, name), why)
+    if t.total_batch_size is None:  # a total is checked once the number of devices is known
+        t.resolve_batch(1)

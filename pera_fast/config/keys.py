@@ -1,0 +1,87 @@
+"""The keys of the configuration by their dotted names, and the words that messages about them use."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import Field, fields, is_dataclass
+from typing import Any
+
+from pera_fast.config.tree import Config
+
+SECTIONS: dict[str, type] = {f.name: type(getattr(Config(), f.name)) for f in fields(Config) if f.name != "recipe"}
+KEYS: dict[str, Field[Any]] = {f"{name}.{f.name}": f for name, section in SECTIONS.items() for f in fields(section)}
+
+_WANTS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list[float]: "a list of numbers such as [0.5,0.5]",
+}
+
+
+def kind(key: str) -> tuple[Any, bool]:
+    """(type without None, whether null is allowed) of a key."""
+    annotation: Any = KEYS[key].type
+    for base in _WANTS:
+        if annotation == base:
+            return base, False
+        if annotation == base | None:
+            return base, True
+    raise TypeError(f"{key}: no rule for the type {annotation}")
+
+
+def wants(key: str) -> str:
+    """What may be written for a key, in words."""
+    base, optional = kind(key)
+    rule = KEYS[key].metadata
+    text = " | ".join(rule["choices"]) if "choices" in rule else _WANTS[base]
+    ends = [
+        f"{word} {show(rule[name])}"
+        for name, word in (("low", "at least"), ("above", "above"), ("high", "at most"), ("below", "below"))
+        if name in rule
+    ]
+    return text + (f" ({', '.join(ends)})" if ends else "") + (" or null" if optional else "")
+
+
+def show(value: Any) -> str:
+    """A value as it would be typed."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(show(v) for v in value) + "]"
+    return " ".join(str(value).split()) or "''"  # messages stay on one line
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word most like `word`, or None if none is like it."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return match[0] if match else None
+
+
+def nearest_key(key: str) -> str | None:
+    """The key most like `key`: by its own name wherever that stands, else by the whole dotted name."""
+    section, _, name = key.rpartition(".")
+    leaves = {k.partition(".")[2]: k for k in KEYS}
+    if name in leaves:
+        return leaves[name]
+    section = nearest(section, SECTIONS) or ""
+    names = [f.name for f in fields(SECTIONS[section])] if section else []
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    if found:
+        return f"{section}.{found[0]}"
+    found = difflib.get_close_matches(name, leaves, n=1, cutoff=0.75)
+    return leaves[found[0]] if found else nearest(key, KEYS)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """{dotted key: value} of a Config."""
+    flat: dict[str, Any] = {}
+    for f in fields(tree):
+        value = getattr(tree, f.name)
+        if is_dataclass(value):
+            flat.update({f"{f.name}.{k}": v for k, v in flatten(value).items()})
+        else:
+            flat[f.name] = value
+    return flat

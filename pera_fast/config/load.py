@@ -1,0 +1,177 @@
+"""Recipes and overrides into a checked Config, and a Config into YAML and back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pera_fast.config.check import check, fail
+from pera_fast.config.keys import KEYS, SECTIONS, flatten, kind, nearest, nearest_key, show, wants
+from pera_fast.config.tree import Config
+from pera_fast.errors import UserError
+
+_RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names that `load_config` knows."""
+    return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
+
+
+def load_config(recipe: str = "vit_b16", overrides: Sequence[str] = ()) -> Config:
+    """The recipe's configuration with `section.key=value` overrides on top, checked.
+
+    Values are YAML: `train.steps=60`, `views.mean=[0.5,0.5,0.5]`, `data.index=null`. The last of equal keys counts.
+    Three keys follow others unless they are given: `views.mean/std` the number of channels, the ratios
+    `model.masking=none`, and the batch `train.total_batch_size` (see `TrainConfig.resolve_batch`).
+
+    Raises:
+        UserError: one line that names the key, the value, what is allowed, and the nearest key if there is no such key.
+    """
+    if recipe not in recipe_names():
+        near = nearest(recipe, recipe_names())
+        hint = f"; did you mean {near}?" if near else ""
+        raise UserError(f"--recipe {show(recipe)}: no such recipe; known: {', '.join(recipe_names())}{hint}")
+    given = dict(_parse(text) for text in overrides)
+    defaults = _leaves(_read_yaml((_RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8"), recipe), recipe)
+    return _build(recipe, {**defaults, **_following({**flatten(Config()), **defaults, **given}, given), **given})
+
+
+def from_yaml(text: str) -> Config:
+    """The Config that `to_yaml` wrote. Raises UserError for anything else."""
+    tree = _read_yaml(text, "config.yaml")
+    recipe = tree.pop("recipe", "vit_b16")
+    return _build(str(recipe), _leaves(tree, "config.yaml"))
+
+
+def to_yaml(cfg: Config) -> str:
+    """Every key with its value, as YAML in the order of the tree."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(cfg)))
+
+
+def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (value in a, value in b)} of the keys in which two configurations differ."""
+    left, right = flatten(a), flatten(b)
+    return {key: (left[key], right[key]) for key in left if left[key] != right[key]}
+
+
+def _parse(text: str) -> tuple[str, Any]:
+    """`section.key=value` as (key, value of the key's type)."""
+    key, equals, raw = text.partition("=")
+    key = key.strip()
+    if not equals:
+        near = nearest_key(key)
+        hint = f"; did you mean {near}=...?" if near else ""
+        raise UserError(f"{show(text)}: not an override; write section.key=value, such as train.steps=60{hint}")
+    _known(key, show(raw))
+    if kind(key)[0] is str:  # verbatim: a path may hold anything that means something in YAML
+        value = raw.strip()
+        return key, None if value in ("", "null", "~") and kind(key)[1] else value
+    return key, _typed(key, _yaml_value(key, raw))
+
+
+def _known(key: str, value: str) -> None:
+    """Raises UserError unless there is such a key."""
+    if key in KEYS:
+        return
+    if key == "recipe":
+        raise UserError(f"recipe={value}: choose a recipe with --recipe {value}")
+    if key in SECTIONS:
+        names = ", ".join(k for k in KEYS if k.startswith(f"{key}."))
+        raise UserError(f"{key}={value}: {key} is a section; set one of its keys: {names}")
+    near = nearest_key(key)
+    hint = f"; did you mean {near}?" if near else f"; sections: {', '.join(SECTIONS)}"
+    raise UserError(f"{key}={value}: no such key{hint}")
+
+
+def _yaml_value(key: str, raw: str) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:  # OmegaConf's YAML reads 1e-3 as a number, which plain YAML 1.1 does not
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))["value"]  # type: ignore[index, call-overload]
+    except (YAMLError, OmegaConfBaseException, ValueError):
+        raise fail(key, raw, f"wants {wants(key)}") from None
+
+
+def _typed(key: str, value: Any) -> Any:
+    """The value, if it has the key's type; whole floats are not taken for integers, nor booleans for numbers."""
+    base, optional = kind(key)
+    if value is None and optional:
+        return None
+    if base == list[float]:
+        if isinstance(value, list) and value and all(_number(v) for v in value):
+            return [float(v) for v in value]
+    elif base is float:
+        if _number(value):
+            return float(value)
+    elif isinstance(value, base) and (base is bool or not isinstance(value, bool)):
+        return value
+    raise fail(key, value, f"wants {wants(key)}")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _read_yaml(text: str, name: str) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        tree = OmegaConf.to_container(OmegaConf.create(text))
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"{name}: not a configuration: {show(error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{name}: not a configuration: wants sections {', '.join(SECTIONS)}")
+    return {str(key): value for key, value in tree.items()}
+
+
+def _leaves(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """{dotted key: typed value} of sections read from YAML."""
+    flat: dict[str, Any] = {}
+    for section, values in tree.items():
+        if section not in SECTIONS or not isinstance(values, Mapping):
+            near = nearest(section, SECTIONS)
+            raise UserError(f"{name}: {section}: no such section{f'; did you mean {near}?' if near else ''}")
+        for leaf, value in values.items():
+            key = f"{section}.{leaf}"
+            _known(key, show(value))
+            flat[key] = _typed(key, value)
+    return flat
+
+
+def _following(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys that follow what was given, unless they were given themselves (their entries are then overwritten)."""
+    follow: dict[str, Any] = {}
+    channels = given.get("model.in_chans", 3)
+    if channels != 3:
+        follow["views.mean"], follow["views.std"] = [0.5] * channels, [0.25] * channels
+    if values["model.masking"] == "none":
+        follow["model.student_ratio"] = follow["model.teacher_ratio"] = 1.0
+    if given.get("train.total_batch_size") is not None:
+        follow["train.accumulate" if "train.batch_size" in given else "train.batch_size"] = None
+    return follow
+
+
+def _build(recipe: str, values: Mapping[str, Any]) -> Config:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    tree: Any = OmegaConf.structured(Config(recipe=recipe))
+    for key, value in values.items():
+        try:
+            OmegaConf.update(tree, key, value)
+        except OmegaConfBaseException:
+            raise fail(key, value, f"wants {wants(key)}") from None
+    try:
+        cfg = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise UserError(f"configuration: {show(error)}") from None
+    assert isinstance(cfg, Config)
+    check(cfg)
+    return cfg

@@ -1,0 +1,211 @@
+"""The typed configuration tree. Attribute names are the keys of the command line; defaults are the published vit_b16.
+
+Numbers and their meaning: METHOD.md sections 2 to 6. Ranges that concern one key stand beside it, as field metadata,
+and are enforced by `check.py` together with the rules that tie several keys to each other.
+"""
+# ruff: noqa: RUF009 - _key returns a dataclass field, with a factory where the default is a list
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pera_fast.errors import UserError
+
+
+def _key(
+    default: Any,
+    *,
+    low: float | None = None,  # smallest value allowed
+    high: float | None = None,  # largest value allowed
+    above: float | None = None,  # open lower end
+    below: float | None = None,  # open upper end
+    choices: tuple[str, ...] | None = None,
+    rising: bool = False,  # a list of two with first <= second
+) -> Any:
+    """A dataclass field with the rule for its value (for a list: for each element)."""
+    rules = {"low": low, "high": high, "above": above, "below": below, "choices": choices, "rising": rising}
+    metadata = {name: rule for name, rule in rules.items() if rule is not None and rule is not False}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _count(default: int | None, low: int = 1) -> Any:
+    return _key(default, low=low)
+
+
+def _fraction(default: float) -> Any:
+    return _key(default, low=0, high=1)
+
+
+@dataclass
+class ModelConfig:
+    """Networks and masks (METHOD.md sections 3 and 4)."""
+
+    patch_size: int = _count(16)  # pixels a side
+    embed_dim: int = _count(768)  # width of the transformer; num_heads must divide it
+    depth: int = _count(12)  # blocks; mask tokens enter before block depth // 2
+    num_heads: int = _count(12)
+    mlp_ratio: float = _key(4.0, above=0)
+    drop_path: float = _key(0.3, low=0, below=1)  # fraction of sequences that skip a student branch; uniform over depth
+    in_chans: int = _count(3)  # channels of an image; views.mean and views.std have as many entries
+    head_hidden: int = _count(2048)  # width of the heads' MLP
+    bottleneck: int = _count(384)  # width of the L2-normalised rows that meet the prototypes
+    prototypes: int = _count(131072, low=2)
+    recompute: str = _key("none", choices=("none", "cheap", "block"))  # activations recomputed in backward
+    masking: str = _key("random", choices=("random", "block", "grid", "none"))  # none: dense, both see every patch
+    student_ratio: float = _key(0.2, above=0, high=1)  # fraction of patches that the student sees
+    teacher_ratio: float = _key(0.6, above=0, high=1)  # fraction that the teacher sees; disjoint from the student's
+
+    def patch_counts(self, num_patches: int) -> tuple[int, int, int]:
+        """(student, predicted, teacher) patches of a crop with `num_patches` (METHOD.md section 3).
+
+        Predicted counts only for global crops. With masking=none both see everything and nothing is predicted.
+        """
+        if self.masking == "none":
+            return num_patches, 0, num_patches
+        student = round(num_patches * self.student_ratio)
+        # max: with ratios that sum to 1, float error may put the two roundings on different sides of a half.
+        before_teacher = max(student, round(num_patches * (1 - self.teacher_ratio)))
+        return student, before_teacher - student, num_patches - before_teacher
+
+
+@dataclass
+class ViewsConfig:
+    """Crops and the two differently coloured views of each (METHOD.md section 2)."""
+
+    num_global: int = _count(2)  # crops per image
+    num_local: int = _count(8, low=0)  # crops per image
+    global_size: int = _count(448)  # pixels a side; a multiple of model.patch_size
+    local_size: int = _count(96)  # pixels a side; a multiple of model.patch_size
+    global_scale: list[float] = _key([0.4, 1.0], above=0, high=1, rising=True)  # area of the crop / area of the image
+    local_scale: list[float] = _key([0.05, 0.4], above=0, high=1, rising=True)
+    aspect: list[float] = _key([0.75, 1.33], above=0, rising=True)  # width / height of the crop's window
+    hflip: float = _fraction(0.5)  # probabilities from here ...
+    vflip: float = _fraction(0.5)
+    student_color: float = _fraction(0.8)  # student view is changed at all
+    student_gray: float = _fraction(0.1)  # within that: grayscale instead of jitter
+    teacher_color: float = _fraction(0.1)  # teacher view is jittered; ... to here
+    brightness: float = _fraction(0.4)  # factor U(1-b, 1+b); contrast and saturation likewise
+    contrast: float = _fraction(0.4)
+    saturation: float = _fraction(0.2)
+    hue: float = _key(0.1, low=0, high=0.5)  # shift U(-h, h), in turns of the colour wheel
+    mean: list[float] = _key([0.485, 0.456, 0.406])  # per channel, of values scaled to [0, 1]
+    std: list[float] = _key([0.229, 0.224, 0.225], above=0)
+
+
+@dataclass
+class LossConfig:
+    """Loss terms (METHOD.md section 5)."""
+
+    student_temp: float = _key(0.1, above=0)
+    center_momentum: float = _fraction(0.9)  # EMA of the mean teacher logits
+    centering: str = _key("center", choices=("center", "sinkhorn"))
+    koleo_weight: float = _key(0.1, low=0)
+    koleo_on: str = _key("logits", choices=("logits", "bottleneck"))  # logits is the published one
+    pixel_weight: float = _key(0.01, low=0)
+
+
+@dataclass
+class OptimConfig:
+    """AdamW, schedules and the teacher's EMA (METHOD.md section 6). Every schedule is per optimiser step."""
+
+    lr: float = _key(1e-3, low=0)  # peak; not scaled by the batch size
+    warmup_lr: float = _key(0.0, low=0)  # where the linear warm-up starts
+    final_lr: float = _key(1e-6, low=0)  # where the cosine ends
+    warmup_epochs: float = _key(20.0, low=0)  # as a fraction of train.epochs where train.steps is given
+    weight_decay: float = _key(0.04, low=0)  # cosine from here ...
+    final_weight_decay: float = _key(0.2, low=0)  # ... to here; all parameters decay
+    betas: list[float] = _key([0.9, 0.999], low=0, below=1)
+    eps: float = _key(2e-5, above=0)
+    clip: float = _key(3.0, above=0)  # largest gradient norm over everything trained
+    teacher_momentum: float = _fraction(0.992)  # EMA, cosine from here ...
+    final_teacher_momentum: float = _fraction(1.0)  # ... to here
+    teacher_temp: float = _key(0.05, above=0)  # after the warm-up
+    warmup_teacher_temp: float = _key(0.03, above=0)  # where its linear warm-up starts
+    teacher_temp_warmup_epochs: float = _key(30.0, low=0)  # as a fraction of train.epochs where train.steps is given
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Images per optimiser step: total = per_device * accumulate * world_size."""
+
+    per_device: int  # images of one micro-batch on one device
+    accumulate: int  # micro-batches per optimiser step
+    world_size: int  # devices
+    total: int
+
+    def __str__(self) -> str:
+        steps = f" x {self.accumulate} accumulated" if self.accumulate > 1 else ""
+        return f"batch {self.total} in total = {self.per_device} per device x {self.world_size} device(s){steps}"
+
+
+@dataclass
+class TrainConfig:
+    """Length, batch, precision and checkpoints. Read the batch through `resolve_batch`, never from the keys."""
+
+    epochs: int = _count(200)
+    steps: int | None = _count(None)  # optimiser steps; replaces epochs and stretches the schedules to fit
+    batch_size: int | None = _count(16)  # images per device and micro-batch; null: derived from total_batch_size
+    total_batch_size: int | None = _count(None)  # images per optimiser step over all devices; null: derived
+    accumulate: int | None = _count(1)  # micro-batches per optimiser step; null: derived from total_batch_size
+    precision: str = _key("bf16", choices=("bf16", "fp16", "fp32"))
+    seed: int = _key(0, low=0, high=2**63 - 1)
+    checkpoint_every: int = _count(1000)  # optimiser steps
+    keep_checkpoints: int = _count(3)
+    max_nonfinite: int = _count(10)  # steps with a non-finite loss in a row that end the run
+    device: str = _key("auto", choices=("auto", "cpu", "cuda"))
+    compile: bool = False
+
+    def resolve_batch(self, world_size: int) -> BatchPlan:
+        """The batch for `world_size` devices; whatever is null follows from the rest. Raises UserError if it cannot."""
+        total, per_device, accumulate = self.total_batch_size, self.batch_size, self.accumulate
+        if total is None:
+            if per_device is None:
+                raise UserError("train.batch_size=null: give train.batch_size or train.total_batch_size")
+            accumulate = accumulate or 1
+            return BatchPlan(per_device, accumulate, world_size, per_device * world_size * accumulate)
+        if per_device is None:
+            accumulate = accumulate or 1
+            per_device = _share(total, world_size * accumulate, f"{world_size} device(s) x {accumulate} accumulated")
+        elif accumulate is None:
+            accumulate = _share(total, world_size * per_device, f"{world_size} device(s) x batch_size {per_device}")
+        elif total != per_device * world_size * accumulate:
+            raise UserError(
+                f"train.total_batch_size={total}: but train.batch_size={per_device} x {world_size} device(s) x"
+                f" train.accumulate={accumulate} is {per_device * world_size * accumulate}; leave one of the three out"
+            )
+        return BatchPlan(per_device, accumulate, world_size, total)
+
+
+def _share(total: int, parts: int, what: str) -> int:
+    if total % parts:
+        near = sorted({max(total // parts, 1) * parts, (total // parts + 1) * parts})
+        raise UserError(
+            f"train.total_batch_size={total}: must be a multiple of {parts} ({what}); nearest:"
+            f" {' or '.join(map(str, near))}"
+        )
+    return total // parts
+
+
+@dataclass
+class DataConfig:
+    """Reading and decoding."""
+
+    loader_threads: int = _count(4)  # decoding threads per process
+    prefetch: int = _count(2)  # batches ready ahead of the step
+    verify: bool = True  # decode every file fully when the index is built
+    index: str | None = None  # path of the Parquet manifest; null: built beside the run, or reused
+    max_pixels: int = _count(2**28)  # width * height of the largest image that is read
+
+
+@dataclass
+class Config:
+    """Everything that defines a run. Made by `load_config`; saved as config.yaml in the run folder."""
+
+    recipe: str = "vit_b16"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
