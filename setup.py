@@ -21,19 +21,19 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
-class NotBuilt(Exception):
+class NotBuiltError(Exception):
     """The native library cannot be built here; the message is one clause that says why."""
 
 
 def find_program(name: str) -> str | None:
-    """The program of the environment variable NAME, else beside this Python (a venv need not be active), else in PATH."""
+    """The program that the environment variable NAME names, else the one beside this Python, else the one in PATH."""
     beside = Path(sys.executable).parent
     path = os.pathsep.join([str(beside), os.environ.get("PATH", os.defpath)])
     return shutil.which(os.environ.get(name.upper(), name), path=path)
 
 
 def run(command: list[str]) -> None:
-    """Runs a build step; its output goes to stderr. Raises NotBuilt with the line that says what is wrong."""
+    """Runs a build step; its output goes to stderr. Raises NotBuiltError with the line that says what is wrong."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     sys.stderr.write(done.stdout)
     if done.returncode:
@@ -41,21 +41,19 @@ def run(command: list[str]) -> None:
         wrong = [n for n, line in enumerate(lines) if "error" in line.lower()]
         first = wrong[0] if wrong else max(len(lines) - 1, 0)
         if lines[first : first + 1] and lines[first].startswith("CMake Error"):
-            lines[first:] = [
-                " ".join(lines[first + 1 : first + 3])
-            ]  # the matter stands below "CMake Error at FILE:LINE"
+            lines[first:] = [" ".join(lines[first + 1 : first + 3])]  # below "CMake Error at FILE:LINE"
         reason = (lines[first] if lines else f"exit status {done.returncode}").rstrip(".")
-        raise NotBuilt(f"{Path(command[0]).name}: {reason[:300]}")
+        raise NotBuiltError(f"{Path(command[0]).name}: {reason[:300]}")
 
 
 def build_native(output: Path, work: Path) -> None:
-    """Compiles kernels/pera_kernels/*/cpu.cpp to output/_native.so, in the folder ``work``. Raises NotBuilt."""
+    """Compiles kernels/pera_kernels/*/cpu.cpp to output/_native.so, in the folder ``work``. Raises NotBuiltError."""
     cmake = find_program("cmake")
     if cmake is None:
-        raise NotBuilt(f"cmake was not found ({os.environ.get('CMAKE', 'cmake')})")
+        raise NotBuiltError(f"cmake was not found ({os.environ.get('CMAKE', 'cmake')})")
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
-        raise NotBuilt("torch is not installed in the building environment; use --no-build-isolation")
+        raise NotBuiltError("torch is not installed in the building environment; use --no-build-isolation")
     work.mkdir(parents=True, exist_ok=True)
     # A cache would keep an older compiler or torch; the objects stay, so an unchanged source is not compiled again.
     (work / "CMakeCache.txt").unlink(missing_ok=True)
@@ -82,7 +80,7 @@ class BuildNative(build_ext):
             library.parent.mkdir(parents=True, exist_ok=True)
             try:
                 build_native(library.parent, Path(self.build_temp).resolve() / "native")
-            except NotBuilt as reason:
+            except NotBuiltError as reason:
                 print(
                     f"WARNING: pera-fast: the native CPU library was not built: {reason}. The slower reference "
                     "implementations run; for the fast ones install g++ and cmake and install pera-fast again.",
