@@ -1,3 +1,37 @@
 """pera-fast: the fastest way to pretrain a vision transformer on remote-sensing images with PerA (arXiv 2505.19447)."""
 
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
 __version__ = "0.1.0"
+__all__ = ["__version__", "pretrain"]
+
+
+def pretrain(
+    data: str | PathLike[str],
+    out: str | PathLike[str],
+    recipe: str = "vit_b16",
+    resume: bool = False,
+    overrides: Sequence[str] = (),
+) -> Any:
+    """Pretrains on the images in `data` and leaves everything in the run folder `out`; the twin of the command line.
+
+    Args:
+        data: folder of images, searched recursively.
+        out: run folder: configuration, metrics, log, checkpoints, exported teacher.
+        recipe: a name that `pera_fast.config.recipe_names()` lists.
+        resume: go on from the newest checkpoint in `out`.
+        overrides: settings such as `["train.steps=60", "train.batch_size=8"]`.
+
+    Returns:
+        `pera_fast.train.api.RunResult`; its `exit_code` is 0 where the run is done.
+
+    Raises:
+        pera_fast.errors.UserError: usage, configuration or data that cannot be run; one line says why.
+    """
+    # By name, because an import statement here would make the trainer a dependency of everything in the package.
+    from importlib import import_module
+
+    api = import_module("pera_fast.train.api")
+    return api.pretrain(data=data, out=out, recipe=recipe, resume=resume, overrides=overrides)

@@ -85,3 +85,10 @@ def flatten(tree: Any) -> dict[str, Any]:
         else:
             flat[f.name] = value
     return flat
+
+
+def option_hint(option: str) -> str | None:
+    """For an option that does not exist, such as --train.steps or --batch-size: the override that it may stand for."""
+    name = option.lstrip("-").replace("-", "_")
+    key = name if name in KEYS else nearest_key(name)
+    return f"settings are given without dashes: {key}=..." if key else None

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pera_fast.config.check import check, fail
 from pera_fast.config.keys import KEYS, SECTIONS, flatten, kind, nearest, nearest_key, show, wants
@@ -92,7 +92,8 @@ def _yaml_value(key: str, raw: str) -> Any:
     from yaml import YAMLError
 
     try:  # OmegaConf's YAML reads 1e-3 as a number, which plain YAML 1.1 does not
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))["value"]  # type: ignore[index, call-overload]
+        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))
+        return parsed["value"]
     except (YAMLError, OmegaConfBaseException, ValueError):
         raise fail(key, raw, f"wants {wants(key)}") from None
 
@@ -113,7 +114,7 @@ def _typed(key: str, value: Any) -> Any:
     raise fail(key, value, f"wants {wants(key)}")
 
 
-def _number(value: Any) -> bool:
+def _number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -1,0 +1,151 @@
+"""The command line: parses and calls, nothing else. torch is imported only by the commands that need it."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pera_fast import __version__
+from pera_fast.errors import UserError
+
+app = typer.Typer(
+    name="pera-fast",
+    help="Pretrain a vision transformer on remote-sensing images with PerA.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help comes in half the time
+)
+data_app = typer.Typer(
+    help="Look at a folder of images before training on it.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(data_app, name="data")
+
+# What typer raises for wrong usage. Newer versions of typer carry their own click, so click cannot be asked for it.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pera-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def pretrain(
+    data: Annotated[Path, typer.Option(help="Folder of images, searched recursively.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Run folder: log, metrics, checkpoints, teacher.", show_default=False)],
+    recipe: Annotated[str, typer.Option(help="vit_b16, vit_g16, vit_s16, vit_l16 or tiny.")] = "vit_b16",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings, such as train.steps=60 train.batch_size=8."),
+    ] = None,
+) -> None:
+    """Pretrain on a folder of images. Under torchrun: data-parallel.
+
+    Exit status: 0 done; 2 wrong usage, settings or data; 130 or 143 interrupted, with a checkpoint written.
+    """
+    from pera_fast.train.api import pretrain as run
+
+    result = run(data=data, out=out, recipe=recipe, resume=resume, overrides=overrides or [])
+    raise typer.Exit(result.exit_code)
+
+
+@data_app.command()
+def index(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The Parquet manifest.", show_default=False)] = None,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Decode every file fully.")] = True,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one per core")] = None,
+) -> None:
+    """Check every image below DIR and write what was found into a manifest that pretraining reuses."""
+    from pera_fast.data.index import build_index, summary
+
+    typer.echo(summary(build_index(directory, out=out, verify=verify, workers=workers, progress=True)))
+
+
+@app.command()
+def info() -> None:
+    """Device, versions, and for each op which implementation would run and why not a faster one."""
+    from pera_fast.info import collect, show
+
+    show(collect())
+
+
+@app.command()
+def convert(
+    weights: Annotated[
+        Path, typer.Argument(metavar="PUBLISHED.params", help="Checkpoint of the authors.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the converted weights.", show_default=False)],
+) -> None:
+    """Turn a published PerA checkpoint into safetensors that timm loads by name."""
+    from pera_fast.interop.published import convert as run
+
+    run(weights, out)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the run and its report.", show_default=False)],
+    data: Annotated[
+        Path | None, typer.Option(help="Images, one folder a class.", show_default="procedural scenes")
+    ] = None,
+) -> None:
+    """Pretrain `tiny` within minutes and write an HTML report with pictures."""
+    from pera_fast.demo.run import run
+
+    run(out=out, data=data)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit status; wrong usage, settings or data give one line on stderr."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status: Any = app(args, prog_name="pera-fast", standalone_mode=False)
+        return int(status or 0)
+    except UserError as error:
+        return _fail(str(error), error.exit_code)
+    except _UsageError as error:
+        return _fail(_usage(error), 2)
+    except BrokenPipeError:  # `pera-fast info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _usage(error: Any) -> str:
+    """What typer has to say about wrong usage, in one line; empty where it has shown the help instead."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    if (
+        hasattr(error, "possibilities") and not error.possibilities
+    ):  # no such option, and none like it: perhaps a setting is meant
+        from pera_fast.config.keys import option_hint
+
+        hint = option_hint(error.option_name)
+        message += f"; {hint}" if hint else ""
+    context = getattr(error, "ctx", None)
+    return f"{message} (see {context.command_path} --help)" if message and context else message
+
+
+def _fail(message: str, status: int) -> int:
+    if message and os.environ.get("RANK", "0") == "0":  # torchrun starts equal processes: one of them speaks
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def main() -> None:
+    """The program `pera-fast`."""
+    sys.exit(run())
