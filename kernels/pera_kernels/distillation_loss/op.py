@@ -1,0 +1,164 @@
+"""Op ``pera::distillation_loss``: schema, fake, autograd, dispatch. The maths and the costs: README.md beside this."""
+
+import torch
+from torch import Tensor
+
+from pera_kernels import backend
+
+from . import chunked, reference
+from .prototypes import accumulation_dtype, check_prototypes
+
+backend.register("distillation_loss", "chunked")
+
+
+@torch.library.custom_op("pera::distillation_loss", mutates_args=())
+def _forward(
+    student_rows: Tensor,
+    student_v: Tensor,
+    student_g: Tensor,
+    teacher_rows: Tensor,
+    teacher_v: Tensor,
+    teacher_g: Tensor,
+    center: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return chunked.forward(
+        student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp
+    )
+
+
+@_forward.register_fake
+def _(student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp):
+    loss = student_rows.new_empty(student_rows.shape[0], dtype=accumulation_dtype(student_rows.dtype))
+    return loss, torch.empty_like(loss), torch.empty_like(loss)
+
+
+@torch.library.custom_op("pera::distillation_loss_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    student_rows: Tensor,
+    student_v: Tensor,
+    student_g: Tensor,
+    teacher_rows: Tensor,
+    teacher_v: Tensor,
+    teacher_g: Tensor,
+    center: Tensor,
+    student_lse: Tensor,
+    teacher_lse: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return chunked.backward(
+        grad,
+        student_rows,
+        student_v,
+        student_g,
+        teacher_rows,
+        teacher_v,
+        teacher_g,
+        center,
+        student_lse,
+        teacher_lse,
+        student_temp,
+        teacher_temp,
+    )
+
+
+@_backward.register_fake
+def _(
+    grad,
+    student_rows,
+    student_v,
+    student_g,
+    teacher_rows,
+    teacher_v,
+    teacher_g,
+    center,
+    student_lse,
+    teacher_lse,
+    student_temp,
+    teacher_temp,
+):
+    return student_rows.new_empty(student_rows.shape), student_v.new_empty(student_v.shape), student_g.new_empty(
+        student_g.shape
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.student_temp, ctx.teacher_temp = inputs
+    _, student_lse, teacher_lse = output
+    ctx.mark_non_differentiable(student_lse, teacher_lse)
+    ctx.save_for_backward(*tensors, student_lse, teacher_lse)
+
+
+def _autograd(ctx, grad: Tensor, *_: Tensor | None):
+    grads = _backward(grad, *ctx.saved_tensors, ctx.student_temp, ctx.teacher_temp)
+    return *grads, None, None, None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def distillation_loss(
+    student_rows: Tensor,
+    student_v: Tensor,
+    student_g: Tensor,
+    teacher_rows: Tensor,
+    teacher_v: Tensor,
+    teacher_g: Tensor,
+    center: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+) -> Tensor:
+    """Cross entropy of each row's teacher distribution over prototypes against the student's (METHOD.md, section 5).
+
+        w_k = g_k v_k / ||v_k||,  s = rows_s . w_k / T_s,  t = (rows_t . w'_k - center_k) / T_t
+        loss_n = -sum_k softmax(t_n)_k log_softmax(s_n)_k = lse(s_n) - E_{softmax(t_n)}[s_n]
+
+    The [N, K] logits are never in memory, nor is W: one pass over chunks of prototypes; the backward makes another
+    and writes each chunk's weight gradient once. Saved for it: the arguments and two log-sum-exps per row.
+
+    Args:
+        student_rows: [N, d] bottleneck rows; float64, float32, bfloat16 or float16: the dtype of the matrix products
+            (float32 for half types on a CPU that has no instructions for them).
+        student_v: [K, d] weight-norm directions, any float dtype.
+        student_g: [K, 1] weight-norm magnitudes.
+        teacher_rows: [N, d], row n is student row n's target.
+        teacher_v: [K, d].
+        teacher_g: [K, 1].
+        center: [K], taken off the teacher's logits.
+        student_temp: T_s > 0.
+        teacher_temp: T_t > 0.
+
+    Returns:
+        [N] float32 (float64 for float64 student rows), softmax arithmetic in the same. Gradients for student_rows,
+        student_v, student_g, in their dtypes; the teacher and the center are constants. A repeat gives equal bits.
+
+    Raises:
+        TypeError, ValueError: an argument of another type or shape; the message names it.
+    """
+    _check(student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp)
+    arguments = (student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center)
+    if not torch.compiler.is_compiling() and backend.choose("distillation_loss", student_rows.device) == "reference":
+        return reference.distillation_loss(*arguments, student_temp, teacher_temp)
+    return _forward(*arguments, student_temp, teacher_temp)[0]
+
+
+def _check(student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp):
+    check_prototypes(student_v, student_g, "student_")
+    check_prototypes(teacher_v, teacher_g, "teacher_")
+    for name, rows, v in (("student", student_rows, student_v), ("teacher", teacher_rows, teacher_v)):
+        if not rows.is_floating_point():
+            raise TypeError(f"{name}_rows must be floating point, got {rows.dtype}")
+        if rows.ndim != 2 or rows.shape[1] != v.shape[1]:
+            raise ValueError(f"{name}_rows must be [N, {v.shape[1]}], got {list(rows.shape)}")
+    if teacher_rows.shape[0] != student_rows.shape[0]:
+        raise ValueError(f"{teacher_rows.shape[0]} teacher_rows for {student_rows.shape[0]} student_rows")
+    if teacher_v.shape[0] != student_v.shape[0]:
+        raise ValueError(f"teacher_v has {teacher_v.shape[0]} prototypes, student_v has {student_v.shape[0]}")
+    if tuple(center.shape) != (student_v.shape[0],):
+        raise ValueError(f"center must be [{student_v.shape[0]}], got {list(center.shape)}")
+    for name, value in (("student_temp", student_temp), ("teacher_temp", teacher_temp)):
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")

@@ -1,0 +1,134 @@
+"""Walks over the weight-normalised prototype matrix chunk by chunk, and what needs no more than such a walk.
+
+The effective row k is ``w_k = g_k * v_k / ||v_k||``. Products take a *direction* and a *scale* per row instead of w
+itself: ``x . w_k = (x . direction_k) * scale_k``, so the scale touches [N, chunk] products and not the [chunk, d]
+weights, and where the products run in v's own dtype the direction is v, uncopied.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_CHUNK = 8192
+MIN_CHUNK = 256
+CHUNK_ELEMENTS = 1 << 20  # of one [N, chunk] buffer
+
+
+class Chunk(NamedTuple):
+    """Prototypes ``rows`` of the matrix."""
+
+    rows: slice
+    direction: Tensor  # [c, d], dtype of the products; valid until the next chunk
+    scale: Tensor  # [c], accumulation dtype; effective prototype = scale * direction
+    inverse_norm: Tensor  # [c], accumulation dtype, 1 / ||v||
+    unit: bool  # the direction is v / ||v||, else v
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of softmax and sums for rows of that dtype: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Dtype in which matrix products with rows of that dtype run.
+
+    It is the rows' own, except for half types on a CPU without instructions for them: there the emulated product is
+    several times slower than the float32 one, which is also the more precise.
+    """
+    if device.type != "cpu":
+        return dtype
+    if dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+        return torch.float32
+    if dtype == torch.float16 and not torch.cpu._is_amx_fp16_supported():
+        return torch.float32
+    return dtype
+
+
+def chunk_size(n: int, k: int) -> int:
+    """Prototypes per chunk for n rows: [n, chunk] keeps within a few MiB, whatever the batch."""
+    size = CHUNK_ELEMENTS // max(n, 1)
+    return max(1, min(k, MAX_CHUNK, max(MIN_CHUNK, size - size % 64)))
+
+
+def chunks(v: Tensor, g: Tensor, size: int, dtype: torch.dtype, accumulate: torch.dtype) -> Iterator[Chunk]:
+    """Walks over the prototypes.
+
+    Args:
+        v: [K, d].
+        g: [K, 1].
+        size: prototypes per chunk; the last one may be shorter.
+        dtype: of the directions (see ``product_dtype``).
+        accumulate: dtype of scales and norms; float32 or float64.
+    """
+    # float16 has too few exponents to trust v's own size; in the wide types v / ||v|| and v round alike.
+    unit = dtype == torch.float16
+    buffer = None
+    if unit or v.dtype != dtype:
+        buffer = torch.empty(min(size, v.shape[0]), v.shape[1], dtype=dtype, device=v.device)
+    for start in range(0, v.shape[0], size):
+        rows = slice(start, min(start + size, v.shape[0]))
+        part = v[rows].detach()
+        inverse_norm = torch.linalg.vector_norm(part, dim=1, dtype=accumulate).reciprocal_()
+        scale = g[rows, 0].detach().to(accumulate)
+        direction = part
+        if buffer is not None:
+            direction = buffer[: part.shape[0]]
+            direction.copy_(part.to(accumulate) * inverse_norm[:, None] if unit else part)
+        yield Chunk(rows, direction, scale if unit else scale * inverse_norm, inverse_norm, unit)
+
+
+def prototypes(v: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The effective prototype matrix ``g * v / ||v||`` (METHOD.md, section 4), as a constant: no gradient.
+
+    Args:
+        v: [K, d].
+        g: [K, 1].
+        dtype: of the result; default that of v. Arithmetic in float32 (float64 if v is).
+
+    Returns:
+        [K, d].
+    """
+    check_prototypes(v, g, "")
+    accumulate = accumulation_dtype(v.dtype)
+    out = torch.empty(v.shape, dtype=dtype or v.dtype, device=v.device)
+    for chunk in chunks(v, g, MAX_CHUNK, accumulate, accumulate):
+        out[chunk.rows] = chunk.direction * chunk.scale[:, None]
+    return out
+
+
+def prototype_logits_mean(rows_mean: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Mean logits over a batch, from the mean of its rows: ``W @ mean(rows) = mean(W @ rows)``.
+
+    So the center's all-reduce carries d numbers, not K (METHOD.md, section 5).
+
+    Args:
+        rows_mean: [d] mean of the teacher's bottleneck rows, float32 or float64.
+        v: [K, d].
+        g: [K, 1].
+
+    Returns:
+        [K] in the dtype of ``rows_mean``; no gradient.
+    """
+    check_prototypes(v, g, "")
+    if rows_mean.shape != (v.shape[1],):
+        raise ValueError(f"rows_mean must be [{v.shape[1]}], got {list(rows_mean.shape)}")
+    dtype = accumulation_dtype(rows_mean.dtype)
+    mean = rows_mean.detach().to(dtype)
+    out = torch.empty(v.shape[0], dtype=dtype, device=v.device)
+    for chunk in chunks(v, g, MAX_CHUNK, dtype, dtype):
+        torch.mv(chunk.direction, mean, out=out[chunk.rows])
+        out[chunk.rows].mul_(chunk.scale)
+    return out
+
+
+def check_prototypes(v: Tensor, g: Tensor, prefix: str) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless v is [K, d] and g [K, 1], floating, K >= 1."""
+    for name, tensor in ((f"{prefix}v", v), (f"{prefix}g", g)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if v.ndim != 2 or v.shape[0] < 1:
+        raise ValueError(f"{prefix}v must be [K, d] with K >= 1, got {list(v.shape)}")
+    if tuple(g.shape) != (v.shape[0], 1):
+        raise ValueError(f"{prefix}g must be [{v.shape[0]}, 1], got {list(g.shape)}")
