@@ -1,0 +1,173 @@
+"""`pretrain`: from a folder of images to teacher weights. The command line calls this and nothing else."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pera_fast.config import Config
+from pera_fast.data.index import Manifest, open_or_build
+from pera_fast.data.loader import Loader
+from pera_fast.data.skipped import SkippedFiles
+from pera_fast.model.export import export_teacher
+from pera_fast.model.pera import PerA
+from pera_fast.train.console import RunLog
+from pera_fast.train.distributed import World, world
+from pera_fast.train.inputs import make_inputs
+from pera_fast.train.loop import Run, fit
+from pera_fast.train.optim import DTYPES, make_optimizer, make_scaler
+from pera_fast.train.run_folder import RunFolder, Start, check_resumed_batch, start_new, start_resumed
+from pera_fast.train.schedules import make_schedules
+from pera_fast.train.signals import StopRequest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        exit_code: 0 done; 130 (SIGINT) or 143 (SIGTERM) stopped, with a checkpoint written.
+        out: the run folder.
+        steps: optimiser steps done, those before resuming included.
+        metrics: of the last step that this call made (the keys of metrics.jsonl); empty if there was none left.
+    """
+
+    exit_code: int
+    out: Path
+    steps: int
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def pretrain(
+    data: str | PathLike[str],
+    out: str | PathLike[str],
+    recipe: str | None = "vit_b16",
+    resume: bool = False,
+    overrides: Sequence[str] = (),
+) -> RunResult:
+    """Pretrains on all images below `data`; everything that results lies in the run folder `out`.
+
+    Under torchrun this is data-parallel. SIGINT and SIGTERM finish the step, write a checkpoint and return; handlers are
+    put back afterwards.
+
+    Args:
+        data: folder of images.
+        out: run folder; new, empty, or with `resume` one that holds a run.
+        recipe: see `pera_fast.config.recipe_names()`. None with `resume`: whichever the run has.
+        resume: continue the run in `out` from its newest checkpoint.
+        overrides: `section.key=value` each.
+
+    Raises:
+        UserError: one line about what the user can mend.
+    """
+    folder = RunFolder(Path(out))
+    start = start_resumed(folder, recipe, overrides) if resume else start_new(folder, recipe or "vit_b16", overrides)
+    with world(start.cfg.train.device) as here:
+        here.barrier()  # all ranks have looked at the folder before rank 0 writes there
+        here.on_main(folder.make)
+        with RunLog(folder.log if here.main else None):
+            return _pretrain(Path(data), folder, start, here)
+
+
+def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunResult:
+    cfg = start.cfg
+    plan = cfg.train.resolve_batch(here.size)
+    if start.checkpoint:
+        check_resumed_batch(start.checkpoint, plan.total)
+    manifest = _open_data(data, cfg, here)
+    for note in start.notes:
+        log.info("%s", note)
+    pera = make_model(cfg).to(here.device)
+    loader = Loader(
+        cfg, manifest,
+        batch_size=plan.per_device, accumulate=plan.accumulate, rank=here.rank, world_size=here.size,
+        device=here.device, skipped=SkippedFiles(folder.skipped), start_micro_step=start.step * plan.accumulate,
+        transform=lambda batch: make_inputs(batch, cfg, here.rank),
+    )  # fmt: skip
+    try:
+        run = Run(
+            cfg=cfg,
+            folder=folder,
+            world=here,
+            plan=plan,
+            schedules=make_schedules(cfg, loader.steps_per_epoch),
+            pera=pera,
+            model=here.wrap(pera, unused=_tokens(cfg)["global"][1] == 0),
+            optimizer=make_optimizer(pera.parameters(), cfg),
+            scaler=make_scaler(cfg, here.device),
+            inputs=loader,
+            images=len(manifest),
+            data=_digest(manifest),
+            export=export_teacher,
+        )
+        if start.checkpoint:
+            run.load(start.checkpoint, str(folder.root))
+            if (start.checkpoint["images"], start.checkpoint["data"]) != (run.images, run.data):
+                log.warning(
+                    "the data is not what it was (%d readable images, now %d): going on, with other images per step",
+                    start.checkpoint["images"], run.images,
+                )  # fmt: skip
+            start.checkpoint = None  # its copy of the weights is not needed any more
+        if here.main:
+            folder.write_config(cfg)
+            folder.cut_metrics(run.step)
+        _announce(run)
+        with StopRequest() as stop:
+            code, metrics = fit(run, stop)
+        here.barrier()  # rank 0 may still be writing
+    finally:
+        loader.close()
+    log.info("%s after %d steps: %s", "stopped" if code else "done", run.step, folder.root)
+    return RunResult(code, folder.root, run.step, metrics)
+
+
+def make_model(cfg: Config) -> PerA:
+    """The model with the weights that `train.seed` gives, the same on every device; leaves the caller's RNG alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(cfg.train.seed)
+        model = PerA(cfg)
+    model.compute_dtype = DTYPES[cfg.train.precision]
+    if cfg.train.compile:
+        model.compile()
+    return model
+
+
+def _open_data(data: Path, cfg: Config, here: World) -> Manifest:
+    """Rank 0 builds the manifest if there is none; the others read it."""
+    manifest = here.on_main(lambda: open_or_build(data, cfg))
+    return open_or_build(data, cfg) if manifest is None else manifest
+
+
+def _digest(manifest: Manifest) -> str:
+    names = "\n".join(manifest.paths)
+    return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _tokens(cfg: Config) -> dict[str, tuple[int, int, int]]:
+    """(student, predicted, teacher) patches of a global and a local crop."""
+    counts = {}
+    for name, size in (("global", cfg.views.global_size), ("local", cfg.views.local_size)):
+        counts[name] = cfg.model.patch_counts((size // cfg.model.patch_size) ** 2)
+    return counts
+
+
+def _announce(run: Run) -> None:
+    """What is about to happen, in a few lines."""
+    cfg, device = run.cfg, run.world.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    log.info("recipe %s on %s (%s), %s", cfg.recipe, device, name, cfg.train.precision)
+    log.info("%s; %d images, %d steps per epoch", run.plan, run.images, run.inputs.steps_per_epoch)
+    student, predicted, teacher = _tokens(cfg)["global"]
+    text = f"{cfg.views.num_global} global crops: {student} student, {predicted} predicted, {teacher} teacher patches"
+    if cfg.views.num_local:
+        student, _, teacher = _tokens(cfg)["local"]
+        text += f"; {cfg.views.num_local} local crops: {student} student, {teacher} teacher patches"
+    log.info("%s", text)
+    log.info("steps %d to %d", run.step, run.schedules.steps)

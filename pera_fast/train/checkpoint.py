@@ -1,0 +1,166 @@
+"""Checkpoints: one file that holds all a run needs to go on, written whole or not at all, read without executing code.
+
+Contents, all plain values and tensors, so that `torch.load(weights_only=True)` reads them: see `FIELDS`. The data
+position is the step: every draw of the data is keyed by it. Randomness needs no saving either, for the same reason.
+"""
+
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pera_fast.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "format": int,  # FORMAT
+    "step": int,  # optimiser steps done, skipped ones included
+    "recipe": str,
+    "config": str,  # YAML of the resolved configuration
+    "total_batch": int,  # images per optimiser step over all ranks: fixes which images a step takes
+    "images": int,  # readable images of the data; with `data` tells whether it is still the same
+    "data": str,  # digest of the readable images' names in their order
+    "nonfinite": Mapping,  # counters of skipped steps: {"total": int, "row": int}
+    "model": Mapping,  # state dict: student, teacher, heads, mask token, center
+    "optimizer": Mapping,
+    "scaler": Mapping,  # empty unless fp16
+}
+_NAME = re.compile(r"step_(\d{8,})\.pt")
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimiser steps lies."""
+    return folder / f"step_{step:08d}.pt"
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in a folder, oldest first; none if there is no folder."""
+    found = [(int(match[1]), path) for path in folder.glob("step_*.pt") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def save_checkpoint(folder: Path, state: Mapping[str, Any], keep: int) -> Path | None:
+    """Writes the state atomically, then removes all but the newest `keep` checkpoints.
+
+    If it cannot be written (full disk, quota), the partial file is removed, nothing else is touched, a warning says so,
+    and None is returned: training goes on, and older checkpoints stay good.
+    """
+    path = checkpoint_path(folder, state["step"])
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(partial, state)
+        os.replace(partial, path)
+        _sync_folder(folder)
+    except (OSError, RuntimeError) as error:  # torch.save turns some write errors into RuntimeError
+        partial.unlink(missing_ok=True)
+        last = find_checkpoints(folder)
+        kept = f"the last good one is {last[-1].name}" if last else "there is none yet"
+        log.warning("checkpoint %s could not be written (%s); %s, training goes on", path, _reason(error), kept)
+        return None
+    _prune(folder, keep)
+    return path
+
+
+def _write(path: Path, state: Mapping[str, Any]) -> None:
+    with open(path, "wb") as file:
+        torch.save(dict(state), file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the new name survive a power cut too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: BaseException) -> str:
+    """The operating system's words where it has any, also where torch wrapped them."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(error).split())[:200]
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for path in [*find_checkpoints(folder)[:-keep], *folder.glob(".step_*.pt.partial")]:
+        try:
+            path.unlink()
+        except OSError as error:
+            log.warning("%s could not be removed: %s", path, _reason(error))
+
+
+class _DamagedError(Exception):
+    """Why a file is not a whole checkpoint."""
+
+
+def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a folder, tensors on the CPU; None if there is none.
+
+    A damaged newest one is not silently passed over: that would throw away steps without the user's consent.
+
+    Raises:
+        UserError: the newest is damaged; names it and the newest older good one.
+    """
+    paths = find_checkpoints(folder)
+    if not paths:
+        return None
+    try:
+        return paths[-1], _load(paths[-1])
+    except _DamagedError as error:
+        good = next((p for p in reversed(paths[:-1]) if _is_whole(p)), None)
+        advice = (
+            f"delete it to resume from {good.name}" if good else "no older one is good: start anew in another --out"
+        )
+        raise UserError(f"{paths[-1]}: damaged checkpoint ({error}); {advice}") from None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """One checkpoint, tensors on the CPU. Raises UserError if it is damaged, missing or not one of ours."""
+    try:
+        return _load(path)
+    except _DamagedError as error:
+        raise UserError(f"{path}: damaged checkpoint ({error})") from None
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _load(path)
+    except (_DamagedError, UserError):
+        return False
+    return True
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it writes
+            bad = archive.testzip()
+    except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
+        raise _DamagedError(_reason(error)) from None
+    if bad is not None:
+        raise _DamagedError(f"checksum of {bad} is wrong")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken file makes the unpickler raise; unsafe contents raise here as well
+        raise _DamagedError(_reason(error).split(". ")[0]) from None
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
+        raise _DamagedError("not a checkpoint of pera-fast")
+    if state["format"] > FORMAT:
+        raise UserError(f"{path}: written by a newer pera-fast (checkpoint format {state['format']}); update pera-fast")
+    for name, kind in FIELDS.items():
+        if not isinstance(state.get(name), kind):
+            raise _DamagedError(f"{name} is missing")
+    return state

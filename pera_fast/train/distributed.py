@@ -1,0 +1,127 @@
+"""Data parallelism under torchrun: process group, DDP, the few collectives of a step. Does nothing in one process."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pera_fast.errors import UserError
+
+T = TypeVar("T")
+HOST_TIMEOUT = timedelta(days=1)  # rank 0 may index millions of images while the others wait
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among those that train together."""
+
+    rank: int
+    size: int
+    device: torch.device
+    host_group: Any = None  # gloo group for the host's own agreements, also where tensors go over NCCL
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the run folder and speaks to the user."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the ranks, in place; the same bits on every rank."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def largest(self, value: int) -> int:
+        """Largest of the ranks' integers (over the host's group)."""
+        if self.size == 1:
+            return value
+        box = torch.tensor([value])
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.host_group)
+        return int(box)
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.size > 1:
+            dist.barrier(group=self.host_group)
+
+    def on_main(self, function: Callable[[], T]) -> T | None:
+        """Runs the function on rank 0 while the others wait. Its UserError is raised on all; the others get None."""
+        value, failure, crash = None, None, None
+        if self.main:
+            try:
+                value = function()
+            except UserError as error:
+                failure = str(error)
+            except BaseException as error:  # the others must not wait a day for a process that is gone
+                failure, crash = f"rank 0 failed: {error}", error
+        if self.size > 1:
+            box = [failure]
+            dist.broadcast_object_list(box, src=0, group=self.host_group, device=torch.device("cpu"))
+            failure = box[0]
+        if crash is not None:
+            raise crash
+        if failure is not None:
+            raise UserError(failure)
+        return value
+
+    def wrap(self, model: nn.Module, *, unused: bool) -> nn.Module:
+        """The model, in DDP if there are several processes.
+
+        Args:
+            unused: some trained parameters get no gradient in this recipe (no predicted patches: no pixel head).
+        """
+        if self.size == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=unused
+        )
+
+
+def no_sync(model: nn.Module) -> AbstractContextManager[Any]:
+    """Gradients stay on this rank inside: for all micro-batches of a step but the last."""
+    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """`train.device`: auto takes CUDA where it works. Raises UserError for CUDA without a device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if local_rank >= count:
+        raise UserError(
+            f"train.device={name}: process {local_rank} of this machine wants a GPU of its own, and"
+            f" {count} can be used; start fewer processes or give train.device=cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def world(device_name: str) -> Iterator[World]:
+    """The processes that torchrun started (its environment says so), joined inside the block; else just this one."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        device = choose_device(device_name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        yield World(0, 1, device)
+        return
+    device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+        yield World(dist.get_rank(), dist.get_world_size(), device, host_group)
+    finally:
+        if ours:
+            dist.destroy_process_group()

@@ -1,0 +1,61 @@
+"""Model FLOP utilisation: the matrix products that the method needs, against the device's published peak.
+
+Counted: multiply-adds (as 2) of matrix products and attention, once for each token that a network sees. Not counted:
+recomputation, and what stochastic depth leaves out. METHOD.md section 4.
+"""
+
+import torch
+
+from pera_fast.config import Config
+
+# Dense tensor-core peak for bf16 and fp16 in FLOP/s (makers' data sheets), by a part of the device's name. A device
+# that is not here has no MFU: better none than a guess. First match counts.
+PEAKS = (
+    ("B200", 2250e12),
+    ("H200", 989.4e12),
+    ("H100 PCIe", 756e12),
+    ("H100 80GB HBM3", 989.4e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+)
+
+
+def device_peak(device: torch.device, precision: str) -> float | None:
+    """FLOP/s of the device in this precision, None where unknown (CPUs, fp32, devices that are not listed)."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS if part in name), None)
+
+
+def _blocks(cfg: Config, length: int, depth: int) -> float:
+    """Forward FLOPs of `depth` blocks on one sequence of `length` tokens."""
+    D = cfg.model.embed_dim
+    dense = length * (8 + 4 * cfg.model.mlp_ratio) * D * D  # qkv and projection; both layers of the MLP
+    return depth * (dense + 4 * length * length * D)
+
+
+def _mlp_head(cfg: Config) -> float:
+    """Forward FLOPs of a head's MLP on one row."""
+    m = cfg.model
+    return 2 * (m.embed_dim * m.head_hidden + m.head_hidden * m.head_hidden + m.head_hidden * m.bottleneck)
+
+
+def flops_per_image(cfg: Config) -> float:
+    """FLOPs of forward and backward for one image's crops (student three times its forward, teacher once)."""
+    m, v = cfg.model, cfg.views
+    patch = m.in_chans * m.patch_size**2
+    embed = 2 * patch * m.embed_dim  # per visible patch
+    head = _mlp_head(cfg) + 2 * m.bottleneck * m.prototypes
+    student, teacher, embedding = 0.0, 0.0, 0.0
+    for crops, size, predicts in ((v.num_global, v.global_size, True), (v.num_local, v.local_size, False)):
+        seen, predicted, taught = m.patch_counts((size // m.patch_size) ** 2)
+        late = 1 + seen + (predicted if predicts else 0)
+        half = m.depth // 2
+        blocks = _blocks(cfg, 1 + seen, half) + _blocks(cfg, late, m.depth - half)
+        student += crops * ((1 - m.drop_path) * blocks + head)
+        if predicts:
+            student += crops * predicted * (_mlp_head(cfg) + 2 * m.bottleneck * patch)
+        embedding += crops * seen * embed
+        teacher += crops * (_blocks(cfg, 1 + taught, m.depth) + head + taught * embed)
+    return 3 * student + 2 * embedding + teacher  # pixels take no gradient

@@ -1,0 +1,52 @@
+"""AdamW over everything trained, gradient clipping, loss scaling for fp16 (METHOD.md section 6).
+
+A step whose loss or gradients are not finite must change nothing. That is decided on the device: the fused AdamW takes
+a flag `found_inf` and does nothing where it is set, so the update is launched without the host having to look first.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pera_fast.config import Config
+from pera_fast.train.schedules import StepValues
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def make_optimizer(parameters: Iterable[torch.nn.Parameter], cfg: Config) -> torch.optim.AdamW:
+    """AdamW with one group: biases and norms decay like the rest. Fused: both CPU and CUDA support it."""
+    trained = [p for p in parameters if p.requires_grad]
+    o = cfg.optim
+    return torch.optim.AdamW(trained, lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, fused=True)
+
+
+def make_scaler(cfg: Config, device: torch.device) -> torch.amp.GradScaler:
+    """Loss scaling for fp16; does nothing for bf16 and fp32, whose gradients do not underflow."""
+    return torch.amp.GradScaler(device.type, enabled=cfg.train.precision == "fp16")
+
+
+def apply_gradients(
+    optimizer: torch.optim.AdamW,
+    scaler: torch.amp.GradScaler,
+    values: StepValues,
+    clip: float,
+    losses: Tensor,  # f32 [any]: the step is skipped unless all are finite
+) -> tuple[Tensor, Tensor]:
+    """Unscales, clips and applies the gradients; does nothing to the parameters if anything is not finite.
+
+    Returns:
+        (norm, ok) on the device, f32 [] each: the gradient norm before clipping, and 1 if the update was made, else 0.
+    """
+    scaler.unscale_(optimizer)
+    group: dict[str, Any] = optimizer.param_groups[0]
+    group["lr"], group["weight_decay"] = values.lr, values.weight_decay
+    norm = torch.nn.utils.clip_grad_norm_(group["params"], clip, foreach=True)
+    ok = torch.isfinite(losses).all() & torch.isfinite(norm)
+    # Set here rather than by scaler.step(): the scaler sees infinite gradients only, and only in fp16.
+    optimizer.found_inf = (~ok).to(torch.float32)  # type: ignore[attr-defined]
+    optimizer.step()
+    scaler.update()  # lowers the scale after infinite gradients, raises it after many good steps
+    return norm, ok.to(torch.float32)

@@ -1,0 +1,179 @@
+"""The run folder: what may be started in it, what may be resumed from it (DESIGN.md section 5).
+
+Resuming continues the run as it was: its own configuration holds. Overrides given with --resume change it where that
+keeps the run exact; a few that do not are noted in the log; the rest is refused.
+"""
+
+import copy
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pera_fast.config import Config, differences, from_yaml, load_config, to_yaml
+from pera_fast.errors import UserError
+from pera_fast.train.checkpoint import find_checkpoints, load_newest
+
+log = logging.getLogger(__name__)
+
+BATCH = {"train.batch_size", "train.total_batch_size", "train.accumulate"}  # may be split anew if the total stays
+HARMLESS = {
+    "train.checkpoint_every", "train.keep_checkpoints", "train.max_nonfinite",
+    "data.loader_threads", "data.prefetch", "data.verify", "data.index", "data.max_pixels", "model.recompute",
+}  # fmt: skip
+# These go on, but not bit for bit.
+NOTED = {"train.steps", "train.epochs", "train.precision", "train.device", "train.compile"}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names inside a run folder."""
+
+    root: Path
+
+    config = property(lambda self: self.root / "config.yaml")
+    metrics = property(lambda self: self.root / "metrics.jsonl")
+    log = property(lambda self: self.root / "train.log")
+    checkpoints = property(lambda self: self.root / "checkpoints")
+    teacher = property(lambda self: self.root / "exported" / "teacher.safetensors")
+    skipped = property(lambda self: self.root / "skipped.csv")
+
+    def holds_run(self) -> bool:
+        """Whether a run was started here."""
+        return self.config.exists() or self.metrics.exists() or bool(find_checkpoints(self.checkpoints))
+
+    def make(self) -> None:
+        """Creates the folder. Raises UserError if nothing can be written there."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.root, prefix=".writable-"):
+                pass
+        except OSError as error:
+            raise UserError(f"--out {self.root}: cannot write there ({error.strerror}); give another folder") from None
+
+    def write_config(self, cfg: Config) -> None:
+        """Writes the resolved configuration."""
+        replace_text(self.config, to_yaml(cfg))
+
+    def cut_metrics(self, step: int) -> None:
+        """Drops what was logged after `step`, so that no step stands there twice after resuming."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # the process was killed while it wrote this line
+        replace_text(self.metrics, "".join(kept))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all. Raises UserError if it cannot be written."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+@dataclass
+class Start:
+    """How a run begins: its configuration, and the checkpoint to continue from (None: from scratch)."""
+
+    cfg: Config
+    checkpoint: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)  # for the log
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps already done."""
+        return self.checkpoint["step"] if self.checkpoint else 0
+
+
+def start_new(folder: RunFolder, recipe: str, overrides: Sequence[str]) -> Start:
+    """A run from scratch. Raises UserError if the folder holds one already or cannot be written."""
+    cfg = load_config(recipe, overrides)
+    if folder.root.exists() and not folder.root.is_dir():
+        raise UserError(f"--out {folder.root}: is a file; give a folder")
+    if folder.holds_run():
+        raise UserError(f"--out {folder.root}: holds a run already; continue it with --resume or give another folder")
+    return Start(cfg)
+
+
+def start_resumed(folder: RunFolder, recipe: str | None, overrides: Sequence[str]) -> Start:
+    """The run of this folder, continued from its newest checkpoint, or from the start if it was ended before the first.
+
+    Raises:
+        UserError: nothing to resume, damaged checkpoint, another recipe, or a change that would make it another run.
+    """
+    if not folder.holds_run():
+        raise UserError(f"--out {folder.root}: no run to resume there; leave --resume out to start one")
+    newest = load_newest(folder.checkpoints)
+    if newest is not None:
+        path, state = newest
+        saved, source = from_yaml(state["config"]), str(path)
+    elif folder.config.exists():
+        path, state = None, None
+        saved, source = from_yaml(folder.config.read_text(encoding="utf-8")), str(folder.root)
+    else:
+        raise UserError(f"--out {folder.root}: holds neither a checkpoint nor config.yaml to resume from; start anew")
+    cfg, notes = continue_config(saved, recipe, overrides, source)
+    notes.insert(0, f"resuming from {path}" if path else f"{folder.root} has no checkpoint yet: starting from step 0")
+    return Start(cfg, state, notes)
+
+
+def continue_config(
+    saved: Config, recipe: str | None, overrides: Sequence[str], source: str
+) -> tuple[Config, list[str]]:
+    """The saved configuration with the overrides given on resuming, and what to note about them.
+
+    Raises:
+        UserError: another recipe, or a change that would make it another run; lists the keys that differ.
+    """
+    requested = load_config(recipe or saved.recipe, overrides)
+    if requested.recipe != saved.recipe:
+        changed = _refused(saved, requested)
+        raise UserError(
+            f"{source}: is of recipe {saved.recipe}, not {requested.recipe} ({_list(changed) or 'equal keys'});"
+            f" give --recipe {saved.recipe}, or another --out"
+        )
+    given = {text.partition("=")[0].strip() for text in overrides}
+    cfg = copy.deepcopy(saved)
+    for key in given | (BATCH if given & BATCH else set()):
+        section, name = key.split(".")
+        setattr(getattr(cfg, section), name, getattr(getattr(requested, section), name))
+    cfg = from_yaml(to_yaml(cfg))  # checks the mixture
+    refused = _refused(saved, cfg)
+    if refused:
+        raise UserError(f"{source}: cannot be continued with {_list(refused)}; leave that out, or give another --out")
+    changed = {key: pair for key, pair in differences(saved, cfg).items() if key in NOTED}
+    note = f"changed on resuming: {_list(changed)}; from here on this is not the run that it would have been"
+    return cfg, [note] if changed else []
+
+
+def _refused(saved: Config, cfg: Config) -> dict[str, tuple[Any, Any]]:
+    allowed = BATCH | HARMLESS | NOTED | {"recipe"}
+    return {key: pair for key, pair in differences(saved, cfg).items() if key not in allowed}
+
+
+def _list(changed: dict[str, tuple[Any, Any]]) -> str:
+    """Keys that differ, in one line: key=new (was old)."""
+    words = [f"{key}={new} (was {old})" for key, (old, new) in changed.items()]
+    return ", ".join(words[:8]) + (f" and {len(words) - 8} more" if len(words) > 8 else "")
+
+
+def check_resumed_batch(state: dict[str, Any], total: int) -> None:
+    """Raises UserError if a step would take other images than the checkpoint's did."""
+    if state["total_batch"] != total:
+        raise UserError(
+            f"the checkpoint's steps take {state['total_batch']} images in total, these would take {total};"
+            f" give train.total_batch_size={state['total_batch']}, or as many processes as before"
+        )

@@ -1,0 +1,93 @@
+"""One optimiser step: micro-batches, gradients, update, center, EMA."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pera_fast.train.distributed import World, no_sync
+from pera_fast.train.optim import apply_gradients
+from pera_fast.train.schedules import StepValues
+
+LOSSES = ("loss", "global_cls_loss", "local_cls_loss", "koleo_loss", "pixel_loss")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave, on the host.
+
+    Attributes:
+        losses: total and logged parts, means over micro-batches and ranks (METHOD.md section 5).
+        grad_norm: before clipping.
+        applied: False if something was not finite: then parameters, teacher and center are as before.
+        stop: over all ranks, whether (SIGINT, SIGTERM) came.
+    """
+
+    losses: dict[str, float]
+    grad_norm: float
+    applied: bool
+    stop: tuple[bool, bool]
+
+    @property
+    def nonfinite(self) -> list[str]:
+        """Names of what was not finite."""
+        bad = [name for name, value in self.losses.items() if not math.isfinite(value)]
+        if not bad and not math.isfinite(self.grad_norm):
+            bad = ["gradients"]
+        return bad if bad or self.applied else ["teacher_mean"]
+
+
+def train_step(
+    model: nn.Module,
+    pera: Any,
+    optimizer: torch.optim.AdamW,
+    scaler: torch.amp.GradScaler,
+    inputs: Iterator[Any],
+    accumulate: int,
+    values: StepValues,
+    clip: float,
+    world: World,
+    stop: Callable[[], tuple[bool, bool]] = lambda: (False, False),
+) -> StepResult:
+    """Takes `accumulate` micro-batches from `inputs` and makes one update. Reads from the device once, at its end.
+
+    Args:
+        model: called for the losses; `pera` itself, or `pera` in DDP.
+        pera: the model with its center and teacher.
+        stop: says whether (SIGINT, SIGTERM) came to this process; all ranks learn it, in `StepResult.stop`.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    total: Tensor | None = None  # f32 [5 + bottleneck]: loss parts, then the mean teacher row, averaged
+    for micro in range(accumulate):
+        batch = next(inputs).to(world.device, non_blocking=True)
+        if micro + 1 < accumulate:
+            with no_sync(model):
+                part = _backward(model, scaler, batch, values, accumulate)
+        else:
+            part = _backward(model, scaler, batch, values, accumulate)
+        total = part if total is None else total + part
+    assert total is not None
+    # One collective for all that the ranks must agree on: the losses, the center's input, and whether to stop.
+    total = world.mean(torch.cat([total, *(total.new_full((1,), float(flag)) for flag in stop())]))
+    norm, ok = apply_gradients(optimizer, scaler, values, clip, total)
+    numbers = torch.cat([total[: len(LOSSES)], total[-2:], torch.stack([norm, ok])]).tolist()  # waits for the device
+    applied = bool(numbers[-1])
+    if applied:
+        pera.update_center(total[len(LOSSES) : -2])  # before the EMA, and in effect from the next step on
+        pera.update_teacher(values.momentum)
+    sigint, sigterm, grad_norm, _ = numbers[len(LOSSES) :]
+    losses = dict(zip(LOSSES, numbers[: len(LOSSES)], strict=True))
+    return StepResult(losses, grad_norm, applied, (sigint > 0, sigterm > 0))
+
+
+def _backward(
+    model: nn.Module, scaler: torch.amp.GradScaler, batch: Any, values: StepValues, accumulate: int
+) -> Tensor:
+    """Gradients of one micro-batch; returns its share of the step's means, f32 [5 + bottleneck]."""
+    out = model(batch, values.teacher_temp)
+    scaler.scale(out["loss"] / accumulate).backward()
+    losses = torch.stack([out[name].detach().float() for name in LOSSES])
+    return torch.cat([losses, out["teacher_mean"].detach().float().flatten()]) / accumulate
