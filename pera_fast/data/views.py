@@ -37,7 +37,7 @@ class Windows:
         near = np.stack([self.top, self.left], axis=-1).astype(np.float32)
         far = np.stack([self.top + self.height, self.left + self.width], axis=-1).astype(np.float32)
         flip = np.stack([self.vflip, self.hflip], axis=-1)
-        return np.where(flip, far, near), np.where(flip, near, far)
+        return np.ascontiguousarray(np.where(flip, far, near)), np.ascontiguousarray(np.where(flip, near, far))
 
 
 def _uniforms(seed: int, purpose: Purpose, epoch: int, samples: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -67,10 +67,11 @@ def draw_windows(views: Any, seed: int, epoch: int, samples: np.ndarray, sizes: 
     full_h, full_w = (sizes[:, axis].astype(np.float64)[:, None] for axis in (0, 1))  # [B, 1]
 
     low, high = np.array([views.global_scale] * views.num_global + [views.local_scale] * views.num_local).T
-    area = (full_h * full_w)[..., None] * (low + (high - low) * tries[..., 0].swapaxes(1, 2)).swapaxes(1, 2)
+    scale = low[:, None] + (high - low)[:, None] * tries[..., 0]  # [B, crops, tries]
+    area = (full_h * full_w)[..., None] * scale
     narrow, wide = views.aspect
     ratio = np.exp(math.log(narrow) + (math.log(wide) - math.log(narrow)) * tries[..., 1])
-    width, height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))  # [B, crops, tries]
+    width, height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (width > 0) & (width <= full_w[..., None]) & (height > 0) & (height <= full_h[..., None])
     first = fits.argmax(axis=-1)[..., None]
     found = fits.any(axis=-1)  # [B, crops]

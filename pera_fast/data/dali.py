@@ -1,0 +1,77 @@
+"""DALI as a decoder: imported late, and used alone to check files. No torch here: checking workers import this."""
+
+import io
+import os
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from pera_fast.errors import UserError
+
+
+def require_dali() -> SimpleNamespace:
+    """DALI's Pipeline, fn and types. Raises UserError where it is not installed."""
+    try:
+        from nvidia.dali import fn, types
+        from nvidia.dali.pipeline import Pipeline
+    except ImportError as error:
+        raise UserError(
+            f"reading images needs NVIDIA DALI, also on a CPU ({error}): pip install 'pera-fast[cuda13]' (or [cuda12])"
+        ) from error
+    return SimpleNamespace(Pipeline=Pipeline, fn=fn, types=types)
+
+
+class DaliDecoder:
+    """Decodes on the CPU exactly as the training pipeline does, and tells the shapes.
+
+    Args:
+        channels: 3 for RGB, 1 for gray.
+        batch_size: the most files of one call.
+    """
+
+    def __init__(self, channels: int, batch_size: int):
+        self._channels, self._batch_size = channels, batch_size
+        self._dali = require_dali()
+        self._pipe: Any = None
+
+    def _build(self) -> Any:
+        dali = self._dali
+        pipe = dali.Pipeline(
+            batch_size=self._batch_size, num_threads=1, device_id=None, prefetch_queue_depth=1, set_affinity=False
+        )
+        with pipe:
+            images = dali.fn.decoders.image(
+                dali.fn.external_source(name="images", device="cpu"),
+                device="cpu",
+                output_type=dali.types.RGB if self._channels == 3 else dali.types.GRAY,
+            )
+            pipe.set_outputs(images)
+        pipe.build()
+        return pipe
+
+    def shapes(self, encoded: Sequence[np.ndarray]) -> list[tuple[int, int]]:
+        """(height, width) of each decoded image. Raises RuntimeError if any cannot be decoded."""
+        if self._pipe is None:
+            self._pipe = self._build()
+        try:
+            self._pipe.feed_input("images", list(encoded))
+            (images,) = self._pipe.run()
+        except Exception:
+            self._pipe = None  # a pipeline that raised is of no use any more
+            raise
+        return [(int(height), int(width)) for height, width, _ in images.shape()]
+
+
+def error_reason(error: BaseException) -> str:
+    """The telling line of a DALI exception, which spreads over many lines and repeats itself."""
+    lines = [line.strip() for line in io.StringIO(str(error)).read().splitlines() if line.strip()]
+    after = [i for i, line in enumerate(lines) if line.startswith("encountered")]
+    told = lines[after[0] + 1] if after and after[0] + 1 < len(lines) else (lines[0] if lines else repr(error))
+    return told.split(f"sample #")[0].strip(" :") or "cannot decode"
+
+
+def encoded_size(fd: int) -> int:
+    """Bytes of an open file."""
+    return os.fstat(fd).st_size

@@ -1,0 +1,111 @@
+"""The DALI pipeline: encoded bytes and crop windows in, uint8 crops out. The same code on CPU and GPU.
+
+Each crop is made once; student and teacher share it. Windows and flips come from `views.Windows.roi`. The resize is
+bilinear with antialias; at the border of a window it reads the image's own pixels beyond it, as Pillow's
+`resize(box=...)` does and torchvision's crop-then-resize does not: that differs in the outermost pixels only.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from pera_fast.data.dali import require_dali
+
+
+class CropPipeline:
+    """Decodes, crops, resizes and flips batches. `depth` batches are kept under way, handed back in order.
+
+    Submit `depth` batches, then collect and submit in turns: the first `depth` only start together. A batch that cannot be decoded raises RuntimeError from `submit` or `collect`; the pipeline is of no use after that.
+
+    Args:
+        views: cfg.views.
+        channels: of the images: 3 decodes to RGB, 1 to gray, any other number takes raw uint8 HWC arrays.
+        batch_size: the most images of one batch.
+        threads: decoding threads.
+        device: where the crops are made and handed over.
+        depth: batches under way at a time; with two, one is decoded while the other is resized and copied.
+    """
+
+    def __init__(
+        self, views: Any, channels: int, batch_size: int, threads: int, device: torch.device, *, depth: int = 2
+    ):
+        dali = require_dali()
+        self.depth = depth
+        self.views, self.channels, self.device = views, channels, device
+        self._sides = [views.global_size] * views.num_global + [views.local_size] * views.num_local
+        on_gpu = device.type == "cuda"
+        self._pipe = dali.Pipeline(
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=(device.index if device.index is not None else torch.cuda.current_device()) if on_gpu else None,
+            prefetch_queue_depth=depth,
+            set_affinity=False,
+        )
+        with self._pipe:
+            self._pipe.set_outputs(*self._crops(dali, on_gpu))
+        self._pipe.build()
+        self._under_way: deque[int] = deque()  # number of images of each batch
+        self._started = False
+
+    def _crops(self, dali: Any, on_gpu: bool) -> list[Any]:
+        fn, types = dali.fn, dali.types
+        if self.channels in (1, 3):
+            output_type = types.RGB if self.channels == 3 else types.GRAY
+            source = fn.external_source(name="images", device="cpu")
+            images = fn.decoders.image(source, device="mixed" if on_gpu else "cpu", output_type=output_type)
+        else:
+            images = fn.external_source(name="images", device="cpu", layout="HWC")
+            images = images.gpu() if on_gpu else images
+        return [
+            fn.resize(
+                images,
+                size=[side, side],
+                roi_start=fn.external_source(name=f"start{crop}", device="cpu"),
+                roi_end=fn.external_source(name=f"end{crop}", device="cpu"),
+                interp_type=types.INTERP_LINEAR,
+                antialias=True,
+            )
+            for crop, side in enumerate(self._sides)
+        ]
+
+    def submit(self, images: Sequence[np.ndarray], start: np.ndarray, end: np.ndarray) -> None:
+        """Starts a batch.
+
+        Args:
+            images: B encoded files, uint8 [bytes] (raw mode: uint8 [H, W, C]).
+            start: float32 [crops, B, 2], corner of each window that becomes the crop's first pixel, (y, x).
+            end: float32 [crops, B, 2], the opposite corner.
+        """
+        self._pipe.feed_input("images", list(images))
+        for crop in range(len(self._sides)):
+            self._pipe.feed_input(f"start{crop}", start[crop])
+            self._pipe.feed_input(f"end{crop}", end[crop])
+        self._under_way.append(len(images))
+        if self._started or len(self._under_way) == self.depth:
+            self._started = True
+            self._pipe.schedule_run()  # the first call starts `depth` batches at once
+
+    def collect(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(global, local) crops of the oldest batch: uint8 [crops * B, H, W, C], crop-major, owned by the caller."""
+        batch = self._under_way.popleft()
+        outputs = self._pipe.share_outputs()
+        try:
+            split = self.views.num_global
+            return (
+                self._gather(outputs[:split], batch, self.views.global_size),
+                self._gather(outputs[split:], batch, self.views.local_size),
+            )
+        finally:
+            self._pipe.release_outputs()
+
+    def _gather(self, outputs: Sequence[Any], batch: int, side: int) -> torch.Tensor:
+        # One copy: DALI's buffers are reused by the next batches, and a group is one tensor.
+        group = torch.empty((len(outputs) * batch, side, side, self.channels), dtype=torch.uint8, device=self.device)
+        for crop, output in enumerate(outputs):
+            group[crop * batch : (crop + 1) * batch].copy_(torch.from_dlpack(output.as_tensor()))
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # before DALI gets its buffers back
+        return group
