@@ -60,7 +60,7 @@ def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
 def _parse(text: str) -> tuple[str, Any]:
     """`section.key=value` as (key, value of the key's type)."""
     key, equals, raw = text.partition("=")
-    key = key.strip()
+    key = show(key.strip())
     if not equals:
         near = nearest_key(key)
         hint = f"; did you mean {near}=...?" if near else ""
@@ -160,19 +160,9 @@ def _following(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
 
 
 def _build(recipe: str, values: Mapping[str, Any]) -> Config:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    tree: Any = OmegaConf.structured(Config(recipe=recipe))
+    cfg = Config(recipe=recipe)
     for key, value in values.items():
-        try:
-            OmegaConf.update(tree, key, value)
-        except OmegaConfBaseException:
-            raise fail(key, value, f"wants {wants(key)}") from None
-    try:
-        cfg = OmegaConf.to_object(tree)
-    except OmegaConfBaseException as error:
-        raise UserError(f"configuration: {show(error)}") from None
-    assert isinstance(cfg, Config)
+        section, _, name = key.partition(".")
+        setattr(getattr(cfg, section), name, value)
     check(cfg)
     return cfg
