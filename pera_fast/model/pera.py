@@ -1,0 +1,208 @@
+"""Student and teacher on disjoint masks, and the loss between them (METHOD.md sections 3 to 5)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.init import normal_
+
+from pera_fast.config import Config
+from pera_kernels.distillation_loss import distillation_loss, prototype_logits_mean, sinkhorn_center
+from pera_kernels.koleo import koleo, koleo_rows
+from pera_kernels.mask_tokens import mask_tokens
+from pera_kernels.pixel_loss import pixel_loss
+from pera_kernels.visible_patches import contrast_mean, visible_patches
+
+from .heads import ClsHead, PixelHead
+from .inputs import GroupInputs, StepInputs, num_kept
+from .transformer import VisionTransformer, sequence_starts
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Branch(nn.Module):
+    """A backbone with its cls head: the pair that student and teacher both are."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        model, views = cfg.model, cfg.views
+        self.backbone = VisionTransformer(
+            grid=views.global_size // model.patch_size,
+            patch_size=model.patch_size,
+            in_chans=model.in_chans,
+            embed_dim=model.embed_dim,
+            depth=model.depth,
+            num_heads=model.num_heads,
+            mlp_ratio=model.mlp_ratio,
+            other_grids=[views.local_size // model.patch_size],
+        )
+        self.cls_head = ClsHead(model.embed_dim, model.head_hidden, model.bottleneck, model.prototypes)
+
+
+class PerA(nn.Module):
+    """The training model. Parameters carry the names of the published checkpoints.
+
+    Args:
+        cfg: resolved configuration.
+
+    Attributes:
+        compute_dtype: dtype of activations and matrix products; parameters stay float32.
+        center: float32 [1, prototypes], running mean of the teacher's logits, used by the next step.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        self.compute_dtype = PRECISIONS[cfg.train.precision]
+        self.student = Branch(cfg)
+        self.teacher = Branch(cfg)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+        patch_values = cfg.model.patch_size**2 * cfg.model.in_chans
+        self.pred_head = PixelHead(cfg.model.embed_dim, cfg.model.head_hidden, cfg.model.bottleneck, patch_values)
+        self.s_mask_token = nn.Parameter(normal_(torch.empty(1, 1, cfg.model.embed_dim), std=0.02))
+        self.register_buffer("center", torch.zeros(1, cfg.model.prototypes))
+
+    def forward(self, inputs: StepInputs, teacher_temp: float) -> dict[str, Tensor]:
+        """One micro-batch through both networks.
+
+        Args:
+            inputs: crops, colours, indices and kept sequences, on the model's device.
+            teacher_temp: the teacher's temperature at this step.
+
+        Returns:
+            ``loss``, the differentiable total (METHOD.md section 5), and, detached: ``global_cls_loss``,
+            ``local_cls_loss``, ``koleo_loss`` and ``pixel_loss`` (the logged values: koleo_sum / num_global and
+            pixel / (100 * num_global)), ``teacher_mean`` (float32 [bottleneck], mean teacher row for the center).
+        """
+        cfg = self.cfg
+        teacher_rows = self.teacher_rows(inputs)
+        student_rows, pixel = self.student_rows(inputs)
+        center = self.center[0]
+        prototypes = self.teacher.cls_head.last_layer
+        if cfg.loss.centering == "sinkhorn":
+            center = sinkhorn_center(
+                _all_ranks(teacher_rows), prototypes.weight_v, prototypes.weight_g, teacher_temp
+            )
+        student = self.student.cls_head.last_layer
+        entropies = distillation_loss(
+            *(student_rows, student.weight_v, student.weight_g),
+            *(teacher_rows, prototypes.weight_v, prototypes.weight_g),
+            *(center, cfg.loss.student_temp, teacher_temp),
+        )
+        # The sum over pairs of batch means, over the number of pairs, is the mean over all rows.
+        num_global = inputs.global_.crops.shape[0]
+        global_cls = entropies[:num_global].sum() / entropies.shape[0]
+        local_cls = entropies[num_global:].sum() / entropies.shape[0]
+        koleo_sum = self._koleo(student_rows[:num_global])
+        total = global_cls + local_cls + cfg.loss.koleo_weight * koleo_sum + cfg.loss.pixel_weight * pixel
+        return {
+            "loss": total,
+            "global_cls_loss": global_cls.detach(),
+            "local_cls_loss": local_cls.detach(),
+            "koleo_loss": koleo_sum.detach() / cfg.views.num_global,
+            "pixel_loss": pixel.detach() / (100 * cfg.views.num_global),
+            "teacher_mean": teacher_rows.float().mean(0),
+        }
+
+    def _koleo(self, rows: Tensor) -> Tensor:
+        """Sum over the global crops of the KoLeo loss, 0 if it has no weight."""
+        if self.cfg.loss.koleo_weight == 0:
+            return rows.new_zeros((), dtype=torch.float32)
+        if self.cfg.loss.koleo_on == "bottleneck":
+            return koleo_rows(rows, self.cfg.views.num_global)
+        layer = self.student.cls_head.last_layer
+        return koleo(rows, layer.weight_v, layer.weight_g, self.cfg.views.num_global)
+
+    @torch.no_grad()
+    def teacher_rows(self, inputs: StepInputs) -> Tensor:
+        """Unit bottleneck rows [crops * B, bottleneck] of the teacher, global crops first."""
+        backbone = self.teacher.backbone
+        tokens, groups = [], []
+        for group in (inputs.global_, inputs.local):
+            crops = group.crops if group.teacher_crops is None else group.teacher_crops
+            rows = self._patches(crops, group.teacher_index, group.teacher_order, group.teacher_factors)[0]
+            tokens.append(self._embed(backbone, rows, group.teacher_index, crops))
+            groups += [group.teacher_index.shape[0], 1 + group.teacher_index.shape[1]]
+        x = backbone.forward_blocks(torch.cat(tokens), groups)
+        return self.teacher.cls_head(backbone.final_norm(sequence_starts(x, groups)))
+
+    def student_rows(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        """Unit bottleneck rows of the student [crops * B, bottleneck], and the pixel loss (scalar)."""
+        backbone, recompute = self.student.backbone, self.cfg.model.recompute
+        tokens, groups, means = [], [], []
+        for group in (inputs.global_, inputs.local):
+            rows, mean = self._patches(group.crops, group.student_index, group.student_order, group.student_factors)
+            tokens.append(self._embed(backbone, rows, group.student_index, group.crops))
+            groups += [group.student_index.shape[0], 1 + group.student_index.shape[1]]
+            means.append(mean)
+        x = torch.cat(tokens)
+        drop_path = self.cfg.model.drop_path
+        kept = [] if inputs.keep is None else [num_kept(groups[0], drop_path), num_kept(groups[2], drop_path)]
+        middle = len(backbone.blocks) // 2
+        x = backbone.forward_blocks(x, groups, 0, middle, inputs.keep, kept, recompute)
+        x, groups = self._grow(x, groups, inputs.global_.predicted_index)
+        x = backbone.forward_blocks(x, groups, middle, None, inputs.keep, kept, recompute)
+        rows = self.student.cls_head(backbone.final_norm(sequence_starts(x, groups)))
+        return rows, self._pixel_loss(x, groups, inputs.global_, means[0])
+
+    def _patches(
+        self, crops: Tensor, index: Tensor, order: Tensor | None, factors: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Coloured, normalised rows of the visible patches, and the mean gray that contrast blends with."""
+        gray = None if order is None or factors is None else contrast_mean(crops, order, factors)
+        mean, std, patch = self.cfg.views.mean, self.cfg.views.std, self.cfg.model.patch_size
+        return visible_patches(crops, index, order, factors, gray, mean, std, patch, self.compute_dtype), gray
+
+    def _embed(self, backbone: VisionTransformer, rows: Tensor, index: Tensor, crops: Tensor) -> Tensor:
+        height = crops.shape[2]  # [N, H, W, C] and [N, C, H, W] are square in H, W: dimension 2 is a side in both
+        return backbone.embed(rows, index, backbone.position(height // self.cfg.model.patch_size))
+
+    def _grow(self, x: Tensor, groups: Sequence[int], predicted: Tensor) -> tuple[Tensor, list[int]]:
+        """Mid-depth: the global sequences get a mask token for each predicted patch."""
+        if predicted.shape[1] == 0:
+            return x, list(groups)
+        num, length = groups[:2]
+        old, rest = x.split([num * length, x.shape[0] - num * length])
+        new = mask_tokens(old, self.s_mask_token[0, 0], self.student.backbone.pos_embed[0], predicted)
+        return torch.cat([new, rest]), [num, length + predicted.shape[1], *groups[2:]]
+
+    def _pixel_loss(self, x: Tensor, groups: Sequence[int], group: GroupInputs, gray: Tensor | None) -> Tensor:
+        num_predicted = group.predicted_index.shape[1]
+        if num_predicted == 0:
+            return x.new_zeros((), dtype=torch.float32)
+        num, length = groups[:2]
+        tokens = x[: num * length].view(num, length, -1)[:, length - num_predicted :].flatten(0, 1)
+        pred = self.pred_head(self.student.backbone.final_norm(tokens))
+        colour = group.student_order, group.student_factors, gray
+        mean, std = self.cfg.views.mean, self.cfg.views.std
+        return pixel_loss(pred, group.crops, group.predicted_index, *colour, mean, std, self.cfg.model.patch_size)
+
+    @torch.no_grad()
+    def update_center(self, teacher_mean: Tensor) -> None:
+        """Move the center towards the mean teacher logits; call before update_teacher.
+
+        Args:
+            teacher_mean: float32 [bottleneck], mean unit row over all crops, samples, micro-batches and ranks. The mean
+                of the logits is the prototypes times this: 384 numbers to reduce instead of 131072.
+        """
+        layer = self.teacher.cls_head.last_layer
+        logits = prototype_logits_mean(teacher_mean, layer.weight_v, layer.weight_g)
+        self.center.lerp_(logits.to(self.center).unsqueeze(0), 1 - self.cfg.loss.center_momentum)
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """teacher = momentum * teacher + (1 - momentum) * student, over backbone and cls head."""
+        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        torch._foreach_mul_(teacher, momentum)
+        torch._foreach_add_(teacher, student, alpha=1 - momentum)
+
+
+def _all_ranks(rows: Tensor) -> Tensor:
+    """Rows of all ranks, so that each rank computes the same assignment; rows themselves in one process."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
