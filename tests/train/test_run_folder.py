@@ -1,0 +1,141 @@
+"""What may be started in a folder, what may be resumed from it, and the line that the user gets otherwise."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from train_support import flip_middle, state
+
+from pera_fast.config import load_config, to_yaml
+from pera_fast.errors import UserError
+from pera_fast.train.checkpoint import checkpoint_path
+from pera_fast.train.run_folder import RunFolder, check_resumed_batch, start_new, start_resumed
+
+RECIPE = ["train.steps=8", "model.depth=2"]
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> RunFolder:
+    """A folder that holds a run with a checkpoint of step 4."""
+    folder = RunFolder(tmp_path / "run")
+    folder.checkpoints.mkdir(parents=True)
+    cfg = load_config("tiny", RECIPE)
+    folder.write_config(cfg)
+    torch.save(state(4, config=to_yaml(cfg), total_batch=16), checkpoint_path(folder.checkpoints, 4))
+    return folder
+
+
+def line(error: pytest.ExceptionInfo[UserError]) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    assert len(message) < 600
+    return message
+
+
+def test_new_run(tmp_path: Path):
+    folder = RunFolder(tmp_path / "a" / "b")
+    assert start_new(folder, "tiny", RECIPE).cfg.model.depth == 2
+    folder.make()
+    assert folder.root.is_dir()
+    assert list(folder.root.iterdir()) == []
+
+
+def test_folder_holds_another_run(held: RunFolder):
+    with pytest.raises(UserError) as error:
+        start_new(held, "tiny", RECIPE)
+    assert str(held.root) in line(error)
+    assert "--resume" in line(error)
+
+
+def test_out_is_a_file(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        start_new(RunFolder(tmp_path / "file"), "tiny", [])
+
+
+@pytest.mark.parametrize("out", ["file/below", "/proc/pera"])
+def test_out_cannot_be_written(tmp_path: Path, out: str):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as error:
+        RunFolder(tmp_path / out).make()
+    assert "cannot write there" in line(error)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_nothing_to_resume(tmp_path: Path, there: bool):
+    folder = RunFolder(tmp_path / "run")
+    if there:
+        folder.make()
+    with pytest.raises(UserError) as error:
+        start_resumed(folder, "tiny", [])
+    assert "no run to resume" in line(error)
+
+
+def test_resume_keeps_the_runs_own_configuration(held: RunFolder):
+    start = start_resumed(held, "tiny", [])
+    assert (start.step, start.cfg.train.steps, start.cfg.model.depth) == (4, 8, 2)
+    assert "step_00000004.pt" in start.notes[0]
+    assert len(start.notes) == 1
+    assert start_resumed(held, None, []).cfg == start.cfg
+
+
+def test_resume_of_a_run_that_ended_before_its_first_checkpoint(held: RunFolder):
+    checkpoint_path(held.checkpoints, 4).unlink()
+    start = start_resumed(held, "tiny", [])
+    assert (start.step, start.checkpoint, start.cfg.model.depth) == (0, None, 2)
+    assert "no checkpoint yet" in start.notes[0]
+
+
+def test_resume_with_harmless_changes(held: RunFolder):
+    start = start_resumed(held, "tiny", ["data.loader_threads=1", "train.checkpoint_every=3", "train.accumulate=2"])
+    assert (start.cfg.data.loader_threads, start.cfg.train.checkpoint_every, start.cfg.train.accumulate) == (1, 3, 2)
+    assert len(start.notes) == 1
+
+
+@pytest.mark.parametrize("change", ["train.steps=12", "train.precision=bf16"])
+def test_resume_with_a_change_that_is_noted(held: RunFolder, change: str):
+    start = start_resumed(held, "tiny", [change])
+    assert change in start.notes[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["model.depth=3", "model.embed_dim=96", "loss.koleo_weight=0", "optim.lr=0.1", "train.seed=1", "views.hflip=0"],
+)
+def test_resume_refuses_what_would_be_another_run(held: RunFolder, change: str):
+    with pytest.raises(UserError) as error:
+        start_resumed(held, "tiny", [change, "train.checkpoint_every=3"])
+    assert change.split("=")[0] in line(error)
+    assert "checkpoint_every" not in line(error)
+
+
+def test_resume_with_another_recipe_lists_the_keys(held: RunFolder):
+    with pytest.raises(UserError) as error:
+        start_resumed(held, "vit_s16", [])
+    message = line(error)
+    assert "recipe tiny, not vit_s16" in message
+    assert "model.embed_dim=384 (was 192)" in message
+    assert "model.depth=12 (was 2)" in message
+
+
+def test_resume_from_a_damaged_checkpoint(held: RunFolder):
+    flip_middle(checkpoint_path(held.checkpoints, 4))
+    with pytest.raises(UserError) as error:
+        start_resumed(held, "tiny", [])
+    assert "step_00000004.pt: damaged checkpoint" in line(error)
+
+
+def test_resume_with_another_total_batch(held: RunFolder):
+    start = start_resumed(held, "tiny", [])
+    assert start.checkpoint is not None
+    check_resumed_batch(start.checkpoint, 16)
+    with pytest.raises(UserError, match=r"train\.total_batch_size=16"):
+        check_resumed_batch(start.checkpoint, 32)
+
+
+def test_metrics_are_cut_after_the_checkpoint(held: RunFolder):
+    lines = [json.dumps({"step": step, "loss": 0.1 * step}) for step in range(1, 7)]
+    held.metrics.write_text("\n".join(lines) + '\n{"step": 7, "lo')  # killed in the middle of a line
+    held.cut_metrics(4)
+    assert held.metrics.read_text() == "\n".join(lines[:4]) + "\n"
