@@ -80,8 +80,10 @@ def _(
     student_temp,
     teacher_temp,
 ):
-    return student_rows.new_empty(student_rows.shape), student_v.new_empty(student_v.shape), student_g.new_empty(
-        student_g.shape
+    return (
+        student_rows.new_empty(student_rows.shape),
+        student_v.new_empty(student_v.shape),
+        student_g.new_empty(student_g.shape),
     )
 
 

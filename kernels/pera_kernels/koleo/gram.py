@@ -1,0 +1,211 @@
+"""KoLeo on prototype logits from sums over prototypes; portable PyTorch. README.md beside this has the maths.
+
+Everything that depends on K is one of: G = W'W, s = W'1 (``gram``), or products of a few [R, d] rows with chunks of W
+(``streamed``). Both end in the same few [R, d] quantities, from which the rest is written once, here. That rest is tiny
+and runs in float64: the difference of two near rows is all that the loss sees of them.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pera_kernels.distillation_loss.prototypes import (
+    MAX_CHUNK,
+    Chunk,
+    accumulation_dtype,
+    chunk_size,
+    chunks,
+    product_dtype,
+)
+
+EPS = 1e-8
+
+
+class Forward(NamedTuple):
+    """What the forward gives: the loss and what the backward needs, all with rows and none with prototypes."""
+
+    loss: Tensor  # [] float32 (float64 for float64 rows)
+    norms: Tensor  # [R] float64, ||W x|| before it is clamped
+    neighbours: Tensor  # [R] int64, into all rows
+    distances: Tensor  # [R] float64
+    gram_rows: Tensor  # [R, d] float32 (or 64): G x
+    gram_differences: Tensor  # [R, d] the same: G D + eps s, D = x/n - x_nn/n_nn
+
+
+def prefers_gram(rows: Tensor) -> bool:
+    """Whether G [d, d] takes fewer FLOPs than two walks with the R rows (4 products of R rows against d)."""
+    return 4 * rows.shape[0] >= rows.shape[1]
+
+
+def forward(rows: Tensor, v: Tensor, g: Tensor, groups: int) -> Forward:
+    """Arguments as ``koleo`` takes them."""
+    if rows.shape[0] == 0:
+        return _empty(rows)
+    return (_gram if prefers_gram(rows) else _streamed)(rows, v, g, groups)
+
+
+def _empty(rows: Tensor) -> Forward:
+    dtype = accumulation_dtype(rows.dtype)
+    wide, row = rows.new_empty(0, dtype=torch.float64), rows.new_empty(rows.shape, dtype=dtype)
+    return Forward(rows.new_zeros((), dtype=dtype), wide, wide.long(), wide.clone(), row, row.clone())
+
+
+def _walk(rows: Tensor, v: Tensor, g: Tensor, width: int):
+    """The chunks of W for [width, chunk] buffers; and the dtype of products."""
+    dtype = product_dtype(rows.dtype, rows.device)
+    return dtype, chunks(v, g, chunk_size(width, v.shape[0]), dtype, accumulation_dtype(rows.dtype))
+
+
+def _gram(rows: Tensor, v: Tensor, g: Tensor, groups: int) -> Forward:
+    """One walk over the prototypes: G = W'W and s = W'1, 2 K d d FLOPs whatever the batch."""
+    dtype, walk = _walk(rows, v, g, min(v.shape[1], MAX_CHUNK))
+    accumulate = accumulation_dtype(rows.dtype)
+    gram = torch.zeros(v.shape[1], v.shape[1], dtype=accumulate, device=v.device)
+    total = torch.zeros(v.shape[1], dtype=accumulate, device=v.device)
+    for chunk in walk:
+        weights = (chunk.direction * chunk.scale[:, None]).to(dtype)
+        gram.add_(torch.mm(weights.t(), weights))
+        total.add_(weights.sum(0, dtype=accumulate))
+    x, wide = rows.double(), gram.double()
+    gram_rows = x @ wide
+    dots = gram_rows @ x.t()
+    norms = dots.diagonal().clamp_min(0).sqrt()
+    neighbours = nearest(dots, norms, groups)
+    differences = normalised_differences(x, norms, neighbours)
+    gram_differences = differences @ wide
+    # ||W D + eps||^2 = D'GD + 2 eps s'D + K eps^2, of a difference vector: no cancellation.
+    squares = (gram_differences * differences).sum(1) + 2 * EPS * (differences @ total.double()) + v.shape[0] * EPS**2
+    gram_differences += EPS * total
+    return _finish(norms, neighbours, squares, gram_rows, gram_differences, groups, accumulate)
+
+
+def _streamed(rows: Tensor, v: Tensor, g: Tensor, groups: int) -> Forward:
+    """Two walks with the R rows, 8 R K d FLOPs: one for norms and neighbours, one for the chosen differences."""
+    accumulate = accumulation_dtype(rows.dtype)
+    dtype, walk = _walk(rows, v, g, rows.shape[0])
+    x, narrow = rows.double(), rows.to(dtype)
+    dots = x.new_zeros(rows.shape[0], rows.shape[0])
+    gram_rows = torch.zeros(rows.shape, dtype=accumulate, device=rows.device)
+    for chunk in walk:
+        y = project(narrow, chunk)
+        dots.add_(torch.mm(y, y.t()))
+        gram_rows.add_(project_back(y, chunk))
+    norms = dots.diagonal().sqrt()
+    neighbours = nearest(dots, norms, groups)
+    narrow = normalised_differences(x, norms, neighbours).to(dtype)
+    squares = torch.zeros_like(norms)
+    gram_differences = torch.zeros_like(gram_rows)
+    for chunk in _walk(rows, v, g, rows.shape[0])[1]:
+        y = project(narrow, chunk).add_(EPS)
+        squares.add_(y.square().sum(1))
+        gram_differences.add_(project_back(y, chunk))
+    return _finish(norms, neighbours, squares, gram_rows, gram_differences, groups, accumulate)
+
+
+def project(rows: Tensor, chunk: Chunk) -> Tensor:
+    """``rows @ w.T`` [R, c] in the accumulation dtype."""
+    return torch.mm(rows, chunk.direction.t()).to(chunk.scale.dtype).mul_(chunk.scale)
+
+
+def project_back(y: Tensor, chunk: Chunk) -> Tensor:
+    """``y @ w`` [R, d] in the dtype of products; y [R, c] is scaled in place."""
+    return torch.mm(y.mul_(chunk.scale).to(chunk.direction.dtype), chunk.direction)
+
+
+def nearest(dots: Tensor, norms: Tensor, groups: int) -> Tensor:
+    """The row of the same group with the largest dot product of normalised logits; itself if it is alone.
+
+    Args:
+        dots: [R, R] of the logits, all groups.
+        norms: [R].
+
+    Returns:
+        int64 [R] into all rows.
+    """
+    count = dots.shape[0]
+    size = count // groups
+    scale = norms.clamp_min(EPS).reciprocal()
+    index = torch.arange(groups, device=dots.device)
+    blocks = (dots * scale[:, None] * scale).view(groups, size, groups, size)[index, :, index]  # [groups, size, size]
+    eye = torch.eye(size, dtype=torch.bool, device=dots.device)
+    neighbour = blocks.masked_fill(eye, -torch.inf).argmax(2)
+    return (neighbour + index[:, None] * size).view(count)
+
+
+def normalised_differences(x: Tensor, norms: Tensor, neighbours: Tensor) -> Tensor:
+    """D = x/n - x_nn/n_nn: W D is the difference of the normalised logits. [R, d] float64."""
+    points = x / norms.clamp_min(EPS)[:, None]
+    return points - points[neighbours]
+
+
+def _finish(norms, neighbours, squares, gram_rows, gram_differences, groups, accumulate) -> Forward:
+    distances = squares.clamp_min(0).sqrt()
+    loss = -(distances + EPS).log().sum() / (norms.shape[0] // groups)
+    kept = gram_rows.to(accumulate), gram_differences.to(accumulate)
+    return Forward(loss.to(accumulate), norms, neighbours, distances, *kept)
+
+
+def backward(
+    grad: Tensor,
+    rows: Tensor,
+    v: Tensor,
+    g: Tensor,
+    norms: Tensor,
+    neighbours: Tensor,
+    distances: Tensor,
+    gram_rows: Tensor,
+    gram_differences: Tensor,
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of rows, v and g for the loss's gradient ``grad`` []; the last five tensors are the forward's."""
+    if rows.shape[0] == 0:
+        return torch.zeros_like(rows), torch.zeros_like(v), torch.zeros_like(g)
+    x = rows.double()
+    clamped = norms.clamp_min(EPS)
+    differences = normalised_differences(x, norms, neighbours)
+    # d loss / d (distance^2) * 2: the gradient of W D + eps is `pull` times itself.
+    pull = -grad.double() * groups / rows.shape[0] / ((distances + EPS) * distances)
+    grad_differences = pull[:, None] * gram_differences  # [R, d]
+    # Back to the neighbours by a product with a 0/1 matrix: index_add_ is not deterministic on a GPU.
+    chosen = neighbours[None, :] == torch.arange(rows.shape[0], device=rows.device)[:, None]
+    grad_points = grad_differences - chosen.double() @ grad_differences
+    # The norm's own gradient, over the norm (as the norm's gradient for x is G x / n); none where it is clamped.
+    turn = -(grad_points * x).sum(1) / clamped**3
+    turn = torch.where(norms > EPS, turn, torch.zeros_like(turn))
+    grad_rows = grad_points / clamped[:, None] + turn[:, None] * gram_rows
+    grad_v, grad_g = _grad_prototypes(rows, v, g, x, differences, pull, turn)
+    return grad_rows.to(rows.dtype), grad_v, grad_g
+
+
+def _grad_prototypes(
+    rows: Tensor, v: Tensor, g: Tensor, x: Tensor, differences: Tensor, pull: Tensor, turn: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dW = W (Z' diag(a) Z) + eps 1 t' for Z = [D; x], a = [pull; turn], t = sum pull D; then through weight norm.
+
+    With few rows as two thin products per chunk, else through the [d, d] matrix. Each chunk is written once.
+    """
+    accumulate = accumulation_dtype(rows.dtype)
+    z = torch.cat([differences, x])  # [2R, d]
+    weights = torch.cat([pull, turn])
+    shift = EPS * (pull @ differences).to(accumulate)  # [d]
+    thin = 2 * z.shape[0] < z.shape[1]
+    dtype, walk = _walk(rows, v, g, z.shape[0] if thin else min(v.shape[1], MAX_CHUNK))
+    middle = (z * weights[:, None]) if thin else z.t() @ (z * weights[:, None])
+    z, middle = z.to(dtype), middle.to(dtype)
+    grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    grad_g = torch.empty(g.shape, dtype=g.dtype, device=g.device)
+    for chunk in walk:
+        part = v[chunk.rows].detach().to(accumulate)
+        if thin:
+            wide = torch.mm(project(z, chunk).to(dtype).t(), middle)
+        else:
+            wide = torch.mm(chunk.direction, middle).mul_(chunk.scale[:, None])
+        wide = wide.to(accumulate).add_(shift)  # dW [c, d]
+        unit = part * chunk.inverse_norm[:, None]
+        along = (unit * wide).sum(1)
+        grad_g[chunk.rows, 0] = along.to(g.dtype)
+        size = g[chunk.rows, 0].detach().to(accumulate) * chunk.inverse_norm
+        wide.sub_(unit.mul_(along[:, None])).mul_(size[:, None])
+        grad_v[chunk.rows] = wide.to(v.dtype)
+    return grad_v, grad_g

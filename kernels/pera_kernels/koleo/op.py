@@ -1,0 +1,128 @@
+"""Op ``pera::koleo``: schema, fake, autograd, dispatch. The maths and the costs: README.md beside this."""
+
+import torch
+from torch import Tensor
+
+from pera_kernels import backend
+from pera_kernels.distillation_loss.prototypes import accumulation_dtype, check_prototypes
+
+from . import gram, reference
+
+backend.register("koleo", "chunked")
+
+
+@torch.library.custom_op("pera::koleo", mutates_args=())
+def _forward(rows: Tensor, v: Tensor, g: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return gram.forward(rows, v, g, groups)
+
+
+@_forward.register_fake
+def _(rows, v, g, groups):
+    dtype = accumulation_dtype(rows.dtype)
+    per_row = rows.new_empty(rows.shape[0], dtype=torch.float64)
+    kept = rows.new_empty(rows.shape, dtype=dtype)
+    return (
+        rows.new_empty((), dtype=dtype),
+        per_row,
+        rows.new_empty(rows.shape[0], dtype=torch.int64),
+        torch.empty_like(per_row),
+        kept,
+        torch.empty_like(kept),
+    )
+
+
+@torch.library.custom_op("pera::koleo_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    rows: Tensor,
+    v: Tensor,
+    g: Tensor,
+    norms: Tensor,
+    neighbours: Tensor,
+    distances: Tensor,
+    gram_rows: Tensor,
+    gram_differences: Tensor,
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return gram.backward(grad, rows, v, g, norms, neighbours, distances, gram_rows, gram_differences, groups)
+
+
+@_backward.register_fake
+def _(grad, rows, v, g, norms, neighbours, distances, gram_rows, gram_differences, groups):
+    return rows.new_empty(rows.shape), v.new_empty(v.shape), g.new_empty(g.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    rows, v, g, ctx.groups = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(rows, v, g, *output[1:])
+
+
+def _autograd(ctx, grad: Tensor, *_: Tensor | None):
+    return *_backward(grad, *ctx.saved_tensors, ctx.groups), None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def koleo(rows: Tensor, v: Tensor, g: Tensor, groups: int) -> Tensor:
+    """KoLeo of the prototype logits of each group, summed over groups (METHOD.md, section 5).
+
+        y_i = W x_i / max(||W x_i||, 1e-8),   nn(i) = argmax_{j != i} y_i . y_j  within the group of B rows
+        loss = sum over groups of -1/B sum_i log(||y_i - y_nn(i) + 1e-8|| + 1e-8)
+
+    The [R, K] logits are never in memory. Through G = W'W: y_i . y_j = x_i'G x_j / (n_i n_j), and the distance from
+    D = x_i/n_i - x_nn/n_nn as D'GD + 2e-8 s'D + 1e-16 K, s = W'1 (not as 2 - 2 cos, which cancels for near rows).
+    With few rows (4R < d) the same sums run over chunks of W D instead of G.
+
+    Args:
+        rows: [groups * B, d] bottleneck rows, group after group; float64, float32, bfloat16 or float16: the dtype of
+            the matrix products (float32 for half types on a CPU that has no instructions for them).
+        v: [K, d] weight-norm directions, any float dtype.
+        g: [K, 1] weight-norm magnitudes.
+        groups: number of groups (global crops) >= 1. B = 1: each row is its own neighbour; the gradient is zero.
+
+    Returns:
+        scalar float32 (float64 for float64 rows), accumulated in that precision; 0 for no rows. Gradients for rows, v
+        and g in their dtypes; both a row and its neighbour take gradient, the choice of neighbour none. A repeat
+        gives equal bits.
+
+    Raises:
+        TypeError, ValueError: an argument of another type or shape; the message names it.
+    """
+    check_prototypes(v, g, "")
+    _check_rows(rows, groups)
+    if rows.shape[1] != v.shape[1]:
+        raise ValueError(f"rows must be [groups * B, {v.shape[1]}], got {list(rows.shape)}")
+    if not torch.compiler.is_compiling() and backend.choose("koleo", rows.device) == "reference":
+        return reference.koleo(rows, v, g, groups)
+    return _forward(rows, v, g, groups)[0]
+
+
+def koleo_rows(rows: Tensor, groups: int) -> Tensor:
+    """KoLeo on the bottleneck rows themselves (``koleo_on: bottleneck``): the cheap alternative, differentiable code.
+
+    Args:
+        rows: [groups * B, d], B >= 1, group after group; float dtype, arithmetic in float32 (float64 for float64).
+        groups: number of groups.
+
+    Returns:
+        scalar float32 (float64 for float64 rows): the sum over groups, as ``koleo`` gives it.
+
+    Raises:
+        TypeError, ValueError: an argument of another type or shape; the message names it.
+    """
+    _check_rows(rows, groups)
+    dtype = accumulation_dtype(rows.dtype)
+    if rows.shape[0] == 0:
+        return rows.sum(dtype=dtype)
+    return torch.stack([reference.nearest_neighbour_entropy(p) for p in rows.to(dtype).chunk(groups)]).sum()
+
+
+def _check_rows(rows: Tensor, groups: int) -> None:
+    if not rows.is_floating_point():
+        raise TypeError(f"rows must be floating point, got {rows.dtype}")
+    if rows.ndim != 2:
+        raise ValueError(f"rows must be [groups * B, d], got {list(rows.shape)}")
+    if groups < 1 or rows.shape[0] % groups:
+        raise ValueError(f"groups must be at least 1 and divide the {rows.shape[0]} rows, got {groups}")
