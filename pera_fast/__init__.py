@@ -11,7 +11,7 @@ __all__ = ["__version__", "pretrain"]
 def pretrain(
     data: str | PathLike[str],
     out: str | PathLike[str],
-    recipe: str = "vit_b16",
+    recipe: str | None = None,
     resume: bool = False,
     overrides: Sequence[str] = (),
 ) -> Any:
@@ -20,7 +20,7 @@ def pretrain(
     Args:
         data: folder of images, searched recursively.
         out: run folder: configuration, metrics, log, checkpoints, exported teacher.
-        recipe: a name that `pera_fast.config.recipe_names()` lists.
+        recipe: a name that `pera_fast.config.recipe_names()` lists. None: vit_b16, or with `resume` the run's own.
         resume: go on from the newest checkpoint in `out`.
         overrides: settings such as `["train.steps=60", "train.batch_size=8"]`.
 

@@ -47,7 +47,10 @@ def _options(
 def pretrain(
     data: Annotated[Path, typer.Option(help="Folder of images, searched recursively.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Run folder: log, metrics, checkpoints, teacher.", show_default=False)],
-    recipe: Annotated[str, typer.Option(help="vit_b16, vit_g16, vit_s16, vit_l16 or tiny.")] = "vit_b16",
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="vit_b16, vit_g16, vit_s16, vit_l16 or tiny.", show_default="vit_b16; resuming: the run's"),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
     overrides: Annotated[
         list[str] | None,
@@ -120,6 +123,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error), error.exit_code)
     except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(str(error), err=True)
+            return 2
         return _fail(_usage(error), 2)
     except BrokenPipeError:  # `pera-fast info | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -127,7 +133,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _usage(error: Any) -> str:
-    """What typer has to say about wrong usage, in one line; empty where it has shown the help instead."""
+    """What typer has to say about wrong usage, in one line."""
     message = " ".join(error.format_message().split()).rstrip(".")
     if (
         hasattr(error, "possibilities") and not error.possibilities
@@ -137,11 +143,11 @@ def _usage(error: Any) -> str:
         hint = option_hint(error.option_name)
         message += f"; {hint}" if hint else ""
     context = getattr(error, "ctx", None)
-    return f"{message} (see {context.command_path} --help)" if message and context else message
+    return f"{message} (see {context.command_path} --help)" if context else message
 
 
 def _fail(message: str, status: int) -> int:
-    if message and os.environ.get("RANK", "0") == "0":  # torchrun starts equal processes: one of them speaks
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts equal processes: one of them speaks
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return status
 
