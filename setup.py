@@ -83,7 +83,7 @@ class BuildNative(build_ext):
             except NotBuiltError as reason:
                 print(
                     f"WARNING: pera-fast: the native CPU library was not built: {reason}. The slower reference "
-                    "implementations run; for the fast ones install g++ and cmake and install pera-fast again.",
+                    "implementations run; for the fast ones install g++ (apt-get install g++), then pera-fast again.",
                     file=sys.stderr,
                 )
 
