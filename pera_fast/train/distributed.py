@@ -38,14 +38,6 @@ class World:
             values /= self.size
         return values
 
-    def largest(self, value: int) -> int:
-        """Largest of the ranks' integers (over the host's group)."""
-        if self.size == 1:
-            return value
-        box = torch.tensor([value])
-        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.host_group)
-        return int(box)
-
     def barrier(self) -> None:
         """Waits for all ranks."""
         if self.size > 1:

@@ -1,0 +1,76 @@
+"""What two processes do together in test_distributed.py: three short runs on random crops, results as JSON per rank."""
+
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from train_support import EXACT, make_run, small_config
+
+from pera_fast.errors import UserError
+from pera_fast.train.distributed import World, world
+from pera_fast.train.loop import fit
+from pera_fast.train.signals import StopRequest
+
+
+def exact(out: Path, here: World) -> dict[str, Any]:
+    """Two ranks of batch 2, accumulated twice: steps of 8 images."""
+    cfg = small_config(*EXACT, "optim.lr=0.001", "train.batch_size=2", "train.accumulate=2", "train.steps=4")
+    run = make_run(cfg, out / "exact", here=here, images=16)
+    code, metrics = fit(run, StopRequest())
+    return {"code": code, "metrics": metrics, "center": run.pera.center.norm().item()}
+
+
+def nonfinite(out: Path, here: World) -> dict[str, Any]:
+    """Rank 1 alone meets a NaN in its second step."""
+    run = make_run(small_config("train.batch_size=2", "train.steps=3"), out / "nonfinite", here=here)
+
+    def poison(module: Any, args: Any, output: dict[str, Any]) -> dict[str, Any]:
+        if here.rank == 1 and run.step == 1:
+            output["loss"] = output["loss"] * math.nan
+        return output
+
+    run.pera.register_forward_hook(poison)
+    code, _ = fit(run, StopRequest())
+    weights = [p.double().sum().item() for p in run.pera.state_dict().values()]
+    return {"code": code, "counts": run.nonfinite, "weights": weights}
+
+
+def stopped(out: Path, here: World) -> dict[str, Any]:
+    """A signal reaches rank 1 alone, in its second step."""
+    run, stop = make_run(small_config("train.batch_size=2"), out / "stopped", here=here), StopRequest()
+
+    def request(module: Any, args: Any) -> None:
+        if here.rank == 1 and run.step == 1:
+            stop.signal = signal.SIGTERM
+
+    run.pera.register_forward_pre_hook(request)
+    return {"code": fit(run, stop)[0], "steps": run.step}
+
+
+def agreed(here: World) -> dict[str, Any]:
+    """What rank 0 alone does, with its errors."""
+
+    def fail() -> None:
+        raise UserError("only rank 0 looked")
+
+    try:
+        here.on_main(fail)
+        message = ""
+    except UserError as error:
+        message = str(error)
+    return {"value": here.on_main(lambda: here.rank), "error": message}
+
+
+def main(out: Path) -> None:
+    with world("cpu") as here:
+        results = {"exact": exact(out, here), "nonfinite": nonfinite(out, here), "stopped": stopped(out, here)}
+        results["agreed"] = agreed(here)
+        here.barrier()
+        (out / f"rank{here.rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
