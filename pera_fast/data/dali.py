@@ -1,7 +1,5 @@
 """DALI as a decoder: imported late, and used alone to check files. No torch here: checking workers import this."""
 
-import io
-import os
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -66,12 +64,8 @@ class DaliDecoder:
 
 def error_reason(error: BaseException) -> str:
     """The telling line of a DALI exception, which spreads over many lines and repeats itself."""
-    lines = [line.strip() for line in io.StringIO(str(error)).read().splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     after = [i for i, line in enumerate(lines) if line.startswith("encountered")]
     told = lines[after[0] + 1] if after and after[0] + 1 < len(lines) else (lines[0] if lines else repr(error))
-    return told.split(f"sample #")[0].strip(" :") or "cannot decode"
+    return told.split(" sample #")[0].strip(" :") or "cannot decode"
 
-
-def encoded_size(fd: int) -> int:
-    """Bytes of an open file."""
-    return os.fstat(fd).st_size
