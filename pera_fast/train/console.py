@@ -1,5 +1,6 @@
 """What the user sees of a run: messages, a bar on a terminal, elsewhere a plain line now and then; train.log."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -38,6 +39,10 @@ class _QuietFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what is still buffered does not fit either
+            super().close()
 
 
 class RunLog:
