@@ -1,4 +1,4 @@
-"""`pixel_loss` and its gradient in vectorised PyTorch, some thousand rows at a time: the target never exists whole."""
+"""`pixel_loss` and its gradient in vectorised PyTorch, a chunk of rows at a time: the target never exists whole."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,8 +7,6 @@ from torch import Tensor
 
 from pera_kernels.visible_patches import eager as patches
 from pera_kernels.visible_patches.reference import compute_dtype
-
-CHUNK_ROWS = patches.CHUNK_ROWS
 
 
 def differences(
@@ -27,8 +25,9 @@ def differences(
     if order is not None and factors is not None and gray_mean is None:
         gray_mean = patches.contrast_mean(crops, order, factors, compute)
     crop, patch = patches.row_addresses(index)
-    for start in range(0, len(patch), CHUNK_ROWS):
-        part = slice(start, start + CHUNK_ROWS)
+    step = patches.chunk_length(pred.shape[1], pred.device)
+    for start in range(0, len(patch), step):
+        part = slice(start, start + step)
         target = patches.patch_rows(
             crops, crop[part], patch[part], order, factors, gray_mean, mean, std, patch_size, compute
         )

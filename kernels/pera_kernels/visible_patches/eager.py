@@ -15,8 +15,15 @@ from torch import Tensor
 
 from .reference import BRIGHTNESS, CONTRAST, GRAY_WEIGHTS, GRAYSCALE, HUE, SATURATION, compute_dtype
 
-CHUNK_ROWS = 2048  # patches per chunk: bounds the temporaries (6 MiB each at 16x16x3 float32) and keeps them in cache
-CHUNK_VALUES = 1 << 22  # values per chunk of whole crops in contrast_mean: 16 MiB a temporary
+CACHE_VALUES = (
+    1 << 18
+)  # values per chunk on the CPU: temporaries of 1 MiB stay in cache and are not mapped anew each time
+DEVICE_VALUES = 1 << 24  # elsewhere: few launches, temporaries of 64 MiB
+
+
+def chunk_length(values: int, device: torch.device) -> int:
+    """How many items of so many values each are worked on at a time."""
+    return max(1, (CACHE_VALUES if device.type == "cpu" else DEVICE_VALUES) // values)
 
 
 def _gray(x: Tensor) -> Tensor:
@@ -95,7 +102,7 @@ def contrast_mean(crops: Tensor, order: Tensor, factors: Tensor, dtype: torch.dt
     before = order.masked_fill((order == CONTRAST).cumsum(1) > 0, -1)[:, :-1]
     factors = factors.to(dtype)
     means = torch.empty(n, dtype=dtype, device=crops.device)
-    step = max(1, CHUNK_VALUES // (h * w * c))
+    step = chunk_length(h * w * c, crops.device)
     for start in range(0, n, step):
         part = slice(start, min(start + step, n))
         x = crops[part].reshape(-1, h * w, c).transpose(1, 2).to(dtype).contiguous().div_(255)
@@ -161,8 +168,9 @@ def visible_patches(
     crop, patch = row_addresses(index)
     channels = crops.shape[3] if crops.dtype == torch.uint8 else crops.shape[1]
     rows = torch.empty(len(patch), channels * patch_size**2, dtype=dtype, device=crops.device)
-    for start in range(0, len(patch), CHUNK_ROWS):
-        part = slice(start, start + CHUNK_ROWS)
+    step = chunk_length(rows.shape[1], crops.device)
+    for start in range(0, len(patch), step):
+        part = slice(start, start + step)
         pixels = patch_rows(crops, crop[part], patch[part], order, factors, gray_mean, mean, std, patch_size, compute)
         rows[part] = pixels.flatten(1)
     return rows

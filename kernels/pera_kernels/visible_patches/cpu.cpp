@@ -1,0 +1,306 @@
+// Native CPU kernels of `visible_patches` and `contrast_mean`; arguments and results are those of op.py.
+//
+// A patch (16x16x3: 768 bytes) is copied out of the crop, unpacked into planes, coloured in the L1 cache and written
+// once. One thread owns a row, or a tile of a crop, and partial sums are added in a fixed order: equal bits for any
+// number of threads.
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <bit>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "color.h"
+
+namespace {
+
+constexpr int64_t kTilePixels = 2048; // of contrast_mean: 24 KiB of planes
+constexpr int64_t kLanes = 16; // partial sums that a compiler may keep in vector registers
+
+// Round to nearest even, as c10::BFloat16 does, in a form that vectorises.
+inline uint16_t to_bfloat16_bits(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded);
+}
+
+template <typename Out>
+inline void store(Out* out, int64_t i, float x) {
+  if constexpr (std::is_same_v<Out, at::BFloat16>) {
+    out[i].x = to_bfloat16_bits(x);
+  } else {
+    out[i] = static_cast<Out>(x);
+  }
+}
+
+// `rows` lines of `columns` pixels of an NHWC image, wherever they lie, to packed bytes.
+void copy_pixels(
+    const uint8_t* from,
+    int64_t rows,
+    int64_t columns,
+    int64_t channels,
+    at::IntArrayRef strides, // of N, H, W, C
+    uint8_t* to) {
+  const bool is_packed = strides[3] == 1 && strides[2] == channels;
+  for (int64_t y = 0; y < rows; ++y, from += strides[1]) {
+    if (is_packed) {
+      std::memcpy(to, from, columns * channels);
+      to += columns * channels;
+      continue;
+    }
+    for (int64_t x = 0; x < columns; ++x) {
+      for (int64_t c = 0; c < channels; ++c) {
+        *to++ = from[x * strides[2] + c * strides[3]];
+      }
+    }
+  }
+}
+
+float sum(const float* x, int64_t n) {
+  float lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      lanes[lane] += x[i + lane];
+    }
+  }
+  float total = 0.0f;
+  for (; i < n; ++i) {
+    total += x[i];
+  }
+  for (float lane : lanes) {
+    total += lane;
+  }
+  return total;
+}
+
+// Colour arguments in the types that the kernels read; `on` is false for crops that stay as they are.
+struct Colors {
+  Colors(const std::optional<at::Tensor>& order, const std::optional<at::Tensor>& factors, const at::Tensor& mean_gray)
+      : on(order.has_value() && factors.has_value()) {
+    if (on) {
+      order_ = order->to(at::kInt).contiguous();
+      factors_ = factors->to(at::kFloat).contiguous();
+      TORCH_CHECK_VALUE(order_.dim() == 2 && order_.size(1) == pera::kColorOps, "order must be [N, 4]");
+      TORCH_CHECK_VALUE(factors_.sizes() == order_.sizes(), "factors must be [N, 4], as order");
+    }
+    if (mean_gray.defined()) {
+      mean_gray_ = mean_gray.to(at::kFloat).contiguous();
+    }
+  }
+  const int32_t* order(int64_t crop) const {
+    return order_.const_data_ptr<int32_t>() + crop * pera::kColorOps;
+  }
+  const float* factors(int64_t crop) const {
+    return factors_.const_data_ptr<float>() + crop * pera::kColorOps;
+  }
+  float mean_gray(int64_t crop) const {
+    return mean_gray_.defined() ? mean_gray_.const_data_ptr<float>()[crop] : 0.0f;
+  }
+  const bool on;
+
+ private:
+  at::Tensor order_, factors_, mean_gray_;
+};
+
+// Sum of the gray of a few lines of one crop, after `steps` operations of its order.
+float tile_gray(
+    const uint8_t* pixels,
+    int64_t rows,
+    const at::Tensor& crops,
+    const int32_t* order,
+    int steps,
+    const float* factors,
+    std::vector<uint8_t>& bytes,
+    std::vector<float>& planes) {
+  const int64_t columns = crops.size(2), channels = crops.size(3), n = rows * columns;
+  bytes.resize(n * channels);
+  planes.resize(n * (channels + 1));
+  copy_pixels(pixels, rows, columns, channels, crops.strides(), bytes.data());
+  pera::unpack_bytes(bytes.data(), channels, n, planes.data());
+  pera::apply_colors(planes.data(), channels, n, order, steps, factors, 0.0f);
+  float* gray = planes.data() + n * channels;
+  pera::gray_plane(planes.data(), channels, n, gray);
+  return sum(gray, n);
+}
+
+at::Tensor contrast_mean(const at::Tensor& crops, const at::Tensor& order, const at::Tensor& factors) {
+  TORCH_CHECK_VALUE(crops.dim() == 4 && crops.scalar_type() == at::kByte, "crops must be uint8 [N, H, W, C]");
+  const int64_t count = crops.size(0), height = crops.size(1), width = crops.size(2);
+  const Colors colors(order, factors, at::Tensor());
+  at::Tensor means = at::zeros({count}, crops.options().dtype(at::kFloat));
+  const int64_t tile_rows = std::max<int64_t>(1, kTilePixels / std::max<int64_t>(width, 1));
+  const int64_t tiles = (height + tile_rows - 1) / tile_rows;
+
+  // Only crops whose order holds contrast are read; `steps` operations come before it.
+  std::vector<int64_t> wanted;
+  std::vector<int> steps;
+  for (int64_t crop = 0; crop < count; ++crop) {
+    const int32_t* codes = colors.order(crop);
+    const int32_t* place = std::find(codes, codes + pera::kColorOps, static_cast<int32_t>(pera::kContrast));
+    if (place != codes + pera::kColorOps) {
+      wanted.push_back(crop);
+      steps.push_back(static_cast<int>(place - codes));
+    }
+  }
+  std::vector<float> sums(wanted.size() * tiles);
+  const uint8_t* pixels = crops.const_data_ptr<uint8_t>();
+  at::parallel_for(0, static_cast<int64_t>(sums.size()), 4, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> bytes;
+    std::vector<float> planes;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t crop = wanted[i / tiles], top = i % tiles * tile_rows;
+      const uint8_t* tile = pixels + crop * crops.stride(0) + top * crops.stride(1);
+      const int64_t rows = std::min(tile_rows, height - top);
+      sums[i] = tile_gray(
+          tile, rows, crops, colors.order(crop), steps[i / tiles], colors.factors(crop), bytes, planes);
+    }
+  });
+  float* out = means.mutable_data_ptr<float>();
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    double total = 0.0;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      total += sums[i * tiles + tile];
+    }
+    out[wanted[i]] = static_cast<float>(total / static_cast<double>(height * width));
+  }
+  return means;
+}
+
+// Which crop a row of the result belongs to and where its patch begins.
+struct Grid {
+  Grid(const at::Tensor& index_, int64_t height, int64_t width, int64_t patch_size)
+      : index(index_.to(at::kLong).contiguous()),
+        per_crop(index.size(1)),
+        columns(width / patch_size),
+        patches(height / patch_size * columns),
+        patch_size(patch_size) {}
+  struct Place {
+    int64_t crop, y, x;
+  };
+  Place operator()(int64_t row) const {
+    const int64_t patch = index.const_data_ptr<int64_t>()[row];
+    TORCH_CHECK_VALUE(patch >= 0 && patch < patches, "index must be in [0, ", patches, "), got ", patch);
+    return {row / per_crop, patch / columns * patch_size, patch % columns * patch_size};
+  }
+  const at::Tensor index;
+  const int64_t per_crop, columns, patches, patch_size;
+};
+
+template <typename Out>
+void rows_of_bytes(
+    const at::Tensor& crops, // uint8 [N, H, W, C]
+    const Grid& grid,
+    const Colors& colors,
+    at::ArrayRef<double> mean,
+    at::ArrayRef<double> std,
+    at::Tensor& rows) {
+  const int64_t p = grid.patch_size, channels = crops.size(3), n = p * p;
+  const uint8_t* pixels = crops.const_data_ptr<uint8_t>();
+  Out* result = rows.mutable_data_ptr<Out>();
+  at::parallel_for(0, rows.size(0), 16, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> bytes(n * channels);
+    std::vector<float> planes(n * channels);
+    for (int64_t row = begin; row < end; ++row) {
+      const auto [crop, y, x] = grid(row);
+      const uint8_t* patch = pixels + crop * crops.stride(0) + y * crops.stride(1) + x * crops.stride(2);
+      copy_pixels(patch, p, p, channels, crops.strides(), bytes.data());
+      pera::unpack_bytes(bytes.data(), channels, n, planes.data());
+      if (colors.on) {
+        pera::apply_colors(
+            planes.data(), channels, n, colors.order(crop), pera::kColorOps, colors.factors(crop), colors.mean_gray(crop));
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        const float center = static_cast<float>(mean[c]), scale = static_cast<float>(1.0 / std[c]);
+        const float* __restrict__ plane = planes.data() + c * n;
+        Out* __restrict__ out = result + (row * channels + c) * n;
+        for (int64_t i = 0; i < n; ++i) {
+          store(out, i, (plane[i] - center) * scale);
+        }
+      }
+    }
+  });
+}
+
+template <typename In, typename Out>
+void rows_of_floats(const at::Tensor& crops, const Grid& grid, at::Tensor& rows) { // crops: [N, C, H, W]
+  const int64_t p = grid.patch_size, channels = crops.size(1);
+  const int64_t sn = crops.stride(0), sc = crops.stride(1), sy = crops.stride(2), sx = crops.stride(3);
+  const In* pixels = crops.const_data_ptr<In>();
+  Out* result = rows.mutable_data_ptr<Out>();
+  at::parallel_for(0, rows.size(0), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const auto [crop, y, x] = grid(row);
+      Out* __restrict__ out = result + row * channels * p * p;
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t line = 0; line < p; ++line, out += p) {
+          const In* __restrict__ from = pixels + crop * sn + c * sc + (y + line) * sy + x * sx;
+          for (int64_t i = 0; i < p; ++i) {
+            if constexpr (std::is_same_v<In, Out>) {
+              out[i] = from[i * sx];
+            } else {
+              store(out, i, static_cast<float>(from[i * sx]));
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+at::Tensor visible_patches(
+    const at::Tensor& crops,
+    const at::Tensor& index,
+    const std::optional<at::Tensor>& order,
+    const std::optional<at::Tensor>& factors,
+    const std::optional<at::Tensor>& gray_mean,
+    at::ArrayRef<double> mean,
+    at::ArrayRef<double> std,
+    int64_t patch_size,
+    at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(crops.dim() == 4 && index.dim() == 2 && index.size(0) == crops.size(0), "index must be [N, n]");
+  const bool is_bytes = crops.scalar_type() == at::kByte;
+  const int64_t height = crops.size(is_bytes ? 1 : 2), width = crops.size(is_bytes ? 2 : 3);
+  const int64_t channels = crops.size(is_bytes ? 3 : 1);
+  TORCH_CHECK_VALUE(
+      patch_size > 0 && height % patch_size == 0 && width % patch_size == 0, "crops must be whole patches");
+  const Grid grid(index, height, width, patch_size);
+  at::Tensor rows = at::empty({index.numel(), channels * patch_size * patch_size}, crops.options().dtype(dtype));
+  if (!is_bytes) {
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, crops.scalar_type(), "visible_patches", [&] {
+      using In = scalar_t;
+      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "visible_patches", [&] {
+        rows_of_floats<In, scalar_t>(crops, grid, rows);
+      });
+    });
+    return rows;
+  }
+  const auto per_channel = static_cast<size_t>(channels);
+  TORCH_CHECK_VALUE(mean.size() == per_channel && std.size() == per_channel, "mean and std must have a value a channel");
+  const bool jitters = order.has_value() && factors.has_value();
+  const at::Tensor means = !jitters ? at::Tensor() : gray_mean ? *gray_mean : contrast_mean(crops, *order, *factors);
+  const Colors colors(order, factors, means);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "visible_patches", [&] {
+    rows_of_bytes<scalar_t>(crops, grid, colors, mean, std, rows);
+  });
+  return rows;
+}
+
+} // namespace
+
+TORCH_LIBRARY_FRAGMENT(pera_native, m) {
+  m.def("contrast_mean(Tensor crops, Tensor order, Tensor factors) -> Tensor");
+  m.def(
+      "visible_patches(Tensor crops, Tensor index, Tensor? order, Tensor? factors, Tensor? gray_mean, "
+      "float[] mean, float[] std, int patch_size, ScalarType dtype) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(pera_native, CPU, m) {
+  m.impl("contrast_mean", &contrast_mean);
+  m.impl("visible_patches", &visible_patches);
+}
