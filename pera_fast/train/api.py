@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from pera_fast.config import Config
-from pera_fast.data.index import Manifest, open_or_build
+from pera_fast.data.index import open_or_build
 from pera_fast.data.loader import Loader
+from pera_fast.data.manifest import Manifest
 from pera_fast.data.skipped import SkippedFiles
+from pera_fast.errors import UserError
 from pera_fast.model.export import export_teacher
 from pera_fast.model.pera import PerA
 from pera_fast.train.console import RunLog
@@ -26,6 +28,8 @@ from pera_fast.train.schedules import make_schedules
 from pera_fast.train.signals import StopRequest
 
 log = logging.getLogger(__name__)
+
+LOOKED_FOR = 32  # of the run's images, before another folder is taken for a mistake
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
     plan = cfg.train.resolve_batch(here.size)
     if start.checkpoint:
         check_resumed_batch(start.checkpoint, plan.total)
-    manifest = _open_data(data, cfg, here)
+    manifest = _open_data(data, folder, start, here)
     for note in start.notes:
         log.info("%s", note)
     pera = make_model(cfg).to(here.device)
@@ -103,7 +107,7 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
             optimizer=make_optimizer(pera.parameters(), cfg),
             scaler=make_scaler(cfg, here.device),
             inputs=loader,
-            images=len(manifest),
+            images=len(manifest.readable),
             data=_digest(manifest),
             export=export_teacher,
         )
@@ -139,15 +143,45 @@ def make_model(cfg: Config) -> PerA:
     return model
 
 
-def _open_data(data: Path, cfg: Config, here: World) -> Manifest:
-    """Rank 0 builds the manifest if there is none; the others read it."""
-    manifest = here.on_main(lambda: open_or_build(data, cfg))
-    return open_or_build(data, cfg) if manifest is None else manifest
+def _open_data(data: Path, folder: RunFolder, start: Start, here: World) -> Manifest:
+    """The images of this run, the same on all ranks and after every resume.
+
+    A new run keeps a copy of the data's index as it was. Resuming takes that copy, so that files which came, went or
+    broke in the meantime do not shift what the other samples are.
+    """
+
+    def open_on_main() -> Manifest:
+        if start.resumed and folder.index.exists():
+            return _known_data(data, folder)
+        manifest = open_or_build(data, start.cfg)
+        manifest.save(folder.index)
+        return manifest
+
+    manifest = here.on_main(open_on_main)
+    return _known_data(data, folder) if manifest is None else manifest
+
+
+def _known_data(data: Path, folder: RunFolder) -> Manifest:
+    """The run's own index, for images that lie below `data` (perhaps moved since). Raises UserError if they do not."""
+    if not data.is_dir():
+        raise UserError(f"--data {data}: no such folder")
+    manifest = Manifest.load(folder.index)
+    manifest.root = data.absolute()
+    some = manifest.readable.paths[:LOOKED_FOR].to_pylist()
+    if not any((manifest.root / path).exists() for path in some):
+        raise UserError(
+            f"--data {data}: holds none of the images that this run was started with (such as {some[0]});"
+            " give the folder where they are now"
+        )
+    return manifest
 
 
 def _digest(manifest: Manifest) -> str:
-    names = "\n".join(manifest.paths)
-    return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
+    """Of the readable images' names in their order: two runs with equal digests number their samples alike."""
+    digest = hashlib.sha256()
+    for path in manifest.readable.paths:
+        digest.update(path.as_py().encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()
 
 
 def _tokens(cfg: Config) -> dict[str, tuple[int, int, int]]:

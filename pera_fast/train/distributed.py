@@ -76,9 +76,11 @@ class World:
         )
 
 
-def no_sync(model: nn.Module) -> AbstractContextManager[Any]:
-    """Gradients stay on this rank inside: for all micro-batches of a step but the last."""
-    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
+def gradient_sync(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Around a micro-batch: gradients stay on this rank until the last one of a step."""
+    if last or not isinstance(model, nn.parallel.DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -35,6 +35,7 @@ class RunFolder:
 
     root: Path
 
+    index = property(lambda self: self.root / "index.parquet")
     config = property(lambda self: self.root / "config.yaml")
     metrics = property(lambda self: self.root / "metrics.jsonl")
     log = property(lambda self: self.root / "train.log")
@@ -90,6 +91,7 @@ class Start:
 
     cfg: Config
     checkpoint: dict[str, Any] | None = None
+    resumed: bool = False
     notes: list[str] = field(default_factory=list)  # for the log
 
     @property
@@ -127,7 +129,7 @@ def start_resumed(folder: RunFolder, recipe: str | None, overrides: Sequence[str
         raise UserError(f"--out {folder.root}: holds neither a checkpoint nor config.yaml to resume from; start anew")
     cfg, notes = continue_config(saved, recipe, overrides, source)
     notes.insert(0, f"resuming from {path}" if path else f"{folder.root} has no checkpoint yet: starting from step 0")
-    return Start(cfg, state, notes)
+    return Start(cfg, state, True, notes)
 
 
 def continue_config(

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pera_fast.train.distributed import World, no_sync
+from pera_fast.train.distributed import World, gradient_sync
 from pera_fast.train.optim import apply_gradients
 from pera_fast.train.schedules import StepValues
 
-LOSSES = ("loss", "global_cls_loss", "local_cls_loss", "koleo_loss", "pixel_loss")
+LOSSES: tuple[str, ...] = ("loss", "global_cls_loss", "local_cls_loss", "koleo_loss", "pixel_loss")
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,12 @@ def train_step(
         stop: says whether (SIGINT, SIGTERM) came to this process; all ranks learn it, in `StepResult.stop`.
     """
     optimizer.zero_grad(set_to_none=True)
-    total: Tensor | None = None  # f32 [5 + bottleneck]: loss parts, then the mean teacher row, averaged
+    parts = []  # f32 [5 + bottleneck] each: loss parts, then the mean teacher row
     for micro in range(accumulate):
         batch = next(inputs).to(world.device, non_blocking=True)
-        if micro + 1 < accumulate:
-            with no_sync(model):
-                part = _backward(model, scaler, batch, values, accumulate)
-        else:
-            part = _backward(model, scaler, batch, values, accumulate)
-        total = part if total is None else total + part
-    assert total is not None
+        with gradient_sync(model, last=micro + 1 == accumulate):
+            parts.append(_backward(model, scaler, batch, values, accumulate))
+    total = torch.stack(parts).sum(0)
     # One collective for all that the ranks must agree on: the losses, the center's input, and whether to stop.
     total = world.mean(torch.cat([total, *(total.new_full((1,), float(flag)) for flag in stop())]))
     norm, ok = apply_gradients(optimizer, scaler, values, clip, total)
