@@ -7,7 +7,7 @@ the recipe every further pass over a prototypes-sized tensor costs as much as a 
 import torch
 from torch import Tensor
 
-from .prototypes import Chunk, accumulation_dtype, chunk_size, chunks, product_dtype
+from .weight_norm import Chunk, accumulation_dtype, chunk_size, chunks, product_dtype
 
 
 class _Logits:

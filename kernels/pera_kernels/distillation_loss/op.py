@@ -6,7 +6,7 @@ from torch import Tensor
 from pera_kernels import backend
 
 from . import chunked, reference
-from .prototypes import accumulation_dtype, check_prototypes
+from .weight_norm import accumulation_dtype, check_prototypes
 
 backend.register("distillation_loss", "chunked")
 

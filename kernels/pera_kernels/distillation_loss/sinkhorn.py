@@ -1,11 +1,11 @@
-"""Sinkhorn centering expressed as a center vector, so that the loss needs no second form. Not in the published method."""
+"""Sinkhorn centering expressed as a center vector: the loss needs no second form. Not in the published method."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from .prototypes import accumulation_dtype, check_prototypes, chunk_size, chunks, product_dtype
+from .weight_norm import accumulation_dtype, check_prototypes, chunk_size, chunks, product_dtype
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pera_kernels.distillation_loss.prototypes import (
+from pera_kernels.distillation_loss.weight_norm import (
     MAX_CHUNK,
     Chunk,
     accumulation_dtype,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pera_kernels import backend
-from pera_kernels.distillation_loss.prototypes import accumulation_dtype, check_prototypes
+from pera_kernels.distillation_loss.weight_norm import accumulation_dtype, check_prototypes
 
 from . import gram, reference
 
