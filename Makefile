@@ -16,7 +16,7 @@ NATIVE := $(wildcard kernels/pera_kernels/*/cpu.cpp kernels/pera_kernels/*.h ker
 .PHONY: test demo lint venv wheel clean
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -p no:benchmark $(PYTEST_ARGS)
 
 # One worker a core, each with one OpenMP thread; more than 8 only fight for memory.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && n=8; echo $$n)

@@ -131,5 +131,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         info, stats = row.extra_info, row.stats
         terminalreporter.line(
             f"{row.name.removeprefix('test_'):<58}{stats.median * 1e3:>11.3f}{stats.iqr * 1e3:>9.3f}"
-            f"{info['images_per_s']:>11.1f}{info['gb_per_s']:>8.2f}{info['of_copy']:>9.1%}{info['error']:>10.1e}"
+            f"{info['images_per_s']:>11.1f}{info['gb_per_s']:>8.3f}{info['of_copy']:>9.1%}{info['error']:>10.1e}"
         )

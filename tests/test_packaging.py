@@ -1,0 +1,142 @@
+"""The wheel holds what it should, and a machine without compiler or cmake installs with one clear warning line."""
+
+import configparser
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = (
+    "pyproject.toml",
+    "setup.py",
+    "CMakeLists.txt",
+    "MANIFEST.in",
+    "LICENSE",
+    "README.md",
+    "pera_fast",
+    "kernels",
+)
+LIBRARY = "pera_kernels/_native.so"
+
+# One worker, so that the wheel is built once.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280), pytest.mark.xdist_group("packaging")]
+
+
+def build_wheel(folder: Path, **environment: str) -> tuple[zipfile.ZipFile, str]:
+    """Builds a wheel from a copy of the sources; returns it and what the build printed."""
+    source = folder / "source"
+    source.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--skip-dependency-check"]
+    done = subprocess.run(
+        [*command, "--outdir", str(folder), str(source)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    (wheel,) = folder.glob("*.whl")
+    return zipfile.ZipFile(wheel), done.stdout
+
+
+def warnings(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("WARNING: pera-fast")]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    built, output = build_wheel(tmp_path_factory.mktemp("wheel"))
+    assert warnings(output) == []
+    return built
+
+
+def test_wheel_holds_every_module_and_recipe(wheel):
+    names = set(wheel.namelist())
+    modules = {path.relative_to(ROOT) for path in (ROOT / "pera_fast").rglob("*.py")}
+    modules |= {path.relative_to(ROOT / "kernels") for path in (ROOT / "kernels" / "pera_kernels").rglob("*.py")}
+    assert {path.as_posix() for path in modules} <= names
+    recipes = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pera_fast" / "recipes").glob("*.yaml")}
+    assert recipes
+    assert recipes <= names
+    assert not [name for name in names if name.startswith(("tests/", "bench/", "kernels/")) or name.endswith(".cpp")]
+
+
+def test_wheel_fits_any_python_of_the_platform(wheel):
+    assert "-py3-none-linux_" in Path(wheel.filename).name
+
+
+def test_wheel_has_the_console_script(wheel):
+    (entry,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
+    points = configparser.ConfigParser()
+    points.read_string(wheel.read(entry).decode())
+    assert dict(points["console_scripts"]) == {"pera-fast": "pera_fast.cli:main"}
+
+
+def test_library_of_the_wheel_runs_and_names_no_folder_of_the_builder(wheel, tmp_path):
+    assert LIBRARY in wheel.namelist()
+    wheel.extractall(tmp_path)
+    code = (
+        "import torch; from pera_kernels import backend, visible_patches\n"
+        "assert backend.needs_native()(torch.device('cpu')) is None, backend.needs_native()(torch.device('cpu'))\n"
+        "print([row.runs for row in backend.report() if row.op == 'visible_patches'])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PERA_BACKEND")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['native']"
+    assert str(Path(wheel.filename).parent).encode() not in wheel.read(LIBRARY)
+
+
+@pytest.mark.parametrize(
+    ("variable", "reason"), [("CXX", "Could not find the compiler"), ("CMAKE", "cmake was not found")]
+)
+def test_missing_tool_is_one_warning_line(variable, reason, tmp_path):
+    built, output = build_wheel(tmp_path, **{variable: "/nowhere/tool"})
+    assert LIBRARY not in built.namelist()
+    (line,) = warnings(output)
+    assert reason in line
+    assert "/nowhere/tool" in line
+    assert "apt-get install g++" in line
+
+
+def test_lock_agrees_with_the_project_file():
+    """Each direct requirement is locked, and at the versions that the project promises."""
+    from packaging.requirements import Requirement
+
+    text = (ROOT / "requirements.lock").read_text().splitlines()
+    locked = [Requirement(line) for line in text if line and not line.startswith("#")]
+    for requirement in locked:
+        assert [specifier.operator for specifier in requirement.specifier] == ["=="], f"{requirement} is not exact"
+    for python in ("3.10", "3.11", "3.12", "3.13", "3.14"):
+        machine = {"python_version": python, "platform_machine": "x86_64", "sys_platform": "linux"}
+        here = [one for one in locked if one.marker is None or one.marker.evaluate(machine)]
+        versions = {one.name.lower(): next(iter(one.specifier)).version for one in here}
+        assert len(versions) == len(here), f"a package is locked twice for Python {python}"
+        for name in ("torch==2.13.0", "triton==3.7.1", "xformers==0.0.35", "nvidia-dali-cuda130==2.4.0"):
+            assert versions[name.split("==")[0]] == name.split("==")[1]
+        for wanted in map(Requirement, direct_requirements()):
+            assert versions[wanted.name.lower()] in wanted.specifier, f"{wanted} on Python {python}"
+
+
+def direct_requirements() -> list[str]:
+    """Requirement strings of dependencies and the extras test, dev and cuda13 in pyproject.toml."""
+    setuptools = pytest.importorskip("setuptools.config.pyprojecttoml")
+    project = setuptools.load_file(ROOT / "pyproject.toml")["project"]
+    extras = project["optional-dependencies"]
+    every = [*project["dependencies"], *extras["test"], *extras["dev"], *extras["cuda13"]]
+    return [one for one in every if not one.startswith("pera-fast")]
