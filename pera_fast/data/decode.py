@@ -91,7 +91,7 @@ def _rasterio_header(data: bytes | memoryview) -> Header:
         return Header(raster.width, raster.height, raster.count, raster.dtypes[0])
 
 
-def _open_raster(data: bytes | memoryview):  # noqa: ANN202 - rasterio has no stubs
+def _open_raster(data: bytes | memoryview):  # a rasterio dataset
     import rasterio
 
     warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
@@ -110,10 +110,7 @@ def decode(data: bytes | memoryview, decoder: str, channels: int) -> np.ndarray:
         Exception: whatever the library raises; ValueError if the file has another number of bands.
     """
     native = channels not in (1, 3)
-    if decoder == "rasterio":
-        image = _decode_rasterio(data, native)
-    else:
-        image = _decode_pillow(data, native)
+    image = (_decode_rasterio if decoder == "rasterio" else _decode_pillow)(data, native)
     if native:
         if image.shape[2] != channels:
             raise ValueError(f"has {image.shape[2]} band(s), model.in_chans is {channels}")

@@ -1,7 +1,9 @@
 """What kind of file it is: by suffix (is it meant to be an image?) and by its first bytes (is it one?)."""
 
-SUFFIXES = frozenset(
-    "jpg jpeg jpe jfif png tif tiff btf webp bmp dib jp2 j2k j2c jpc jpx jpf gif pbm pgm ppm pnm pam tga ico".split()
+SUFFIXES = (
+    frozenset(("jpg", "jpeg", "jpe", "jfif", "png", "tif", "tiff", "btf", "webp", "bmp", "dib", "gif", "tga", "ico"))
+    | frozenset(("jp2", "j2k", "j2c", "jpc", "jpx", "jpf"))
+    | frozenset(("pbm", "pgm", "ppm", "pnm", "pam"))
 )
 HEAD_BYTES = 64  # of a file that `sniff` looks at
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from pera_fast.data.manifest import Manifest
+from pera_fast.data.manifest import Manifest, not_writable
 from pera_fast.data.probe import MAX_FILES, ProbeResult, ProbeSettings
 from pera_fast.data.sandbox import Sandbox
 from pera_fast.data.scan import Entry, Listing, scan
@@ -218,9 +218,7 @@ def _locked(target: Path) -> Iterator[None]:
         target.parent.mkdir(parents=True, exist_ok=True)
         file = open(target.with_name(f".{target.name}.lock"), "a")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise UserError(
-            f"cannot write the index {target}: {error.strerror or error} (data.index=PATH puts it elsewhere)"
-        ) from error
+        raise UserError(not_writable(target, error)) from error
     with file:
         with contextlib.suppress(OSError):  # no locks on some network disks: the check is then done more than once
             fcntl.flock(file, fcntl.LOCK_EX)

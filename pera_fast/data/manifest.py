@@ -62,7 +62,9 @@ class Manifest:
     summary: str = field(default="", compare=False)  # one line: what making it took
 
     @classmethod
-    def from_results(cls, root: Path, results: list[ProbeResult], settings: ProbeSettings, dali: str = "") -> "Manifest":
+    def from_results(
+        cls, root: Path, results: list[ProbeResult], settings: ProbeSettings, dali: str = ""
+    ) -> "Manifest":
         """From results whose paths are relative to `root`."""
         rows = sorted(results, key=lambda result: result.path)
         columns = {name: [getattr(row, name) for row in rows] for name in SCHEMA.names}
@@ -101,8 +103,7 @@ class Manifest:
                 os.unlink(part)
                 raise
         except OSError as error:
-            raise UserError(f"cannot write the index {target}: {error.strerror or error} (data.index=PATH puts it"
-                            " elsewhere)") from error  # fmt: skip
+            raise UserError(not_writable(target, error)) from error
         self.path = target
 
     @classmethod
@@ -125,6 +126,11 @@ class Manifest:
             raise UserError(
                 f"{source} is no index of this version of pera-fast ({error}): delete it or give another data.index"
             ) from error
+
+
+def not_writable(target: Path, error: OSError) -> str:
+    """What to tell about a manifest that cannot be written."""
+    return f"cannot write the index {target}: {error.strerror or error} (data.index=PATH puts it elsewhere)"
 
 
 def _array(column: pa.ChunkedArray) -> pa.Array:

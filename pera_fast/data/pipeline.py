@@ -18,7 +18,8 @@ from pera_fast.data.dali import require_dali
 class CropPipeline:
     """Decodes, crops, resizes and flips batches. `depth` batches are kept under way, handed back in order.
 
-    Submit `depth` batches, then collect and submit in turns: the first `depth` only start together. A batch that cannot be decoded raises RuntimeError from `submit` or `collect`; the pipeline is of no use after that.
+    Submit `depth` batches, then collect and submit in turns: the first `depth` only start together. A batch that cannot
+    be decoded raises from `submit` or `collect`; the pipeline is of no use after that.
 
     Args:
         views: cfg.views.

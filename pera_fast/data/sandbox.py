@@ -16,7 +16,7 @@ _START_SECONDS = 120.0  # importing DALI from a cold network disk
 _LABELS = {"dali": "DALI", "pillow": "Pillow", "rasterio": "rasterio"}
 
 
-class _Died(Exception):
+class _DiedError(Exception):
     """The worker is gone. stage: the decoder at work, or empty."""
 
     def __init__(self, stage: str, why: str):
@@ -39,26 +39,35 @@ class Sandbox:
         self._lock = threading.Lock()
         self._closed = False
 
-    def probe(self, paths: Sequence[str], settings: ProbeSettings) -> list[ProbeResult]:
+    def probe(
+        self, paths: Sequence[str], settings: ProbeSettings, decoders: Sequence[str] | None = None
+    ) -> list[ProbeResult]:
         """One result for each absolute path (at most probe.MAX_FILES of them), in order. Never raises for a file.
+
+        Args:
+            paths: the files.
+            settings: how they will be used.
+            decoders: what may be tried; None: settings.decoders.
 
         Raises:
             RuntimeError: the worker does not start, or the sandbox was closed.
         """
         with self._lock:
-            return self._probe(list(paths), settings)
+            return self._probe(list(paths), settings, tuple(settings.decoders if decoders is None else decoders))
 
-    def _probe(self, paths: list[str], settings: ProbeSettings) -> list[ProbeResult]:
+    def _probe(self, paths: list[str], settings: ProbeSettings, decoders: tuple[str, ...]) -> list[ProbeResult]:
         try:
-            return self._call(paths, settings, settings.decoders)
-        except _Died as died:
+            return self._call(paths, settings, decoders)
+        except _DiedError as died:
             if len(paths) > 1:  # which of them was it?
-                return [result for path in paths for result in self._probe([path], settings)]
-            return [self._probe_rest(paths[0], settings, died)]
+                return [result for path in paths for result in self._probe([path], settings, decoders)]
+            return [self._probe_rest(paths[0], settings, decoders, died)]
 
-    def _probe_rest(self, path: str, settings: ProbeSettings, died: _Died) -> ProbeResult:
+    def _probe_rest(
+        self, path: str, settings: ProbeSettings, decoders: tuple[str, ...], died: _DiedError
+    ) -> ProbeResult:
         """A decoder died on the file: the ones after it may still know better."""
-        told, left = [], list(settings.decoders)
+        told, left = [], list(decoders)
         while True:
             told.append(str(died))
             left = left[left.index(died.stage) + 1 :] if died.stage in left else []
@@ -66,7 +75,7 @@ class Sandbox:
                 return ProbeResult(path, reason="; ".join(told), **_state(path))
             try:
                 (result,) = self._call([path], settings, tuple(left))
-            except _Died as again:
+            except _DiedError as again:
                 died = again
                 continue
             if not result.ok:
@@ -81,13 +90,13 @@ class Sandbox:
             while True:
                 if not connection.poll(self._timeout):
                     self._stop()
-                    raise _Died(stage, f"did not finish within {self._timeout:g} s")
+                    raise _DiedError(stage, f"did not finish within {self._timeout:g} s")
                 kind, content = connection.recv()
                 if kind == "done":
                     return content
                 stage = content
         except (EOFError, OSError):
-            raise _Died(stage, self._why()) from None
+            raise _DiedError(stage, self._why()) from None
 
     def _start(self) -> Connection:
         if self._closed:

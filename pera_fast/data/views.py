@@ -87,7 +87,8 @@ def draw_windows(views: Any, seed: int, epoch: int, samples: np.ndarray, sizes: 
     top = np.where(found, np.floor(u_top * (full_h - height + 1)), (full_h - height) // 2)
     left = np.where(found, np.floor(u_left * (full_w - width + 1)), (full_w - width) // 2)
     top, left, height, width = (values.T.astype(np.int64) for values in (top, left, height, width))
-    return Windows(top, left, height, width, hflip=u[..., -2].T < views.hflip, vflip=u[..., -1].T < views.vflip)
+    u_hflip, u_vflip = u[..., -2].T, u[..., -1].T
+    return Windows(top, left, height, width, hflip=u_hflip < views.hflip, vflip=u_vflip < views.vflip)
 
 
 def draw_colors(

@@ -1,0 +1,174 @@
+"""From a sample's number to what the pipeline takes, whatever has become of its file since the index was made."""
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import numpy as np
+
+from pera_fast.data import decode
+from pera_fast.data.manifest import Manifest
+from pera_fast.data.probe import ProbeResult, ProbeSettings, os_reason, read_file
+from pera_fast.data.sandbox import Sandbox
+from pera_fast.data.skipped import SkippedFiles
+from pera_fast.errors import UserError
+from pera_fast.keyed import Purpose, generator
+
+_READS = 3  # of a file that changes under our hands
+_DRAWS = 64  # substitutes drawn before the rest is walked in order
+_NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the process is at its limits
+
+
+@dataclass
+class Image:
+    """A file's content, ready for the pipeline."""
+
+    sample: int  # row that it came from
+    data: np.ndarray  # uint8 [bytes], encoded; or [H, W, C] where the pipeline takes raw arrays
+    height: int  # decoded
+    width: int
+
+
+class _UnusableError(Exception):
+    """Nothing can decode this file; the message says why."""
+
+
+class SampleSource:
+    """Reads samples. A file that cannot be used is reported once and another sample stands in for it.
+
+    Files whose size and time are those of the index are decoded in this process; others are checked in a sandbox
+    first, because a decoder can die by a signal. Thread-safe.
+
+    Args:
+        manifest: of the data folder.
+        settings: how the files are used; `verify` is taken as True.
+        seed: the run's seed.
+        skipped: where unusable files are reported.
+        sandboxes: the most processes that check files at a time.
+    """
+
+    def __init__(
+        self, manifest: Manifest, settings: ProbeSettings, seed: int, skipped: SkippedFiles, sandboxes: int = 1
+    ):
+        self._root = os.fspath(manifest.root)
+        self._files = manifest.readable
+        self._settings = ProbeSettings(settings.channels, settings.max_pixels, verify=True)
+        self._seed, self._skipped = seed, skipped
+        self._checked: dict[int, ProbeResult] = {}  # newer than the index
+        self._unusable: set[int] = set()
+        self._lock = threading.Lock()
+        self._sandboxes = [Sandbox() for _ in range(max(1, sandboxes))]
+        self._idle: SimpleQueue[Sandbox] = SimpleQueue()
+        for sandbox in self._sandboxes:
+            self._idle.put(sandbox)
+        decode.allow_pixels(settings.max_pixels)
+
+    def fetch(self, epoch: int, sample: int) -> Image:
+        """The sample's image, or its substitute's: the same one whenever the same files are unusable.
+
+        Raises:
+            UserError: no readable image is left.
+        """
+        for row in self._candidates(epoch, sample):
+            if row in self._unusable:
+                continue
+            try:
+                return self._load(row)
+            except _UnusableError as error:
+                self._reject(row, str(error))
+        raise UserError(f"no readable image is left in {self._root}: all {len(self._files)} have become unreadable")
+
+    def distrust(self, sample: int, reason: str) -> None:
+        """DALI failed on this sample in spite of the check: from now on another decoder reads it, or nothing does."""
+        others = tuple(decoder for decoder in self._settings.decoders if decoder != "dali")
+        result = self._probe(self._path(sample), others)
+        if result.ok:
+            with self._lock:
+                self._checked[sample] = result
+        else:
+            self._reject(sample, f"DALI: {reason}; {result.reason}")
+
+    def close(self) -> None:
+        """Ends the sandboxes; a fetch that waits for one raises RuntimeError."""
+        for sandbox in self._sandboxes:
+            sandbox.close()
+
+    def _candidates(self, epoch: int, sample: int) -> Iterator[int]:
+        yield sample
+        draws = generator(self._seed, Purpose.SUBSTITUTE, epoch, sample).integers(len(self._files), size=_DRAWS)
+        yield from map(int, draws)
+        start = int(draws[-1])
+        for step in range(1, len(self._files) + 1):
+            yield (start + step) % len(self._files)
+
+    def _path(self, row: int) -> str:
+        return os.path.join(self._root, self._files.paths[row].as_py())
+
+    def _load(self, row: int) -> Image:
+        path = self._path(row)
+        reason = "changes all the time"
+        for _ in range(_READS):
+            try:
+                data, state = read_file(path)
+            except OSError as error:
+                if error.errno in _NOT_THE_FILE:
+                    raise
+                if not os.path.isdir(self._root):
+                    raise UserError(f"the data folder {self._root} is gone") from error
+                reason = os_reason(error)
+                if error.errno is not None:
+                    break
+                continue  # it changed while it was read
+            known = self._known(row)
+            if (known.size, known.mtime_ns) != (state.st_size, state.st_mtime_ns):
+                known = self._probe(path)
+                if (known.size, known.mtime_ns) != (state.st_size, state.st_mtime_ns):
+                    continue  # it changed again meanwhile
+                if not known.ok:
+                    raise _UnusableError(known.reason)
+                with self._lock:
+                    self._checked[row] = known
+            return self._image(row, data, known)
+        raise _UnusableError(reason)
+
+    def _known(self, row: int) -> ProbeResult:
+        """What was last found out about the file; size -1 if it was never decoded."""
+        if (newer := self._checked.get(row)) is not None:
+            return newer
+        files = self._files
+        decoder = files.decoder[row].as_py()
+        return ProbeResult(
+            path="",
+            ok=True,
+            decoder=decoder,
+            width=int(files.width[row]),
+            height=int(files.height[row]),
+            size=int(files.size[row]) if decoder else -1,
+            mtime_ns=int(files.mtime_ns[row]),
+        )
+
+    def _image(self, row: int, data: bytes, known: ProbeResult) -> Image:
+        if known.decoder == "dali":
+            return Image(row, np.frombuffer(data, np.uint8), known.height, known.width)
+        channels = self._settings.channels
+        try:
+            pixels = decode.decode(data, known.decoder, channels)
+        except Exception as error:  # it decoded when it was checked; whatever it is now, it must not end the run
+            raise _UnusableError(f"{known.decoder}: {error}") from error
+        height, width = pixels.shape[:2]
+        return Image(row, decode.as_pnm(pixels) if channels in (1, 3) else pixels, height, width)
+
+    def _probe(self, path: str, decoders: tuple[str, ...] | None = None) -> ProbeResult:
+        sandbox = self._idle.get()
+        try:
+            return sandbox.probe([path], self._settings, decoders)[0]
+        finally:
+            self._idle.put(sandbox)
+
+    def _reject(self, row: int, reason: str) -> None:
+        with self._lock:
+            self._unusable.add(row)
+        self._skipped.add(self._files.paths[row].as_py(), reason)
