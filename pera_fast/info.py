@@ -87,7 +87,7 @@ def show(info: Info, console: Console | None = None) -> None:
     ops = Table("op", "runs", "why not a faster one", box=None, pad_edge=False, header_style="bold")
     for op in info.ops:
         why = "; ".join(f"{name}: {reason}" for name, reason in op.missing.items())
-        ops.add_row(op.name, op.runs, _plain(why or "it is the fastest there is"))
+        ops.add_row(op.name, op.runs, _plain(why or "there is no faster one"))
     console.print()
     console.print(ops)
     if info.missing:

@@ -100,10 +100,9 @@ def test_python_call_is_the_twin(stub):
 
 
 def test_index_convert_and_demo_call_their_parts(stub, capsys):
-    calls = stub("pera_fast.data.index", "build_index", "manifest")
-    stub("pera_fast.data.index", "summary", "3 images, 1 unreadable")
+    calls = stub("pera_fast.data.index", "build_index", types.SimpleNamespace(summary="3 images, 1 unreadable"))
     assert cli.run(["data", "index", "DIR", "--out", "M", "--no-verify", "--workers", "3"]) == 0
-    expected = {"out": Path("M"), "verify": False, "workers": 3, "progress": True}
+    expected = {"out": Path("M"), "verify": False, "workers": 3, "channels": 3}
     assert calls == [((Path("DIR"),), expected)]
     assert capsys.readouterr().out == "3 images, 1 unreadable\n"
 
@@ -245,3 +244,19 @@ def test_info_survives_a_broken_op(monkeypatch, tmp_path):
     assert ops["brokenop"].runs == "nothing"
     assert ops["brokenop"].missing == {"all": "cannot be imported (no such luck)"}
     assert ops["visible_patches"].runs != "nothing"
+
+
+def test_index_of_a_real_folder(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    (tmp_path / "b.jpg").write_bytes(b"not an image")
+    manifest = tmp_path / "index.parquet"
+    done = program("data", "index", str(tmp_path), "--out", str(manifest), "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert "1 of 2" in done.stdout
+    assert manifest.exists()
+    done = program("data", "index", str(tmp_path / "none"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1

@@ -194,7 +194,7 @@ class DataConfig:
     loader_threads: int = _count(4)  # decoding threads per process
     prefetch: int = _count(2)  # batches ready ahead of the step
     verify: bool = True  # decode every file fully when the index is built
-    index: str | None = None  # path of the Parquet manifest; null: built beside the run, or reused
+    index: str | None = None  # path of the Parquet manifest; null: in the user's cache
     max_pixels: int = _count(2**28)  # width * height of the largest image that is read
 
 
