@@ -15,9 +15,7 @@ from torch import Tensor
 
 from .reference import BRIGHTNESS, CONTRAST, GRAY_WEIGHTS, GRAYSCALE, HUE, SATURATION, compute_dtype
 
-CACHE_VALUES = (
-    1 << 18
-)  # values per chunk on the CPU: temporaries of 1 MiB stay in cache and are not mapped anew each time
+CACHE_VALUES = 1 << 18  # values per chunk on the CPU: temporaries of 1 MiB stay in cache
 DEVICE_VALUES = 1 << 24  # elsewhere: few launches, temporaries of 64 MiB
 
 
@@ -30,7 +28,8 @@ def _gray(x: Tensor) -> Tensor:
     """[R, C, Q] -> [R, 1, Q]."""
     if x.shape[1] != 3:
         return x.mean(1, keepdim=True)
-    return GRAY_WEIGHTS[0] * x[:, 0:1] + GRAY_WEIGHTS[1] * x[:, 1:2] + GRAY_WEIGHTS[2] * x[:, 2:3]
+    red, green, blue = GRAY_WEIGHTS
+    return (red * x[:, 0:1]).add_(x[:, 1:2], alpha=green).add_(x[:, 2:3], alpha=blue)
 
 
 def _blend(x: Tensor, code: Tensor, factors: Tensor, mean_gray: Tensor) -> Tensor:
@@ -42,28 +41,25 @@ def _blend(x: Tensor, code: Tensor, factors: Tensor, mean_gray: Tensor) -> Tenso
     if is_rgb:
         f = torch.where(code == SATURATION, factors[:, SATURATION], torch.where(code == GRAYSCALE, 0, f))
         takes_gray = ((code == SATURATION) | (code == GRAYSCALE)).to(x.dtype)
-        other = takes_gray[:, None, None] * _gray(x) + other
-    f = f[:, None, None]
-    return (f * x + (1 - f) * other).clamp_(0, 1)
+        other = torch.addcmul(other, takes_gray[:, None, None], _gray(x))
+    return torch.lerp(other, x, f[:, None, None]).clamp_(0, 1)
 
 
 def _shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     """Hue of x [R, 3, Q] moved by `turns` [R]: HSV, with saturation * value kept as the chroma it is."""
     r, g, b = x.unbind(1)
-    value = x.amax(1)
-    chroma = value - x.amin(1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    low = torch.minimum(torch.minimum(r, g), b)
+    chroma = value - low
     divisor = torch.where(chroma == 0, 1, chroma)
     sixths = torch.where(
         value == r,
         (g - b) / divisor,
         torch.where(value == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor),
     )
-    sixths = sixths + 6 * turns[:, None]
-    channels = []
-    for offset in (5, 3, 1):
-        k = (sixths + offset) % 6
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
-    return torch.stack(channels, 1)
+    hue = (sixths + 6 * turns[:, None]) % 6
+    weights = (hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs()  # of red, green, blue
+    return torch.stack([low + chroma * weight.clamp_(0, 1) for weight in weights], 1)
 
 
 def apply_ops(x: Tensor, order: Tensor, factors: Tensor, mean_gray: Tensor) -> Tensor:
@@ -137,10 +133,9 @@ def patch_rows(
     if order is not None and factors is not None and gray_mean is not None:
         codes, turns, means = order[crop], factors[crop].to(compute), gray_mean[crop].to(compute)
         x = apply_ops(x.flatten(2), codes, turns, means).unflatten(2, (p, p))
-    shape = (1, len(mean), 1, 1)
-    center = torch.tensor(mean, dtype=compute, device=x.device).view(shape)
-    scale = torch.tensor(std, dtype=compute, device=x.device).view(shape)
-    return (x - center) / scale
+    for channel, (center, scale) in enumerate(zip(mean, std, strict=True)):  # numbers, not tensors: no copy to a device
+        x[:, channel].sub_(center).div_(scale)
+    return x
 
 
 def row_addresses(index: Tensor) -> tuple[Tensor, Tensor]:
