@@ -28,7 +28,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check -q .
 	$(BIN)/ruff format -q --check .
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/pyright --pythonpath $(BIN)/python --warnings
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 venv: $(INSTALLED)
 
