@@ -1,5 +1,6 @@
 """DALI as a decoder: imported late, and used alone to check files. No torch here: checking workers import this."""
 
+import os
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from pera_fast.errors import UserError
 
 def require_dali() -> SimpleNamespace:
     """DALI's Pipeline, fn and types. Raises UserError where it is not installed."""
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # one of DALI's decoders; it would remark on odd TIFF tags
     try:
         from nvidia.dali import fn, types
         from nvidia.dali.pipeline import Pipeline
@@ -68,4 +70,3 @@ def error_reason(error: BaseException) -> str:
     after = [i for i, line in enumerate(lines) if line.startswith("encountered")]
     told = lines[after[0] + 1] if after and after[0] + 1 < len(lines) else (lines[0] if lines else repr(error))
     return told.split(" sample #")[0].strip(" :") or "cannot decode"
-

@@ -6,6 +6,7 @@ Alpha is dropped. A gray image asked for as colour is repeated; a colour image a
 601. The result reaches the same pipeline as an in-memory PPM or PGM file, or as a raw array.
 """
 
+import functools
 import io
 import warnings
 from collections.abc import Callable
@@ -76,13 +77,11 @@ def _codec_header(data: bytes | memoryview) -> Header:
 
 
 def _pillow_header(data: bytes | memoryview) -> Header:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            channels, dtype = _PIL_TYPES.get(image.mode[:4]) or (len(image.getbands()), "uint8")
-            if image.getexif().get(_ORIENTATION) in _TURNED:
-                width, height = height, width
+    with Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        channels, dtype = _PIL_TYPES.get(image.mode[:4]) or (len(image.getbands()), "uint8")
+        if image.getexif().get(_ORIENTATION) in _TURNED:
+            width, height = height, width
     return Header(width, height, channels, dtype)
 
 
@@ -92,10 +91,16 @@ def _rasterio_header(data: bytes | memoryview) -> Header:
 
 
 def _open_raster(data: bytes | memoryview):  # a rasterio dataset
+    return _rasterio().io.MemoryFile(bytes(data)).open()
+
+
+@functools.cache
+def _rasterio():  # the module, imported late: it loads GDAL
     import rasterio
 
+    # Crops need no georeference. Once, not around each call: filters are the process's, and readers are threads.
     warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-    return rasterio.io.MemoryFile(bytes(data)).open()
+    return rasterio
 
 
 def decode(data: bytes | memoryview, decoder: str, channels: int) -> np.ndarray:
@@ -125,17 +130,15 @@ def decode(data: bytes | memoryview, decoder: str, channels: int) -> np.ndarray:
 
 
 def _decode_pillow(data: bytes | memoryview, native: bool) -> np.ndarray:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data)) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode in ("P", "PA", "1") or (image.mode in ("CMYK", "YCbCr", "LAB", "HSV") and not native):
-                image = image.convert("L" if image.mode == "1" else "RGB")
-            elif image.mode in ("LA", "La") and not native:
-                image = image.getchannel(0)
-            elif image.mode in ("RGBA", "RGBa", "RGBX") and not native:
-                image = Image.merge("RGB", [image.getchannel(band) for band in range(3)])  # convert() may blend
-            array = np.asarray(image)
+    with Image.open(io.BytesIO(data)) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode in ("P", "PA", "1") or (image.mode in ("CMYK", "YCbCr", "LAB", "HSV") and not native):
+            image = image.convert("L" if image.mode == "1" else "RGB")
+        elif image.mode in ("LA", "La") and not native:
+            image = image.getchannel(0)
+        elif image.mode in ("RGBA", "RGBa", "RGBX") and not native:
+            image = Image.merge("RGB", [image.getchannel(band) for band in range(3)])  # convert() may blend
+        array = np.asarray(image)
     return array[..., None] if array.ndim == 2 else array
 
 

@@ -5,7 +5,7 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from pera_fast.data.views import draw_colors, draw_windows
 _log = logging.getLogger("pera_fast")
 _READ_AHEAD = 2  # batches that are read while others are decoded
 _MAX_SANDBOXES = 4
+_RECOVERIES = 3  # for one batch: a substitute may fail as well
 
 
 @dataclass
@@ -134,8 +135,10 @@ class Producer:
             pending.images = [future.result() for future in pending.reading]
             pending.reading = []
             self._decoding.append(pending)
-            with self._recovering():
+            try:
                 self._submit(self._pipeline, pending)
+            except Exception as error:
+                self._recover(error)
 
     def _read(self) -> None:
         epoch, samples = self._order(self._next_step)
@@ -151,18 +154,14 @@ class Producer:
 
     def _collect(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._pipeline is not None
-        with self._recovering():
-            return self._pipeline.collect()
-        return self._pipeline.collect()  # after a recovery
+        for _ in range(_RECOVERIES):
+            try:
+                return self._pipeline.collect()
+            except Exception as error:
+                self._recover(error)
+        return self._pipeline.collect()
 
     # When DALI fails on what had passed the check
-
-    @contextlib.contextmanager
-    def _recovering(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self._recover(error)
 
     def _recover(self, error: Exception) -> None:
         """Finds the files that fail alone, puts others in their place and starts the batches again."""
