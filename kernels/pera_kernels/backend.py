@@ -10,7 +10,8 @@ Each op registers its implementations, fastest first, each with a check that say
 that has nothing else registers just that: ``backend.register("koleo", "reference")``.
 
 The environment variable ``PERA_BACKEND`` (``auto``, ``reference``, ``native``, ``triton`` or another name that an op
-registered) or the context manager ``use`` forces a choice for all ops that have an implementation of that name; the others choose as usual.
+registered) or the context manager ``use`` forces a choice for all ops that have an implementation of that name; the
+others choose as usual.
 """
 
 from __future__ import annotations
