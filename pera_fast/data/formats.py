@@ -14,7 +14,8 @@ _SPACE = b" \t\r\n#"
 
 def has_image_suffix(name: str) -> bool:
     """Whether a file's name says that it is an image."""
-    return name.rpartition(".")[2].lower() in SUFFIXES
+    _, dot, suffix = name.rpartition(".")
+    return bool(dot) and suffix.lower() in SUFFIXES
 
 
 def sniff(head: bytes) -> str | None:

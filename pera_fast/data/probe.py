@@ -1,16 +1,10 @@
-"""Checks whether files can be decoded, and by what. Runs in a process of its own, which a decoder may kill or hang.
-
-`sandbox.Sandbox` is the other end. Messages to it: ("ready",), then per call any number of ("stage", decoder) and one
-("done", results). No torch here: the process must start fast.
-"""
+"""Checks whether files can be decoded, and by what. A decoder may kill or hang the process: see `sandbox`."""
 
 import os
 import re
 import stat
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 
 import numpy as np
 
@@ -222,24 +216,3 @@ def _reason(file: _File) -> str:
     if file.kind is None and not file.result.width:
         return f"not an image (begins with {file.data[:12]!r})"
     return "; ".join(file.failures) or "cannot decode"
-
-
-def main(fd: int) -> None:
-    """Serves calls on a socket until the other end goes."""
-    connection = Connection(fd)
-    prober = Prober()
-    connection.send(("ready",))
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # the decoders' libraries print what they think of each broken file
-        os.dup2(quiet, stream)
-    while True:
-        try:
-            paths, settings, decoders = connection.recv()
-        except (EOFError, OSError):
-            return
-        decode.allow_pixels(settings.max_pixels)
-        connection.send(("done", prober(paths, settings, decoders, lambda stage: connection.send(("stage", stage)))))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

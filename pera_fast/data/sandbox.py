@@ -32,7 +32,7 @@ class Sandbox:
         module: what the worker runs, as `python -m`; the process gets a socket's number as its argument.
     """
 
-    def __init__(self, timeout: float = 60.0, module: str = "pera_fast.data.probe"):
+    def __init__(self, timeout: float = 60.0, module: str = "pera_fast.data.worker"):
         self._timeout, self._module = timeout, module
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None

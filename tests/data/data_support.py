@@ -11,11 +11,11 @@ from rasterio.io import MemoryFile
 
 from pera_fast.config import load_config
 
-SMALL = ("views.global_size=32", "views.local_size=16", "views.num_local=3", "data.loader_threads=2")
+SMALL = ("views.global_size=48", "views.local_size=32", "views.num_local=3", "data.loader_threads=2")
 
 
 def small_config(*overrides):
-    """The tiny recipe with small crops: 2 of 32 px, 3 of 16 px."""
+    """The tiny recipe with small crops: 2 of 48 px, 3 of 32 px."""
     return load_config("tiny", [*SMALL, *overrides])
 
 

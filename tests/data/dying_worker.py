@@ -5,10 +5,11 @@ import signal
 import sys
 import time
 
-from pera_fast.data import probe
+from pera_fast.data.probe import Prober
+from pera_fast.data.worker import serve
 
 
-class DyingProber(probe.Prober):
+class DyingProber(Prober):
     def __call__(self, paths, settings, decoders, say=lambda stage: None):
         for path in paths:
             name = os.path.basename(path)
@@ -23,5 +24,4 @@ class DyingProber(probe.Prober):
 
 
 if __name__ == "__main__":
-    probe.Prober = DyingProber
-    probe.main(int(sys.argv[1]))
+    serve(int(sys.argv[1]), DyingProber())

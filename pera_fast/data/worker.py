@@ -1,0 +1,32 @@
+"""The process at the other end of `sandbox.Sandbox`: `python -m pera_fast.data.worker SOCKET`.
+
+Messages sent: ("ready",), then per call any number of ("stage", decoder) and one ("done", results). No torch here: the
+process must start fast.
+"""
+
+import os
+import sys
+from multiprocessing.connection import Connection
+
+from pera_fast.data import decode
+from pera_fast.data.probe import Prober
+
+
+def serve(socket: int, prober: Prober) -> None:
+    """Answers calls on a socket until the other end goes."""
+    connection = Connection(socket)
+    connection.send(("ready",))
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # the decoders' libraries print what they think of each broken file
+        os.dup2(quiet, stream)
+    while True:
+        try:
+            paths, settings, decoders = connection.recv()
+        except (EOFError, OSError):
+            return
+        decode.allow_pixels(settings.max_pixels)
+        connection.send(("done", prober(paths, settings, decoders, lambda stage: connection.send(("stage", stage)))))
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]), Prober())
