@@ -1,7 +1,7 @@
 """Distillation over prototypes without [N, K] logits: loss, center, optional Sinkhorn centering."""
 
 from .op import distillation_loss
-from .weight_norm import prototype_logits_mean, prototypes
 from .sinkhorn import sinkhorn_center
+from .weight_norm import prototype_logits_mean, prototypes
 
 __all__ = ["distillation_loss", "prototype_logits_mean", "prototypes", "sinkhorn_center"]

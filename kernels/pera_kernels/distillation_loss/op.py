@@ -31,7 +31,7 @@ def _forward(
 @_forward.register_fake
 def _(student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp):
     loss = student_rows.new_empty(student_rows.shape[0], dtype=accumulation_dtype(student_rows.dtype))
-    return loss, torch.empty_like(loss), torch.empty_like(loss)
+    return loss, loss.new_empty(loss.shape[0], 2), loss.new_empty(loss.shape[0], 2)
 
 
 @torch.library.custom_op("pera::distillation_loss_backward", mutates_args=())
@@ -119,7 +119,7 @@ def distillation_loss(
         loss_n = -sum_k softmax(t_n)_k log_softmax(s_n)_k = lse(s_n) - E_{softmax(t_n)}[s_n]
 
     The [N, K] logits are never in memory, nor is W: one pass over chunks of prototypes; the backward makes another
-    and writes each chunk's weight gradient once. Saved for it: the arguments and two log-sum-exps per row.
+    and writes each chunk's weight gradient once. Saved for it: the arguments and two log-sum-exps per row (as maximum and sum).
 
     Args:
         student_rows: [N, d] bottleneck rows; float64, float32, bfloat16 or float16: the dtype of the matrix products

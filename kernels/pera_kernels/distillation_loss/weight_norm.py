@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_CHUNK = 8192
+MAX_CHUNK = 4096  # 8192 costs 10% more on a CPU with 2.5 MiB of L2 a core
 MIN_CHUNK = 256
 CHUNK_ELEMENTS = 1 << 20  # of one [N, chunk] buffer
 
@@ -70,7 +70,7 @@ def chunks(v: Tensor, g: Tensor, size: int, dtype: torch.dtype, accumulate: torc
     for start in range(0, v.shape[0], size):
         rows = slice(start, min(start + size, v.shape[0]))
         part = v[rows].detach()
-        inverse_norm = torch.linalg.vector_norm(part, dim=1, dtype=accumulate).reciprocal_()
+        inverse_norm = torch.linalg.vector_norm(part.to(accumulate), dim=1).reciprocal_()
         scale = g[rows, 0].detach().to(accumulate)
         direction = part
         if buffer is not None:
