@@ -141,6 +141,7 @@ def visible_patches(
         images = crops.to(compute)
     n, c, h, w = images.shape
     p = patch_size
-    patches = images.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * p * p)
+    patches = images.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
+    patches = patches.reshape(n, (h // p) * (w // p), c * p * p)
     picked = [patches[crop, index[crop].long()] for crop in range(n)]
     return torch.cat([patches.new_empty(0, c * p * p), *picked]).to(dtype)
