@@ -19,7 +19,7 @@ from pera_fast.errors import UserError
 from pera_fast.model.export import export_teacher
 from pera_fast.model.pera import PerA
 from pera_fast.train.console import RunLog
-from pera_fast.train.distributed import World, world
+from pera_fast.train.distributed import World, let_main_speak, world
 from pera_fast.train.inputs import make_inputs
 from pera_fast.train.loop import Run, fit
 from pera_fast.train.optim import DTYPES, make_optimizer, make_scaler
@@ -72,12 +72,19 @@ def pretrain(
         UserError: one line about what the user can mend.
     """
     folder = RunFolder(Path(out))
-    start = start_resumed(folder, recipe, overrides) if resume else start_new(folder, recipe or "vit_b16", overrides)
-    with world(start.cfg.train.device) as here:
-        here.barrier()  # all ranks have looked at the folder before rank 0 writes there
-        here.on_main(folder.make)
-        with RunLog(folder.log if here.main else None):
-            return _pretrain(Path(data), folder, start, here)
+    try:
+        if resume:
+            start = start_resumed(folder, recipe, overrides)
+        else:
+            start = start_new(folder, recipe or "vit_b16", overrides)
+        with world(start.cfg.train.device) as here:
+            here.barrier()  # all ranks have looked at the folder before rank 0 writes there
+            here.on_main(folder.make)
+            with RunLog(folder.log if here.main else None):
+                return _pretrain(Path(data), folder, start, here)
+    except UserError as error:
+        let_main_speak(error)
+        raise
 
 
 def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunResult:
@@ -88,7 +95,6 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
     manifest = _open_data(data, folder, start, here)
     for note in start.notes:
         log.info("%s", note)
-    pera = make_model(cfg).to(here.device)
     loader = Loader(
         cfg, manifest,
         batch_size=plan.per_device, accumulate=plan.accumulate, rank=here.rank, world_size=here.size,
@@ -96,6 +102,7 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
         transform=lambda batch: make_inputs(batch, cfg, here.rank),
     )  # fmt: skip
     try:
+        pera = make_model(cfg).to(here.device)  # while the first batches are read
         run = Run(
             cfg=cfg,
             folder=folder,

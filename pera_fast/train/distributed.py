@@ -1,6 +1,8 @@
 """Data parallelism under torchrun: process group, DDP, the few collectives of a step. Does nothing in one process."""
 
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from pera_fast.errors import UserError
 
 T = TypeVar("T")
+MAIN_SPEAKS_SECONDS = 5.0
 HOST_TIMEOUT = timedelta(days=1)  # rank 0 may index millions of images while the others wait
 
 
@@ -74,6 +77,18 @@ class World:
         return nn.parallel.DistributedDataParallel(
             model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=unused
         )
+
+
+def let_main_speak(error: UserError) -> None:
+    """Called on the way out. Ranks other than 0 give it the time to tell the user first.
+
+    torchrun ends all processes as soon as one is gone. Mostly all fail for the same reason, and rank 0 is to say so,
+    once; a rank that alone has trouble says it itself.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(MAIN_SPEAKS_SECONDS)
+        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
 def gradient_sync(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
