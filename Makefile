@@ -18,10 +18,11 @@ NATIVE := $(wildcard kernels/pera_kernels/*/cpu.cpp kernels/pera_kernels/*.h ker
 # A failed check does not hide what the tests say; either fails the target.
 test: $(INSTALLED)
 	@checks=0; $(MAKE) --no-print-directory lint || checks=1; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -p no:benchmark $(PYTEST_ARGS) || exit 1; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -p no:benchmark $(PYTEST_ARGS) || exit 1; \
 	[ $$checks = 0 ] || { echo "the tests pass, the checks above do not" >&2; exit 1; }
 
-# One worker a core, each with one OpenMP thread; more than 8 only fight for memory.
+# One worker a core, each with one OpenMP thread; more than 8 only fight for memory. A file's tests stay on one worker:
+# they share what their module set up.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && n=8; echo $$n)
 
 demo: $(INSTALLED)

@@ -23,8 +23,7 @@ SOURCES = (
 )
 LIBRARY = "pera_kernels/_native.so"
 
-# One worker, so that the wheel is built once.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(280), pytest.mark.xdist_group("packaging")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
 
 def build_wheel(folder: Path, **environment: str) -> tuple[zipfile.ZipFile, str]:
