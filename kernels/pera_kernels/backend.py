@@ -16,6 +16,7 @@ others choose as usual.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Row", "choose", "native", "needs_native", "register", "report", "use"]
+__all__ = ["Row", "choose", "native", "needs_native", "needs_triton", "register", "report", "use"]
 
 REFERENCE = "reference"
 ENVIRONMENT = "PERA_BACKEND"
@@ -186,3 +187,14 @@ def needs_native(*names: str) -> Check:
         )
 
     return check
+
+
+def needs_triton(device: torch.device) -> str | None:
+    """A check for ``register``: Triton is installed, and the device is a GPU or Triton's interpreter is on."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None if _wanted() == "triton" else "Triton's interpreter is for tests: force it with PERA_BACKEND=triton"
+    if device.type != "cuda":
+        return f"Triton kernels run on a GPU, not on {device.type}"
+    return None

@@ -1,6 +1,6 @@
 """pera::attention: schema, shapes, gradient, and scaled_dot_product_attention per group.
 
-The sequences of a group have one length, so a group is a plain batch for PyTorch's fused attention: no mask, no padding.
+The sequences of a group have one length: to PyTorch's fused attention a group is a plain batch, no mask, no padding.
 """
 
 from collections.abc import Sequence

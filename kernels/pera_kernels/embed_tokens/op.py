@@ -81,7 +81,7 @@ def embed_tokens(rows: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, cls: T
     dim = weight.shape[0]
     if bias.shape != (dim,) or cls.shape != (dim,) or pos.ndim != 2 or pos.shape[1] != dim:
         raise ValueError(
-            f"bias {tuple(bias.shape)}, cls {tuple(cls.shape)} and pos {tuple(pos.shape)} must be [D], [D] and [1 + L, D]"
-            f" with D = {dim}"
+            f"bias {tuple(bias.shape)}, cls {tuple(cls.shape)} and pos {tuple(pos.shape)} must be"
+            f" [D], [D] and [1 + L, D] with D = {dim}"
         )
     return _embed_tokens(rows, weight, bias, pos, cls, index)

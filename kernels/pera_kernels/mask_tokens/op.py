@@ -73,7 +73,8 @@ def mask_tokens(tokens: Tensor, mask_token: Tensor, pos: Tensor, index: Tensor) 
         raise ValueError(f"tokens {tuple(tokens.shape)} are not {tuple(index.shape)[:1]} sequences of equal length")
     if mask_token.shape != tokens.shape[1:] or pos.ndim != 2 or pos.shape[1] != tokens.shape[1]:
         raise ValueError(
-            f"mask_token {tuple(mask_token.shape)} and pos {tuple(pos.shape)} must be [D] and [1 + L, D], D = {tokens.shape[1]}"
+            f"mask_token {tuple(mask_token.shape)} and pos {tuple(pos.shape)} must be [D] and [1 + L, D] with"
+            f" D = {tokens.shape[1]}"
         )
     if tokens.shape[0] == 0:
         return tokens.clone()

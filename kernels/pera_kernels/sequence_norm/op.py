@@ -8,7 +8,16 @@ from torch import Tensor
 from .. import backend
 from ..packing import check, gather, kept_groups, kept_parts, num_tokens, split
 
-backend.register("sequence_norm", "reference")
+backend.register("sequence_norm", "triton", available=backend.needs_triton)
+
+
+def _kernels(x: Tensor):
+    """The module of the kernels that take x, or None: then PyTorch does it."""
+    if backend.choose("sequence_norm", x.device) == "triton":
+        from . import triton
+
+        return triton if triton.why_not(x) is None else None
+    return None
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -26,6 +35,8 @@ def _sequence_norm(
     groups: Sequence[int],
     kept: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if (kernels := _kernels(x)) is not None:
+        return kernels.sequence_norm(x, weight, bias, eps, keep, groups, kept)
     rows = gather(x, keep, groups, kept)
     # The CPU kernel pairs half rows with float32 parameters by itself; elsewhere the rows are widened here.
     wide = rows if rows.device.type == "cpu" and weight.dtype == torch.float32 else _wide(rows)
@@ -55,6 +66,8 @@ def _backward(
     groups: Sequence[int],
     kept: Sequence[int],
 ) -> list[Tensor]:
+    if (kernels := _kernels(x)) is not None:
+        return kernels.sequence_norm_backward(grad, x, weight, mean, rstd, keep, groups, kept)
     rows = gather(x, keep, groups, kept)
     wide = _wide(rows)
     scale = weight.to(wide.dtype)

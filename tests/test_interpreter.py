@@ -1,0 +1,24 @@
+"""The Triton kernels in Triton's interpreter, on CPU: the ops' own tests, in a process where it is switched on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton kernels need Triton")
+ROOT = Path(__file__).parents[1]
+
+SELECTIONS = {
+    "sequence_norm": ["tests/kernels/test_packed_ops.py", "-k", "sequence_norm and not opcheck"],
+}
+
+
+@pytest.mark.parametrize("op", list(SELECTIONS))
+def test_kernels_in_the_interpreter(op: str) -> None:
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PERA_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *SELECTIONS[op]]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
