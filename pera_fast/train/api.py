@@ -95,48 +95,55 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
     manifest = _open_data(data, folder, start, here)
     for note in start.notes:
         log.info("%s", note)
-    loader = Loader(
-        cfg, manifest,
-        batch_size=plan.per_device, accumulate=plan.accumulate, rank=here.rank, world_size=here.size,
-        device=here.device, skipped=SkippedFiles(folder.skipped), start_micro_step=start.step * plan.accumulate,
-        transform=lambda batch: make_inputs(batch, cfg, here.rank),
-    )  # fmt: skip
-    try:
-        pera = make_model(cfg).to(here.device)  # while the first batches are read
-        run = Run(
-            cfg=cfg,
-            folder=folder,
-            world=here,
-            plan=plan,
-            schedules=make_schedules(cfg, loader.steps_per_epoch),
-            pera=pera,
-            model=here.wrap(pera, unused=_tokens(cfg)["global"][1] == 0),
-            optimizer=make_optimizer(pera.parameters(), cfg),
-            scaler=make_scaler(cfg, here.device),
-            inputs=loader,
-            images=len(manifest.readable),
-            data=_digest(manifest),
-            export=export_teacher,
-        )
-        if start.checkpoint:
-            run.load(start.checkpoint, str(folder.root))
-            if (start.checkpoint["images"], start.checkpoint["data"]) != (run.images, run.data):
-                log.warning(
-                    "the data is not what it was (%d readable images, now %d): going on, with other images per step",
-                    start.checkpoint["images"], run.images,
-                )  # fmt: skip
-            start.checkpoint = None  # its copy of the weights is not needed any more
-        if here.main:
-            folder.write_config(cfg)
-            folder.cut_metrics(run.step)
-        _announce(run)
-        with StopRequest() as stop:
+    with StopRequest() as stop:  # from here on a signal waits for the next step's end
+        loader = Loader(
+            cfg, manifest,
+            batch_size=plan.per_device, accumulate=plan.accumulate, rank=here.rank, world_size=here.size,
+            device=here.device, skipped=SkippedFiles(folder.skipped), start_micro_step=start.step * plan.accumulate,
+            transform=lambda batch: make_inputs(batch, cfg, here.rank),
+        )  # fmt: skip
+        try:
+            run = _build(folder, start, here, manifest, loader)
+            if here.main:
+                folder.write_config(cfg)
+                folder.cut_metrics(run.step)
+            _announce(run)
             code, metrics = fit(run, stop)
-        here.barrier()  # rank 0 may still be writing
-    finally:
-        loader.close()
+            here.barrier()  # rank 0 may still be writing
+        finally:
+            loader.close()
     log.info("%s after %d steps: %s", "stopped" if code else "done", run.step, folder.root)
     return RunResult(code, folder.root, run.step, metrics)
+
+
+def _build(folder: RunFolder, start: Start, here: World, manifest: Manifest, loader: Loader[Any]) -> Run:
+    """The run with its model and optimiser, continued from the checkpoint if there is one."""
+    cfg = start.cfg
+    pera = make_model(cfg).to(here.device)  # while the first batches are read
+    run = Run(
+        cfg=cfg,
+        folder=folder,
+        world=here,
+        plan=cfg.train.resolve_batch(here.size),
+        schedules=make_schedules(cfg, loader.steps_per_epoch),
+        pera=pera,
+        model=here.wrap(pera, unused=_tokens(cfg)["global"][1] == 0),
+        optimizer=make_optimizer(pera.parameters(), cfg),
+        scaler=make_scaler(cfg, here.device),
+        inputs=loader,
+        images=len(manifest.readable),
+        data=_digest(manifest),
+        export=export_teacher,
+    )
+    if start.checkpoint:
+        run.load(start.checkpoint, str(folder.root))
+        if (start.checkpoint["images"], start.checkpoint["data"]) != (run.images, run.data):
+            log.warning(
+                "the data is not what it was (%d readable images, now %d): going on, with other images per step",
+                start.checkpoint["images"], run.images,
+            )  # fmt: skip
+        start.checkpoint = None  # its copy of the weights is not needed any more
+    return run
 
 
 def make_model(cfg: Config) -> PerA:
