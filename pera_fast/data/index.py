@@ -96,7 +96,7 @@ def _update(
     listing = scan(os.fspath(folder), bars.scanned)
     for path, reason in listing.unreadable:
         _log.warning("cannot read the folder %s: %s", folder / path, reason)
-    known = _reusable(target, settings, version)
+    known = _reusable(target, settings, version, replace=target == default_index_path(folder))
     kept, unchecked = [], []
     for entry in listing.entries:
         old = known.get(entry.path)
@@ -119,13 +119,19 @@ def _update(
     return manifest
 
 
-def _reusable(target: Path, settings: ProbeSettings, version: str) -> dict[str, ProbeResult]:
-    """Rows of the last manifest that need no new check while size and mtime stay."""
+def _reusable(target: Path, settings: ProbeSettings, version: str, replace: bool) -> dict[str, ProbeResult]:
+    """Rows of the last manifest that need no new check while size and mtime stay.
+
+    What is no manifest is overwritten only if told so: the path may be a slip.
+    """
+    if not target.exists():
+        return {}
     try:
         old = Manifest.load(target)
     except UserError as error:
-        if target.exists():
-            _log.warning("%s; it is written anew", error)
+        if not replace:
+            raise UserError(f"{error}; delete it or give another data.index") from error
+        _log.warning("%s; it is written anew", error)
         return {}
     same = (old.settings.channels, old.settings.max_pixels, old.dali) == (
         settings.channels,

@@ -123,9 +123,7 @@ class Manifest:
             table = table.select(SCHEMA.names).cast(SCHEMA)
             return cls(Path(about["root"]), table, settings, about["dali"], source)
         except (KeyError, ValueError, TypeError, pa.ArrowException) as error:
-            raise UserError(
-                f"{source} is no index of this version of pera-fast ({error}): delete it or give another data.index"
-            ) from error
+            raise UserError(f"{source} is no index of this version of pera-fast ({error})") from error
 
 
 def not_writable(target: Path, error: OSError) -> str:

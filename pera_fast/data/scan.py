@@ -110,7 +110,7 @@ def _candidate(item: os.DirEntry[str], path: str) -> Entry | None:
     try:
         path.encode()
     except UnicodeEncodeError:
-        shown = path.encode("utf-8", "backslashreplace").decode()
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
         return Entry(shown, reason="file name is not UTF-8: rename it") if named else None
     try:
         state = item.stat()

@@ -41,7 +41,10 @@ def by_pillow(image, windows, crop, slot, side):
 
 @pytest.mark.parametrize(("kind", "size"), [("PNG", (211, 157)), ("JPEG", (96, 240)), ("BMP", (17, 33))])
 def test_crops_are_pillows_resized_boxes(kind, size):
-    """Pillow rounds twice (once for each axis), so a value may differ by 1, rarely 2; the mean by far less."""
+    """Pillow rounds twice, once for each axis: a value may differ by 1 or 2, the mean by far less.
+
+    Beyond the image's own border DALI repeats the last pixel and Pillow leaves the filter short: more in the rim.
+    """
     views = small_config().views
     pictures = [Image.fromarray(scene(key, *size)) for key in range(6)]
     files = [encoded(picture, kind) for picture in pictures]
@@ -57,7 +60,8 @@ def test_crops_are_pillows_resized_boxes(kind, size):
             found = group[(crop - first) * 6 + slot].astype(int)  # crop-major
             difference = np.abs(found - by_pillow(decoded[slot], windows, crop, slot, side))
             assert difference.mean() < 0.5
-            assert difference.max() <= 3
+            assert difference[1:-1, 1:-1].max() <= 2
+            assert difference.max() <= 10
 
 
 def test_flips_mirror_the_unflipped_crop():

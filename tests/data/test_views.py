@@ -46,14 +46,14 @@ def restated_window(height, width, scale, aspect, uniforms):
         target = height * width * (scale[0] + (scale[1] - scale[0]) * u_area)
         low, high = math.log(aspect[0]), math.log(aspect[1])
         ratio = math.exp(low + (high - low) * u_ratio)
-        w = int(round(math.sqrt(target * ratio)))
-        h = int(round(math.sqrt(target / ratio)))
+        w = round(math.sqrt(target * ratio))
+        h = round(math.sqrt(target / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(u_top * (height - h + 1)), int(u_left * (width - w + 1)), h, w
     if width / height < aspect[0]:
-        w, h = width, int(round(width / aspect[0]))
+        w, h = width, round(width / aspect[0])
     elif width / height > aspect[1]:
-        w, h = int(round(height * aspect[1])), height
+        w, h = round(height * aspect[1]), height
     else:
         w, h = width, height
     return (height - h) // 2, (width - w) // 2, h, w
