@@ -400,7 +400,7 @@ TIED |= {f"model.{n}" for n in ("patch_size", "embed_dim", "num_heads", "in_chan
 TIED |= {f"views.{n}" for n in ("global_size", "local_size")} | {"model.masking", "train.epochs"}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_overrides_round_trip(data):
     keys = data.draw(st.lists(st.sampled_from(sorted(KEYS.keys() - TIED)), unique=True, min_size=1, max_size=6))
