@@ -71,7 +71,7 @@ def test_equals_reference_in_float64(size, groups, k, d, seed):
         assert error(got, want) < 1e-8
 
 
-@pytest.mark.parametrize("d", [5, 50])  # both forms of the prototypes' gradient
+@pytest.mark.parametrize("d", [5, 50])
 def test_forms_equal_reference(form, d):
     args = make(8, 300, d)
     for got, want in zip(evaluate(koleo, args, 2), evaluate(reference.koleo, args, 2), strict=True):

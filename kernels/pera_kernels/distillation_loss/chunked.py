@@ -7,7 +7,7 @@ the recipe every further pass over a prototypes-sized tensor costs as much as a 
 import torch
 from torch import Tensor
 
-from .weight_norm import Chunk, accumulation_dtype, chunk_size, chunks, product_dtype
+from .weight_norm import Chunk, accumulation_dtype, chunk_size, chunks, product_dtype, write_grad_v
 
 
 class _Logits:
@@ -147,21 +147,5 @@ def backward(
         grad_g[chunk.rows, 0] = along.to(grad_g.dtype)
         dz = dz.mul_(chunk.scale).to(student.dtype)
         grad_rows.add_(torch.mm(dz, chunk.direction))
-        _grad_v_chunk(grad_v[chunk.rows], dz, student.rows, student_v[chunk.rows].detach(), along, chunk)
+        write_grad_v(grad_v[chunk.rows], dz, student.rows, student_v[chunk.rows].detach(), along, chunk)
     return grad_rows.to(student_rows.dtype), grad_v, grad_g
-
-
-def _grad_v_chunk(out: Tensor, dz: Tensor, rows: Tensor, v: Tensor, along: Tensor, chunk: Chunk) -> None:
-    """Writes ``g/||v|| * (dW - v/||v|| * along)`` into out [c, d], once; dz [N, c] carries the chunk's scale."""
-    # Both forms of the direction give scale * inverse_norm * (||v|| if not unit else 1) = g / ||v||.
-    size = chunk.scale * chunk.inverse_norm
-    if chunk.unit:
-        size = size * chunk.inverse_norm
-    if out.dtype == dz.dtype and not chunk.unit:
-        torch.mul(v, -(size * along)[:, None].to(v.dtype), out=out)
-        out.addmm_(dz.t(), rows)
-        return
-    wide = torch.mm(dz.t(), rows).to(chunk.scale.dtype)
-    if chunk.unit:
-        wide.mul_(chunk.inverse_norm[:, None])
-    out.copy_(wide.sub_(v.to(wide.dtype) * (size * along)[:, None]))

@@ -79,6 +79,30 @@ def chunks(v: Tensor, g: Tensor, size: int, dtype: torch.dtype, accumulate: torc
         yield Chunk(rows, direction, scale if unit else scale * inverse_norm, inverse_norm, unit)
 
 
+def write_grad_v(out: Tensor, dz: Tensor, rows: Tensor, v: Tensor, along: Tensor, chunk: Chunk) -> None:
+    """Gradient of a chunk of v from that of its products with rows: ``g/||v|| * (dz' rows - v/||v|| * along)``.
+
+    Args:
+        out: [c, d] of v's dtype; written once.
+        dz: [N, c] gradient of ``rows @ w.T`` times the chunk's scale, dtype of products.
+        rows: [N, d], dtype of products.
+        v: [c, d], the chunk's part of v.
+        along: [c], accumulation dtype: gradient of g, that is the part of W's gradient along v / ||v||.
+        chunk: the chunk.
+    """
+    # Both kinds of direction give g / ||v||.
+    size = chunk.scale * chunk.inverse_norm if chunk.unit else chunk.scale
+    pull_back = (size * along * chunk.inverse_norm)[:, None]
+    if out.dtype == dz.dtype and not chunk.unit:
+        torch.mul(v, -pull_back.to(v.dtype), out=out)
+        out.addmm_(dz.t(), rows)
+        return
+    wide = torch.mm(dz.t(), rows).to(chunk.scale.dtype)
+    if chunk.unit:
+        wide.mul_(chunk.inverse_norm[:, None])
+    out.copy_(wide.sub_(v.to(wide.dtype) * pull_back))
+
+
 def prototypes(v: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The effective prototype matrix ``g * v / ||v||`` (METHOD.md, section 4), as a constant: no gradient.
 

@@ -17,6 +17,7 @@ from pera_kernels.distillation_loss.weight_norm import (
     chunk_size,
     chunks,
     product_dtype,
+    write_grad_v,
 )
 
 EPS = 1e-8
@@ -181,31 +182,27 @@ def backward(
 def _grad_prototypes(
     rows: Tensor, v: Tensor, g: Tensor, x: Tensor, differences: Tensor, pull: Tensor, turn: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """dW = W (Z' diag(a) Z) + eps 1 t' for Z = [D; x], a = [pull; turn], t = sum pull D; then through weight norm.
+    """dW = W Z' diag(a) Z + 1 t' for Z = [D; x], a = [pull; turn], t = eps sum pull D; then through weight norm.
 
-    With few rows as two thin products per chunk, else through the [d, d] matrix. Each chunk is written once.
+    As two thin products per chunk (t is one more row of Z, whose products' gradient is 1); each is written once.
     """
     accumulate = accumulation_dtype(rows.dtype)
-    z = torch.cat([differences, x])  # [2R, d]
-    weights = torch.cat([pull, turn])
-    shift = EPS * (pull @ differences).to(accumulate)  # [d]
-    thin = 2 * z.shape[0] < z.shape[1]
-    dtype, walk = _walk(rows, v, g, z.shape[0] if thin else min(v.shape[1], MAX_CHUNK))
-    middle = (z * weights[:, None]) if thin else z.t() @ (z * weights[:, None])
-    z, middle = z.to(dtype), middle.to(dtype)
+    shift = EPS * (pull @ differences)
+    z = torch.cat([differences, x, shift[None]])  # [2R + 1, d]
+    weights = torch.cat([pull, turn])[:, None].to(accumulate)
+    dtype, walk = _walk(rows, v, g, z.shape[0])
+    z = z.to(dtype)
     grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     grad_g = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     for chunk in walk:
-        part = v[chunk.rows].detach().to(accumulate)
-        if thin:
-            wide = torch.mm(project(z, chunk).to(dtype).t(), middle)
-        else:
-            wide = torch.mm(chunk.direction, middle).mul_(chunk.scale[:, None])
-        wide = wide.to(accumulate).add_(shift)  # dW [c, d]
-        unit = part * chunk.inverse_norm[:, None]
-        along = (unit * wide).sum(1)
+        unit = torch.mm(z, chunk.direction.t()).to(accumulate)  # [2R + 1, c], to become products with v / ||v||
+        if not chunk.unit:
+            unit.mul_(chunk.inverse_norm)
+        dz = torch.ones_like(unit)
+        torch.mul(unit[:-1], weights, out=dz[:-1])
+        dz[:-1].mul_(g[chunk.rows, 0].detach().to(accumulate))
+        along = unit.mul_(dz).sum(0)
         grad_g[chunk.rows, 0] = along.to(g.dtype)
-        size = g[chunk.rows, 0].detach().to(accumulate) * chunk.inverse_norm
-        wide.sub_(unit.mul_(along[:, None])).mul_(size[:, None])
-        grad_v[chunk.rows] = wide.to(v.dtype)
+        dz = dz.mul_(chunk.scale).to(dtype)
+        write_grad_v(grad_v[chunk.rows], dz, z, v[chunk.rows].detach(), along, chunk)
     return grad_v, grad_g
