@@ -82,9 +82,7 @@ class PerA(nn.Module):
         center = self.center[0]
         prototypes = self.teacher.cls_head.last_layer
         if cfg.loss.centering == "sinkhorn":
-            center = sinkhorn_center(
-                _all_ranks(teacher_rows), prototypes.weight_v, prototypes.weight_g, teacher_temp
-            )
+            center = sinkhorn_center(_all_ranks(teacher_rows), prototypes.weight_v, prototypes.weight_g, teacher_temp)
         student = self.student.cls_head.last_layer
         entropies = distillation_loss(
             *(student_rows, student.weight_v, student.weight_g),

@@ -97,7 +97,9 @@ def test_options_train(overrides: list[str]) -> None:
     model, out = step(cfg)
     assert torch.isfinite(out["loss"])
     for name, grad in gradients(model).items():
-        unused = (cfg.model.masking == "none" or cfg.model.student_ratio == 0.4) and name.startswith(("pred_", "s_mask"))
+        unused = (cfg.model.masking == "none" or cfg.model.student_ratio == 0.4) and name.startswith(
+            ("pred_", "s_mask")
+        )
         assert (grad is None) == unused, name
         assert unused or torch.isfinite(grad).all(), name
     assert all(p.grad is None for p in model.teacher.parameters())

@@ -1,0 +1,72 @@
+"""The teacher as others load it: timm's parameter names in one safetensors file."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pera_fast import __version__
+from pera_fast.config import Config
+
+from .pera import PerA
+
+
+def timm_state_dict(state: Mapping[str, Tensor], prefix: str = "teacher.backbone.") -> dict[str, Tensor]:
+    """The backbone's parameters by the names of timm's ``vit_*_patch16`` models.
+
+    Args:
+        state: parameters by published names, such as ``PerA.state_dict()``.
+        prefix: what the backbone's names begin with in state.
+
+    Returns:
+        float32 CPU tensors of their own (contiguous); loads with ``strict=True`` into a timm ``VisionTransformer`` built
+        with ``num_classes=0``.
+
+    Raises:
+        KeyError: no name begins with prefix.
+    """
+    found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if not found:
+        raise KeyError(f"no parameter begins with {prefix!r}")
+    return {name: value.detach().float().cpu().contiguous().clone() for name, value in found.items()}
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, object]) -> None:
+    """Write atomically: a reader sees the old file or the whole new one. Metadata values become JSON strings.
+
+    Raises:
+        OSError: the folder cannot be written or is full; the old file stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
+        os.replace(temporary, path)
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        # safetensors reports a full disk by an error of its own
+        raise error if isinstance(error, OSError) else OSError(f"{path}: {error}") from error
+
+
+def export_teacher(model: PerA, path: str | Path) -> None:
+    """Write the teacher's backbone with timm's names (METHOD.md section 8: the teacher is the model that is kept).
+
+    Args:
+        model: the training model.
+        path: the file, by convention ``exported/teacher.safetensors`` of a run.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    write_safetensors(timm_state_dict(model.state_dict()), Path(path), teacher_metadata(model.cfg))
+
+
+def teacher_metadata(cfg: Config) -> dict[str, object]:
+    """What one needs to build the network and feed it: sizes, patch, normalisation."""
+    keys = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "in_chans")
+    sizes = {key: getattr(cfg.model, key) for key in keys}
+    views = {"img_size": cfg.views.global_size, "mean": list(cfg.views.mean), "std": list(cfg.views.std)}
+    return {"format": "pt", "library": f"pera-fast {__version__}", "recipe": cfg.recipe, **sizes, **views}
