@@ -22,8 +22,8 @@ def timm_state_dict(state: Mapping[str, Tensor], prefix: str = "teacher.backbone
         prefix: what the backbone's names begin with in state.
 
     Returns:
-        float32 CPU tensors of their own (contiguous); loads with ``strict=True`` into a timm ``VisionTransformer`` built
-        with ``num_classes=0``.
+        float32 CPU tensors of their own, contiguous; loads with ``strict=True`` into a timm ``VisionTransformer``
+        built with ``num_classes=0``.
 
     Raises:
         KeyError: no name begins with prefix.
