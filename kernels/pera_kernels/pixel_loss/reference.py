@@ -1,5 +1,7 @@
 """Definition of `pixel_loss` in plain PyTorch. Source: METHOD.md, section 4 (pixel head) and 5 (pixel loss)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,8 @@ def difference(
     order: Tensor | None,
     factors: Tensor | None,
     gray_mean: Tensor | None,
-    mean: list[float],
-    std: list[float],
+    mean: Sequence[float],
+    std: Sequence[float],
     patch_size: int,
 ) -> Tensor:
     """`pred - target` [N*n, P*P*C], in float64 for float64 `pred`, float32 otherwise."""

@@ -4,6 +4,8 @@ Nothing here is fast. Tests and benches compare every other implementation with 
 float64 rows are asked for, in float32 otherwise. Source: METHOD.md, section 2 (views) and 4 (patches).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -119,8 +121,8 @@ def visible_patches(
     order: Tensor | None,  # [N, K]
     factors: Tensor | None,  # [N, 4]
     gray_mean: Tensor | None,  # [N]
-    mean: list[float],
-    std: list[float],
+    mean: Sequence[float],
+    std: Sequence[float],
     patch_size: int,
     dtype: torch.dtype,
 ) -> Tensor:  # [N*n, C*P*P]
