@@ -72,7 +72,7 @@ def _try(reader: Callable[[bytes | memoryview], Header], data: bytes | memoryvie
 def _codec_header(data: bytes | memoryview) -> Header:
     from nvidia import nvimgcodec
 
-    stream = nvimgcodec.CodeStream(bytes(data))
+    stream = nvimgcodec.CodeStream(bytes(data))  # pyright: ignore[reportAttributeAccessIssue] - a compiled module
     return Header(stream.width, stream.height, stream.num_channels, np.dtype(stream.dtype).name)
 
 
@@ -91,15 +91,16 @@ def _rasterio_header(data: bytes | memoryview) -> Header:
 
 
 def _open_raster(data: bytes | memoryview):  # a rasterio dataset
-    return _rasterio().io.MemoryFile(bytes(data)).open()
+    return _rasterio().MemoryFile(bytes(data)).open()
 
 
 @functools.cache
 def _rasterio():  # the module, imported late: it loads GDAL
     import rasterio
+    from rasterio.errors import NotGeoreferencedWarning
 
     # Crops need no georeference. Once, not around each call: filters are the process's, and readers are threads.
-    warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+    warnings.simplefilter("ignore", NotGeoreferencedWarning)
     return rasterio
 
 

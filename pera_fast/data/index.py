@@ -106,7 +106,7 @@ def _update(
             unchecked.append(entry)
     checked = _check(folder, unchecked, settings, workers, timeout, bars)
     manifest = Manifest.from_results(folder, kept + checked, settings, version)
-    gone = len(known.keys() - {entry.path for entry in listing.entries})
+    gone = len(known) - sum(entry.path in known for entry in listing.entries)
     if not len(manifest.readable):
         raise UserError(_nothing_readable(folder, manifest, listing))
     if checked or gone or not target.exists():

@@ -5,11 +5,13 @@ import os
 import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pera_fast.data.probe import ProbeResult, ProbeSettings
@@ -66,13 +68,14 @@ class Manifest:
         cls, root: Path, results: list[ProbeResult], settings: ProbeSettings, dali: str = ""
     ) -> "Manifest":
         """From results whose paths are relative to `root`."""
-        rows = sorted(results, key=lambda result: result.path)
-        columns = {name: [getattr(row, name) for row in rows] for name in SCHEMA.names}
+        rows = sorted(results, key=attrgetter("path"))
+        columns = {name: list(map(attrgetter(name), rows)) for name in SCHEMA.names}
         return cls(root, pa.table(columns, schema=SCHEMA), settings, dali)
 
     def results(self) -> list[ProbeResult]:
         """All rows."""
-        return [ProbeResult(**row) for row in self.table.to_pylist()]
+        columns = (self.table[item.name].to_pylist() for item in fields(ProbeResult))
+        return list(map(ProbeResult, *columns))
 
     @cached_property
     def readable(self) -> ReadableFiles:
@@ -84,7 +87,7 @@ class Manifest:
 
     def unreadable(self) -> list[tuple[str, str]]:
         """(path, reason) of the rows that are not ok."""
-        table = self.table.filter(pa.compute.invert(self.table["ok"]))
+        table = self.table.filter(pc.field("ok") == pa.scalar(False))
         return list(zip(table["path"].to_pylist(), table["reason"].to_pylist(), strict=True))
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -2,7 +2,8 @@
 
 Each crop is made once; student and teacher share it. Windows and flips come from `views.Windows.roi`. The resize is
 bilinear with antialias; at the border of a window it reads the image's own pixels beyond it, as Pillow's
-`resize(box=...)` does and torchvision's crop-then-resize does not: that differs in the outermost pixels only.
+`resize(box=...)` does and torchvision's crop-then-resize does not; beyond the image's own border it repeats the last
+pixel, where Pillow leaves the filter short. Both differ in the outermost pixels of a crop only.
 """
 
 from collections import deque

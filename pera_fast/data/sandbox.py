@@ -72,7 +72,8 @@ class Sandbox:
             told.append(str(died))
             left = left[left.index(died.stage) + 1 :] if died.stage in left else []
             if not left or not settings.verify:
-                return ProbeResult(path, reason="; ".join(told), **_state(path))
+                size, mtime_ns = _state(path)
+                return ProbeResult(path, reason="; ".join(told), size=size, mtime_ns=mtime_ns)
             try:
                 (result,) = self._call([path], settings, tuple(left))
             except _DiedError as again:
@@ -160,9 +161,9 @@ class Sandbox:
             self._stop()
 
 
-def _state(path: str) -> dict[str, int]:
+def _state(path: str) -> tuple[int, int]:
     try:
         state = os.stat(path)
     except OSError:
-        return {}
-    return {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
+        return -1, 0
+    return state.st_size, state.st_mtime_ns
