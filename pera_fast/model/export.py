@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from pera_fast import __version__
@@ -43,12 +43,14 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
-        save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
+        with temporary.open("wb") as file:  # not safetensors' own writer, whose files only their owner may read
+            file.write(save(tensors, metadata={key: json.dumps(value) for key, value in metadata.items()}))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-    except Exception as error:
+    except OSError:
         temporary.unlink(missing_ok=True)
-        # safetensors reports a full disk by an error of its own
-        raise error if isinstance(error, OSError) else OSError(f"{path}: {error}") from error
+        raise
 
 
 def export_teacher(model: PerA, path: str | Path) -> None:

@@ -1,6 +1,7 @@
 """The exported teacher in timm's VisionTransformer: names, strictness, equal features."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -68,15 +69,24 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "weights.safetensors"
     write_safetensors({"a": torch.ones(3)}, path, {})
     before = path.read_bytes()
+    assert path.stat().st_mode & 0o777 == _plain_mode(tmp_path)
 
-    def full(*_args, **_kwargs):
-        raise RuntimeError("No space left on device")
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pera_fast.model.export.save_file", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_safetensors({"a": torch.zeros(3)}, path, {})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def _plain_mode(folder: Path) -> int:
+    """Permissions that a plainly written file gets."""
+    with tempfile.TemporaryDirectory(dir=folder) as inside:
+        file = Path(inside) / "plain"
+        file.write_bytes(b"")
+        return file.stat().st_mode & 0o777
 
 
 def test_wrong_prefix_is_named() -> None:

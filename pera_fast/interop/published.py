@@ -1,0 +1,148 @@
+"""The authors' checkpoints (`.params`): read without executing code, written as safetensors.
+
+Our parameters carry the published names, so conversion is a check and a change of container.
+"""
+
+import pickle
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pera_fast.errors import UserError
+from pera_fast.model.export import timm_state_dict, write_safetensors
+
+HEAD_DIM = 64  # of both published models; a checkpoint does not say how many heads it has
+REQUIRED = (
+    "student.backbone.",
+    "student.cls_head.",
+    "teacher.backbone.",
+    "teacher.cls_head.",
+    "pred_head.",
+    "s_mask_token",
+)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was found in a published checkpoint and where it went.
+
+    Attributes:
+        teacher: safetensors of the teacher's backbone, timm's names.
+        weights: safetensors of all parameters, published names.
+        embed_dim, depth, num_heads, patch_size, in_chans, prototypes: sizes of the network; heads of 64 are assumed.
+        img_size: pixels a side of the global crops.
+        epoch: the epoch that the checkpoint names, or None.
+    """
+
+    teacher: Path
+    weights: Path
+    embed_dim: int
+    depth: int
+    num_heads: int
+    patch_size: int
+    in_chans: int
+    prototypes: int
+    img_size: int
+    epoch: int | None
+
+
+def convert(path: str | Path, out: str | Path, num_heads: int | None = None) -> Converted:
+    """Convert a published checkpoint.
+
+    Args:
+        path: a file written by the authors' training code: a dictionary with the parameters under ``model``. A plain
+            dictionary of parameters, and names that begin with ``module.``, are taken too.
+        out: folder for ``teacher.safetensors`` (loads by name into timm's ViT) and ``pera.safetensors`` (everything).
+        num_heads: attention heads; None: width / 64, as in both published models.
+
+    Returns:
+        What was found and the files written.
+
+    Raises:
+        UserError: the file is missing, is no such checkpoint, or the folder cannot be written.
+    """
+    path, out = Path(path), Path(out)
+    stored = _load(path)
+    state = {k.removeprefix("module."): v for k, v in _parameters(stored, path).items()}
+    _check(state, path)
+    found = _sizes(state, path, num_heads)
+    epoch = stored.get("epoch")
+    result = Converted(
+        out / "teacher.safetensors", out / "pera.safetensors", **found, epoch=epoch if isinstance(epoch, int) else None
+    )
+    metadata = {"format": "pt", "source": path.name, **{k: v for k, v in asdict(result).items() if k in found}}
+    try:
+        write_safetensors(timm_state_dict(state), result.teacher, metadata)
+        write_safetensors({k: v.contiguous().clone() for k, v in state.items()}, result.weights, metadata)
+    except OSError as error:
+        raise UserError(f"{out}: cannot write the converted weights ({error.strerror or error})") from None
+    return result
+
+
+def _load(path: Path) -> dict:
+    if not path.exists():
+        raise UserError(f"{path}: no such file; give the authors' .params file")
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: holds pickled objects other than tensors, which could run code when loaded; not loaded"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"{path}: not a PyTorch checkpoint ({reason})") from None
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: holds a {type(stored).__name__}, not a dictionary of parameters")
+    return stored
+
+
+def _parameters(stored: dict, path: Path) -> dict[str, Tensor]:
+    state = stored.get("model", stored)
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: its entry 'model' is a {type(state).__name__}, not a dictionary of parameters")
+    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if not tensors:
+        raise UserError(f"{path}: holds no parameters (keys: {', '.join(map(str, list(stored)[:5])) or 'none'})")
+    return tensors
+
+
+def _check(state: dict[str, Tensor], path: Path) -> None:
+    missing = [name for name in REQUIRED if not any(key.startswith(name) for key in state)]
+    if missing:
+        raise UserError(f"{path}: not a published PerA checkpoint: it has no {', '.join(missing)}")
+    student = {k.removeprefix("student."): v.shape for k, v in state.items() if k.startswith("student.")}
+    teacher = {k.removeprefix("teacher."): v.shape for k, v in state.items() if k.startswith("teacher.")}
+    if student != teacher:
+        different = sorted(k for k in student.keys() | teacher.keys() if student.get(k) != teacher.get(k))
+        raise UserError(f"{path}: student and teacher differ in {different[0]} ({len(different)} such parameters)")
+
+
+def _sizes(state: dict[str, Tensor], path: Path, num_heads: int | None) -> dict[str, int]:
+    backbone = "teacher.backbone."
+    try:
+        projection, pos = state[backbone + "patch_embed.proj.weight"], state[backbone + "pos_embed"]
+        width, in_chans, patch, _ = projection.shape
+        prototypes = state["teacher.cls_head.last_layer.weight_v"].shape[0]
+        grid = round((pos.shape[1] - 1) ** 0.5)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{path}: not a published PerA checkpoint: {error} is missing or has another shape") from None
+    blocks = {int(k.split(".")[3]) for k in state if k.startswith(backbone + "blocks.")}
+    if blocks != set(range(len(blocks))) or grid * grid + 1 != pos.shape[1]:
+        raise UserError(
+            f"{path}: its blocks are not numbered from 0, or its position embedding is not for a square grid"
+        )
+    heads = num_heads or max(width // HEAD_DIM, 1)
+    if width % heads:
+        raise UserError(f"{path}: {heads} heads do not divide its width of {width}; give the number of heads")
+    return {
+        "embed_dim": width,
+        "depth": len(blocks),
+        "num_heads": heads,
+        "patch_size": patch,
+        "in_chans": in_chans,
+        "prototypes": prototypes,
+        "img_size": grid * patch,
+    }
