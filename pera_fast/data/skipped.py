@@ -32,8 +32,12 @@ class SkippedFiles:
         with self._lock:
             if name in self._known:
                 return False
-            if not self._enter(name, reason):
-                return False
+            try:
+                if not self._enter(name, reason):
+                    return False
+            except OSError as error:  # a full disk: the log has the line, and an unreadable file still ends no run
+                self._known.add(name)
+                _log.warning("cannot write %s: %s", self.path, error.strerror or error)
         _log.warning("skipped %s: %s", name, reason)
         return True
 

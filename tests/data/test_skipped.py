@@ -36,6 +36,14 @@ def test_a_resumed_run_and_other_ranks_repeat_nothing(tmp_path):
     assert rows(path) == [["file", "reason"], ["a", "1"], ["b", "2"]]
 
 
+def test_a_list_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
+    skipped = SkippedFiles(tmp_path / "no such folder" / "skipped.csv")
+    assert skipped.add("a.jpg", "empty file")
+    assert not skipped.add("a.jpg", "empty file")
+    assert "skipped a.jpg: empty file" in caplog.text
+    assert "No such file or directory" in caplog.text
+
+
 def test_threads_share_it(tmp_path):
     skipped = SkippedFiles(tmp_path / "skipped.csv")
     threads = [
