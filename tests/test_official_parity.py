@@ -143,7 +143,9 @@ def test_training_steps(golden: Golden, recompute: str) -> None:
     model = model_of(golden, recompute)
     cfg = model.cfg
     optimizer, scaler = make_optimizer(model.parameters(), cfg), make_scaler(cfg, torch.device("cpu"))
-    values = StepValues(lr=meta["lr"], weight_decay=meta["wd"], momentum=meta["momentum"], teacher_temp=meta["teacher_temp"])
+    values = StepValues(
+        lr=meta["lr"], weight_decay=meta["wd"], momentum=meta["momentum"], teacher_temp=meta["teacher_temp"]
+    )
     for step in range(meta["steps"]):
         out = model(golden.inputs(step), meta["teacher_temp"])
         check_losses(golden, step, out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class GroupInputs:
     def apply(self, fn) -> GroupInputs:
         """fn on every tensor."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return GroupInputs(**{name: value if value is None else fn(value) for name, value in values.items()})
+        return replace(self, **{name: fn(value) for name, value in values.items() if value is not None})
 
 
 @dataclass
