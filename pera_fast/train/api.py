@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -77,11 +78,12 @@ def pretrain(
             start = start_resumed(folder, recipe, overrides)
         else:
             start = start_new(folder, recipe or "vit_b16", overrides)
-        with world(start.cfg.train.device) as here:
+        with world(start.cfg.train.device) as here, ExitStack() as stack:
             here.barrier()  # all ranks have looked at the folder before rank 0 writes there
             here.on_main(folder.make)
-            with RunLog(folder.log if here.main else None):
-                return _pretrain(Path(data), folder, start, here)
+            here.on_main(lambda: stack.enter_context(folder.locked()))
+            stack.enter_context(RunLog(folder.log if here.main else None))
+            return _pretrain(Path(data), folder, start, here)
     except UserError as error:
         let_main_speak(error)
         raise

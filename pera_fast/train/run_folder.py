@@ -5,11 +5,13 @@ keeps the run exact; a few that do not are noted in the log; the rest is refused
 """
 
 import copy
+import fcntl
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,20 @@ class RunFolder:
                 pass
         except OSError as error:
             raise UserError(f"--out {self.root}: cannot write there ({error.strerror}); give another folder") from None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from training here at the same time. Raises UserError if one does already."""
+        with open(self.root / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            except BlockingIOError:
+                raise UserError(
+                    f"--out {self.root}: another process is training there; wait for it or stop it"
+                ) from None
+            except OSError as error:
+                log.info("%s: its disk knows no locks (%s); see that no other process trains there", self.root, error)
+            yield
 
     def write_config(self, cfg: Config) -> None:
         """Writes the resolved configuration."""

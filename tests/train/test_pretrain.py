@@ -44,14 +44,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory: pytest.TempPathFactory):
-    """Indexes go to a folder of the test's own; as many threads here as in the processes that are compared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def cache(tmp_path_factory: pytest.TempPathFactory):
+    """Indexes go to a folder of the test's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +80,7 @@ def wait_for_steps(process: "subprocess.Popen[str]", out: Path, steps: int) -> N
 
 
 def test_run_folder(whole: Path, images: Path):
-    names = {path.name for path in whole.iterdir() if not path.name.startswith("events")}
+    names = {path.name for path in whole.iterdir() if not path.name.startswith(("events", "."))}
     assert names == {"config.yaml", "metrics.jsonl", "train.log", "checkpoints", "exported", "index.parquet"}
     assert [path.name for path in find_checkpoints(whole / "checkpoints")] == [
         "step_00000008.pt", "step_00000010.pt", "step_00000012.pt"

@@ -134,6 +134,15 @@ def test_resume_with_another_total_batch(held: RunFolder):
         check_resumed_batch(start.checkpoint, 32)
 
 
+def test_two_processes_do_not_train_in_one_folder(held: RunFolder):
+    with held.locked():
+        with pytest.raises(UserError) as error, RunFolder(held.root).locked():
+            pass
+        assert "another process is training there" in line(error)
+    with RunFolder(held.root).locked():
+        pass
+
+
 def test_metrics_are_cut_after_the_checkpoint(held: RunFolder):
     lines = [json.dumps({"step": step, "loss": 0.1 * step}) for step in range(1, 7)]
     held.metrics.write_text("\n".join(lines) + '\n{"step": 7, "lo')  # killed in the middle of a line
