@@ -26,7 +26,7 @@ from pera_fast.train.loop import Run, fit
 from pera_fast.train.optim import DTYPES, make_optimizer, make_scaler
 from pera_fast.train.run_folder import RunFolder, Start, check_resumed_batch, start_new, start_resumed
 from pera_fast.train.schedules import make_schedules
-from pera_fast.train.signals import StopRequest
+from pera_fast.train.signals import StopRequest, exit_on_termination
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def pretrain(
             start = start_resumed(folder, recipe, overrides)
         else:
             start = start_new(folder, recipe or "vit_b16", overrides)
-        with world(start.cfg.train.device) as here, ExitStack() as stack:
+        with exit_on_termination(), world(start.cfg.train.device) as here, ExitStack() as stack:
             here.barrier()  # all ranks have looked at the folder before rank 0 writes there
             here.on_main(folder.make)
             here.on_main(lambda: stack.enter_context(folder.locked()))

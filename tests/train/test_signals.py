@@ -11,7 +11,7 @@ import pytest
 from train_support import environment
 
 from pera_fast.train import signals
-from pera_fast.train.signals import StopRequest
+from pera_fast.train.signals import StopRequest, exit_on_termination
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -67,3 +67,23 @@ def test_outside_of_the_main_thread_nothing_is_touched():
     thread.start()
     thread.join()
     assert seen == [(before, 0)]
+
+
+def test_termination_during_set_up_leaves_through_finally():
+    before, left = signal.getsignal(signal.SIGTERM), []
+
+    def run() -> None:
+        with exit_on_termination():
+            try:
+                with StopRequest() as stop:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    assert stop.exit_code == 143  # while training, the loop decides
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                left.append(True)
+
+    with pytest.raises(SystemExit) as error:
+        run()
+    assert error.value.code == 143
+    assert left == [True]
+    assert signal.getsignal(signal.SIGTERM) is before
