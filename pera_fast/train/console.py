@@ -95,10 +95,10 @@ def _duration(seconds: float) -> str:
 
 def describe(metrics: dict[str, Any], seconds_left: float | None) -> str:
     """The numbers of a step that are worth a glance, in one line."""
-    loss = metrics["loss"]
+    loss, rate = metrics["loss"], metrics["images_per_s"]
     words = [
         f"loss {loss:.4f}" if loss is not None else "loss not finite",
-        f"{metrics['images_per_s']:.1f} images/s",
+        f"{rate:.1f} images/s" if rate >= 1 else f"{rate:.2g} images/s",
         f"data wait {100 * metrics['data_wait']:.0f}%",
         f"{metrics['mem']:.0f} MiB",
     ]

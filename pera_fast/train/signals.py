@@ -15,7 +15,7 @@ SAME_REQUEST_SECONDS = 0.5
 
 @contextmanager
 def exit_on_termination() -> Iterator[None]:
-    """Inside, SIGTERM raises SystemExit(143), as SIGINT raises KeyboardInterrupt: for set-up, when nothing needs saving.
+    """Inside, SIGTERM raises SystemExit(143), as SIGINT raises KeyboardInterrupt: for set-up, with nothing to save yet.
 
     Unlike the default, which ends the process on the spot, this leaves through `finally`: worker processes are ended.
     """
