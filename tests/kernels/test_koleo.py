@@ -48,6 +48,7 @@ def error(got: Tensor, want: Tensor) -> float:
 def small_chunks(monkeypatch):
     monkeypatch.setattr(weight_norm, "MIN_CHUNK", 64)
     monkeypatch.setattr(weight_norm, "CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr(weight_norm, "CACHE_BYTES", 64)
 
 
 @pytest.fixture(params=["gram", "streamed"])
@@ -89,7 +90,7 @@ def test_gradcheck(form):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_error_within_that_of_dense_pytorch(monkeypatch, form, dtype, native_products):
     if native_products:  # products in the half types themselves, as on a GPU
-        monkeypatch.setattr(gram, "product_dtype", lambda dtype, device: dtype)
+        monkeypatch.setattr(weight_norm, "product_dtype", lambda dtype, device: dtype)
     args = make(16, 900, 48, dtype)
     exact = evaluate(reference.koleo, wide(args), 2)
     dense = evaluate(reference.koleo, args, 2)

@@ -1,34 +1,53 @@
-"""The distillation loss in one streaming pass over chunks of prototypes; portable PyTorch.
+"""The distillation loss in one streaming pass over chunks of prototypes; portable PyTorch, or native passes.
 
 Buffers are [N, chunk] and reused; products and elementwise passes write into them in place, because at the sizes of
-the recipe every further pass over a prototypes-sized tensor costs as much as a tenth of the matrix products.
+the recipe every further pass over a prototypes-sized tensor costs as much as a tenth of the matrix products. The native
+library makes one pass of what is a dozen here; the walk and the products are the same.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .weight_norm import Chunk, accumulation_dtype, chunk_size, chunks, product_dtype, write_grad_v
+from . import weight_norm
+from .weight_norm import (
+    NATIVE,
+    Chunk,
+    accumulation_dtype,
+    chunk_size,
+    chunks,
+    empty_gradient,
+    write_grad_v,
+)
 
 
 class _Logits:
     """Products of rows with the chunks of one prototype matrix, in a reused buffer."""
 
-    def __init__(self, rows: Tensor, v: Tensor, g: Tensor, size: int, accumulate: torch.dtype) -> None:
-        self.dtype = product_dtype(rows.dtype, rows.device)
+    def __init__(
+        self, rows: Tensor, v: Tensor, g: Tensor, size: int, accumulate: torch.dtype, native: bool = False
+    ) -> None:
+        self.dtype = weight_norm.product_dtype(rows.dtype, rows.device)
         self.rows = rows.detach().to(self.dtype)  # [N, d]
-        self.chunks = chunks(v, g, size, self.dtype, accumulate)
-        self.buffer = _Buffer(rows, size, accumulate)
-        self.narrow = None if self.dtype == accumulate else _Buffer(rows, size, self.dtype)
+        self.chunks = chunks(v, g, size, self.dtype, accumulate, native)
+        # Native passes widen what they read.
+        widen = self.dtype != accumulate and not native
+        self.buffer = _Buffer(rows, size, accumulate if widen else self.dtype)
+        self.narrow = _Buffer(rows, size, self.dtype) if widen else None
 
-    def next(self) -> tuple[Chunk, Tensor]:
-        """The next chunk and ``rows @ direction.T`` [N, c] in the accumulation dtype; the scale is not applied."""
-        chunk = next(self.chunks)
-        out = self.buffer.take(chunk)
-        if self.narrow is None:
-            torch.mm(self.rows, chunk.direction.t(), out=out)
-        else:
-            out.copy_(torch.mm(self.rows, chunk.direction.t(), out=self.narrow.take(chunk)))
-        return chunk, out
+    def __iter__(self) -> Iterator[tuple[Chunk, Tensor]]:
+        """Each chunk and ``rows @ direction.T`` [N, c]; the scale is not applied.
+
+        In the accumulation dtype, for native passes in the products'.
+        """
+        for chunk in self.chunks:
+            out = self.buffer.take(chunk)
+            if self.narrow is None:
+                torch.mm(self.rows, chunk.direction.t(), out=out)
+            else:
+                out.copy_(torch.mm(self.rows, chunk.direction.t(), out=self.narrow.take(chunk)))
+            yield chunk, out
 
 
 class _Buffer:
@@ -81,29 +100,43 @@ def forward(
     center: Tensor,
     student_temp: float,
     teacher_temp: float,
+    native: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [N] and the log-sum-exps of student and teacher, each as [N, 2]: maximum and sum of exp(z - maximum).
 
-    Arguments as ``distillation_loss`` takes them.
+    Arguments as ``distillation_loss`` takes them; native: with the passes of the native library.
     """
     n, k = student_rows.shape[0], student_v.shape[0]
     dtype = accumulation_dtype(student_rows.dtype)
     size = chunk_size(n, k)
-    student = _Logits(student_rows, student_v, student_g, size, dtype)
-    teacher = _Logits(teacher_rows, teacher_v, teacher_g, size, dtype)
+    student = _Logits(student_rows, student_v, student_g, size, dtype, native)
+    teacher = _Logits(teacher_rows, teacher_v, teacher_g, size, dtype, native)
+    if native:
+        return _native_forward(student, teacher, center, student_temp, teacher_temp)
     student_lse, teacher_lse = _LogSumExp(student_rows, dtype), _LogSumExp(student_rows, dtype)
     # Running sum over prototypes of exp(teacher - maximum) * student: the cross term of the loss, not yet normalised.
     cross = torch.zeros(n, dtype=dtype, device=student_rows.device)
-    for _ in range(0, k, size):
-        chunk, t = teacher.next()
-        t.mul_(chunk.scale / teacher_temp).sub_(center[chunk.rows].to(dtype) / teacher_temp)
+    for (chunk, s), (teacher_chunk, t) in zip(student, teacher, strict=True):
+        t.mul_(teacher_chunk.scale / teacher_temp).sub_(center[chunk.rows].to(dtype) / teacher_temp)
         weights, rescale = teacher_lse.exp_(t)
-        chunk, s = student.next()
         s.mul_(chunk.scale / student_temp)
         cross.mul_(rescale).add_(weights.mul_(s).sum(1))
         student_lse.exp_(s)
     loss = student_lse.value() - cross / teacher_lse.total
     return loss, student_lse.parts(), teacher_lse.parts()
+
+
+def _native_forward(
+    student: _Logits, teacher: _Logits, center: Tensor, student_temp: float, teacher_temp: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Student's maximum and sum, teacher's maximum and sum, cross term.
+    statistics = torch.tensor([-torch.inf, 0, -torch.inf, 0, 0]).repeat(student.rows.shape[0], 1)
+    for (chunk, s), (teacher_chunk, t) in zip(student, teacher, strict=True):
+        scales = chunk.scale, teacher_chunk.scale, center[chunk.rows]
+        NATIVE.distillation_forward_(s, t, *scales, student_temp, teacher_temp, statistics)
+    student_lse, teacher_lse, cross = statistics.split([2, 2, 1], 1)
+    loss = student_lse[:, 1].log() + student_lse[:, 0] - cross[:, 0] / teacher_lse[:, 1]
+    return loss, student_lse.contiguous(), teacher_lse.contiguous()
 
 
 def backward(
@@ -119,33 +152,87 @@ def backward(
     teacher_lse: Tensor,
     student_temp: float,
     teacher_temp: float,
+    need_rows: bool = True,
+    need_prototypes: bool = True,
+    native: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of student rows, v and g for the loss's gradient ``grad`` [N]; recomputes both logits by chunk."""
+    """Gradients of student rows, v and g for the loss's gradient ``grad`` [N]; recomputes both logits by chunk.
+
+    A gradient that is not needed has no elements; its product and its passes are left out.
+    """
     n, k = student_rows.shape[0], student_v.shape[0]
     dtype = accumulation_dtype(student_rows.dtype)
     size = chunk_size(n, k)
-    student = _Logits(student_rows, student_v, student_g, size, dtype)
-    teacher = _Logits(teacher_rows, teacher_v, teacher_g, size, dtype)
-    spare = _Buffer(student_rows, size, dtype)
-    upstream = (grad.to(dtype) / student_temp)[:, None]
-    student_max, student_factor = student_lse[:, :1], upstream / student_lse[:, 1:]
-    teacher_max, teacher_factor = teacher_lse[:, :1], upstream / teacher_lse[:, 1:]
-    grad_rows = torch.zeros(student_rows.shape, dtype=dtype, device=student_rows.device)
-    grad_v = torch.empty(student_v.shape, dtype=student_v.dtype, device=student_v.device)
-    grad_g = torch.empty(student_g.shape, dtype=student_g.dtype, device=student_g.device)
-    for _ in range(0, k, size):
-        chunk, t = teacher.next()
-        t.mul_(chunk.scale / teacher_temp).sub_(center[chunk.rows].to(dtype) / teacher_temp)
-        t.sub_(teacher_max).exp_()
-        chunk, s = student.next()
-        dz = torch.mul(s, chunk.scale / student_temp, out=spare.take(chunk))
-        dz.sub_(student_max).exp_().mul_(student_factor).sub_(t.mul_(teacher_factor))
-        # Sum over rows of dz * (logit / g): the gradient of g, and the part of v's gradient along v.
-        along = torch.mul(dz, s, out=t).sum(0)
-        if not chunk.unit:
-            along.mul_(chunk.inverse_norm)
-        grad_g[chunk.rows, 0] = along.to(grad_g.dtype)
-        dz = dz.mul_(chunk.scale).to(student.dtype)
-        grad_rows.add_(torch.mm(dz, chunk.direction))
-        write_grad_v(grad_v[chunk.rows], dz, student.rows, student_v[chunk.rows].detach(), along, chunk)
+    student = _Logits(student_rows, student_v, student_g, size, dtype, native)
+    teacher = _Logits(teacher_rows, teacher_v, teacher_g, size, dtype, native)
+    differentiate = (_NativeGradient if native else _Gradient)(
+        grad.to(dtype) / student_temp, center, student_lse, teacher_lse, student_temp, teacher_temp, size
+    )
+    grad_rows = torch.zeros(student_rows.shape if need_rows else 0, dtype=dtype, device=student_rows.device)
+    none = student_v.new_empty(0), student_g.new_empty(0)
+    grad_v, grad_g = (empty_gradient(student_v, native), torch.empty_like(student_g)) if need_prototypes else none
+    for (chunk, s), (teacher_chunk, t) in zip(student, teacher, strict=True):
+        dz, along = differentiate(chunk, s, teacher_chunk, t)
+        dz = dz.to(student.dtype)
+        if need_rows and dz.dtype == dtype:
+            grad_rows.addmm_(dz, chunk.direction)
+        elif need_rows:
+            grad_rows.add_(torch.mm(dz, chunk.direction))
+        if need_prototypes:
+            grad_g[chunk.rows, 0] = along.to(grad_g.dtype)
+            write_grad_v(grad_v[chunk.rows], dz, student.rows, student_v[chunk.rows].detach(), along, chunk)
     return grad_rows.to(student_rows.dtype), grad_v, grad_g
+
+
+class _Gradient:
+    """Gradient of the loss for a chunk of the student's products.
+
+    Called with both networks' chunks and products [N, c], which it overwrites; returns it, and the gradient of g [c], that
+    is sum over rows of dz * (logit / g), which is also the part of v's gradient along v.
+    """
+
+    def __init__(
+        self,
+        upstream: Tensor,  # [N], over the student's temperature
+        center: Tensor,  # [K]
+        student_lse: Tensor,  # [N, 2]
+        teacher_lse: Tensor,  # [N, 2]
+        student_temp: float,
+        teacher_temp: float,
+        size: int,
+    ) -> None:
+        self.center, self.student_temp, self.teacher_temp = center, student_temp, teacher_temp
+        self.student_max, self.student_factor = student_lse[:, :1], upstream[:, None] / student_lse[:, 1:]
+        self.teacher_max, self.teacher_factor = teacher_lse[:, :1], upstream[:, None] / teacher_lse[:, 1:]
+        self.spare = _Buffer(upstream, size, upstream.dtype)
+
+    def __call__(self, chunk: Chunk, s: Tensor, teacher_chunk: Chunk, t: Tensor) -> tuple[Tensor, Tensor]:
+        shift = self.center[chunk.rows].to(t.dtype) / self.teacher_temp
+        t.mul_(teacher_chunk.scale / self.teacher_temp).sub_(shift)
+        t.sub_(self.teacher_max).exp_()
+        dz = torch.mul(s, chunk.scale / self.student_temp, out=self.spare.take(chunk))
+        dz.sub_(self.student_max).exp_().mul_(self.student_factor).sub_(t.mul_(self.teacher_factor))
+        along = torch.mul(dz, s, out=t).sum(0)
+        return dz.mul_(chunk.scale), along if chunk.unit else along.mul_(chunk.inverse_norm)
+
+
+class _NativeGradient:
+    """As ``_Gradient``, in one native pass."""
+
+    def __init__(
+        self,
+        upstream: Tensor,
+        center: Tensor,
+        student_lse: Tensor,
+        teacher_lse: Tensor,
+        student_temp: float,
+        teacher_temp: float,
+        size: int,
+    ) -> None:
+        self.center, self.temps, self.upstream = center, (student_temp, teacher_temp), upstream.contiguous()
+        self.statistics = torch.cat([student_lse, teacher_lse], 1)
+
+    def __call__(self, chunk: Chunk, s: Tensor, teacher_chunk: Chunk, t: Tensor) -> tuple[Tensor, Tensor]:
+        scales = chunk.scale, teacher_chunk.scale, self.center[chunk.rows]
+        along = NATIVE.distillation_backward_(s, t, *scales, *self.temps, self.statistics, self.upstream)
+        return s, along if chunk.unit else along.mul_(chunk.inverse_norm)

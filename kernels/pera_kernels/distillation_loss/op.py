@@ -1,14 +1,33 @@
 """Op ``pera::distillation_loss``: schema, fake, autograd, dispatch. The maths and the costs: README.md beside this."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from pera_kernels import backend
 
 from . import chunked, reference
-from .weight_norm import accumulation_dtype, check_prototypes
+from .weight_norm import NATIVE_NAMES, accumulation_dtype, check_prototypes, runs_native
 
+backend.register("distillation_loss", "triton", available=backend.needs_triton)
+backend.register("distillation_loss", "native", available=backend.needs_native(*NATIVE_NAMES))
 backend.register("distillation_loss", "chunked")
+
+
+def _walk(student_rows: Tensor, student_v: Tensor, student_g: Tensor, teacher_v: Tensor, teacher_g: Tensor):
+    """forward and backward of the implementation that runs; where it does not take these dtypes, of the next one."""
+    tensors = student_rows, student_v, student_g, teacher_v, teacher_g
+    match backend.choose("distillation_loss", student_rows.device):
+        case "triton":
+            from . import triton
+
+            if triton.why_not(*tensors) is None:
+                return triton.forward, triton.backward
+        case "native":
+            if runs_native(*tensors):
+                return partial(chunked.forward, native=True), partial(chunked.backward, native=True)
+    return chunked.forward, chunked.backward
 
 
 @torch.library.custom_op("pera::distillation_loss", mutates_args=())
@@ -23,7 +42,8 @@ def _forward(
     student_temp: float,
     teacher_temp: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return chunked.forward(
+    forward, _ = _walk(student_rows, student_v, student_g, teacher_v, teacher_g)
+    return forward(
         student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp
     )
 
@@ -48,21 +68,13 @@ def _backward(
     teacher_lse: Tensor,
     student_temp: float,
     teacher_temp: float,
+    need_rows: bool,
+    need_prototypes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return chunked.backward(
-        grad,
-        student_rows,
-        student_v,
-        student_g,
-        teacher_rows,
-        teacher_v,
-        teacher_g,
-        center,
-        student_lse,
-        teacher_lse,
-        student_temp,
-        teacher_temp,
-    )
+    _, backward = _walk(student_rows, student_v, student_g, teacher_v, teacher_g)
+    student, teacher = (student_rows, student_v, student_g), (teacher_rows, teacher_v, teacher_g)
+    constants = center, student_lse, teacher_lse, student_temp, teacher_temp
+    return backward(grad, *student, *teacher, *constants, need_rows, need_prototypes)
 
 
 @_backward.register_fake
@@ -79,11 +91,13 @@ def _(
     teacher_lse,
     student_temp,
     teacher_temp,
+    need_rows,
+    need_prototypes,
 ):
     return (
-        student_rows.new_empty(student_rows.shape),
-        student_v.new_empty(student_v.shape),
-        student_g.new_empty(student_g.shape),
+        student_rows.new_empty(student_rows.shape if need_rows else 0),
+        student_v.new_empty(student_v.shape if need_prototypes else 0),
+        student_g.new_empty(student_g.shape if need_prototypes else 0),
     )
 
 
@@ -95,8 +109,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad: Tensor, *_: Tensor | None):
-    grads = _backward(grad, *ctx.saved_tensors, ctx.student_temp, ctx.teacher_temp)
-    return *grads, None, None, None, None, None, None
+    needs = ctx.needs_input_grad[:3]  # a frozen last layer costs no product and no gradient of its size
+    grads = _backward(grad, *ctx.saved_tensors, ctx.student_temp, ctx.teacher_temp, needs[0], needs[1] or needs[2])
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 6
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -14,6 +14,17 @@ from torch import Tensor
 MAX_CHUNK = 4096  # 8192 costs 10% more on a CPU with 2.5 MiB of L2 a core
 MIN_CHUNK = 256
 CHUNK_ELEMENTS = 1 << 20  # of one [N, chunk] buffer
+MAX_CACHED_CHUNK = 16384  # on a GPU: long enough to fill it, and few enough launches
+CACHE_BYTES = 32 << 20  # stands for a GPU's L2 cache in Triton's interpreter
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NATIVE = torch.ops.pera_native  # a namespace; empty unless the library was built and loaded
+NATIVE_NAMES = (
+    "distillation_forward_",
+    "distillation_backward_",
+    "weight_norm",
+    "weight_norm_backward_",
+    "empty_gradient",
+)
 
 
 class Chunk(NamedTuple):
@@ -24,6 +35,7 @@ class Chunk(NamedTuple):
     scale: Tensor  # [c], accumulation dtype; effective prototype = scale * direction
     inverse_norm: Tensor  # [c], accumulation dtype, 1 / ||v||
     unit: bool  # the direction is v / ||v||, else v
+    native: bool = False  # the passes over the chunk run in the native library
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -52,7 +64,21 @@ def chunk_size(n: int, k: int) -> int:
     return max(1, min(k, MAX_CHUNK, max(MIN_CHUNK, size - size % 64)))
 
 
-def chunks(v: Tensor, g: Tensor, size: int, dtype: torch.dtype, accumulate: torch.dtype) -> Iterator[Chunk]:
+def cached_chunk_size(k: int, bytes_per_prototype: int, device: torch.device) -> int:
+    """Prototypes per chunk whose buffers stay in three quarters of a GPU's L2 cache; a power of two, or all k."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else CACHE_BYTES
+    fitting = max(cache * 3 // 4 // bytes_per_prototype, MIN_CHUNK)
+    return min(k, MAX_CACHED_CHUNK, 1 << fitting.bit_length() - 1)
+
+
+def runs_native(rows: Tensor, *prototypes: Tensor) -> bool:
+    """Whether the native library's passes take these dtypes: all but float64."""
+    return all(tensor.dtype in NATIVE_DTYPES for tensor in (rows, *prototypes))
+
+
+def chunks(
+    v: Tensor, g: Tensor, size: int, dtype: torch.dtype, accumulate: torch.dtype, native: bool = False
+) -> Iterator[Chunk]:
     """Walks over the prototypes.
 
     Args:
@@ -61,15 +87,21 @@ def chunks(v: Tensor, g: Tensor, size: int, dtype: torch.dtype, accumulate: torc
         size: prototypes per chunk; the last one may be shorter.
         dtype: of the directions (see ``product_dtype``).
         accumulate: dtype of scales and norms; float32 or float64.
+        native: one pass of the native library a chunk; for the dtypes that it takes (``runs_native``).
     """
     # float16 has too few exponents to trust v's own size; in the wide types v / ||v|| and v round alike.
-    unit = dtype == torch.float16
+    unit = dtype == torch.float16 or (native and v.dtype != dtype)
     buffer = None
     if unit or v.dtype != dtype:
         buffer = torch.empty(min(size, v.shape[0]), v.shape[1], dtype=dtype, device=v.device)
     for start in range(0, v.shape[0], size):
         rows = slice(start, min(start + size, v.shape[0]))
         part = v[rows].detach()
+        if native:
+            direction = part.contiguous() if buffer is None else buffer[: part.shape[0]]
+            out = None if buffer is None else direction
+            yield Chunk(rows, direction, *NATIVE.weight_norm(part.contiguous(), g[rows].detach(), out), unit, True)
+            continue
         inverse_norm = torch.linalg.vector_norm(part.to(accumulate), dim=1).reciprocal_()
         scale = g[rows, 0].detach().to(accumulate)
         direction = part
@@ -90,6 +122,11 @@ def write_grad_v(out: Tensor, dz: Tensor, rows: Tensor, v: Tensor, along: Tensor
         along: [c], accumulation dtype: gradient of g, that is the part of W's gradient along v / ||v||.
         chunk: the chunk.
     """
+    if chunk.native:
+        products = torch.mm(dz.t(), rows, out=out) if out.dtype == dz.dtype else torch.mm(dz.t(), rows)
+        inputs = v.contiguous(), chunk.scale, chunk.inverse_norm, along
+        NATIVE.weight_norm_backward_(products, *inputs, chunk.unit, out)
+        return
     # Both kinds of direction give g / ||v||.
     size = chunk.scale * chunk.inverse_norm if chunk.unit else chunk.scale
     pull_back = (size * along * chunk.inverse_norm)[:, None]
@@ -101,6 +138,11 @@ def write_grad_v(out: Tensor, dz: Tensor, rows: Tensor, v: Tensor, along: Tensor
     if chunk.unit:
         wide.mul_(chunk.inverse_norm[:, None])
     out.copy_(wide.sub_(v.to(wide.dtype) * pull_back))
+
+
+def empty_gradient(v: Tensor, native: bool) -> Tensor:
+    """Uninitialised memory for the gradient of v; in large pages, whose first touch is cheap, if native."""
+    return NATIVE.empty_gradient(v) if native else torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
 def prototypes(v: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> Tensor:

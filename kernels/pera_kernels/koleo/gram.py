@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pera_kernels.distillation_loss import weight_norm
 from pera_kernels.distillation_loss.weight_norm import (
     MAX_CHUNK,
     Chunk,
     accumulation_dtype,
     chunk_size,
     chunks,
-    product_dtype,
     write_grad_v,
 )
 
@@ -54,7 +54,7 @@ def _empty(rows: Tensor) -> Forward:
 
 def _walk(rows: Tensor, v: Tensor, g: Tensor, width: int):
     """The chunks of W for [width, chunk] buffers; and the dtype of products."""
-    dtype = product_dtype(rows.dtype, rows.device)
+    dtype = weight_norm.product_dtype(rows.dtype, rows.device)
     return dtype, chunks(v, g, chunk_size(width, v.shape[0]), dtype, accumulation_dtype(rows.dtype))
 
 
