@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="Triton kernels need Triton")
 ROOT = Path(__file__).parents[1]
 
 SELECTIONS = {
+    "attention": ["tests/kernels/test_attention.py", "-k", "triton and not opcheck"],
     "sequence_norm": ["tests/kernels/test_packed_ops.py", "-k", "sequence_norm and not opcheck"],
 }
 

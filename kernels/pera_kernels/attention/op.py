@@ -1,79 +1,102 @@
-"""pera::attention: schema, shapes, gradient, and scaled_dot_product_attention per group.
+"""pera::attention: schema, shapes, gradient, and which implementation takes which groups.
 
-The sequences of a group have one length: to PyTorch's fused attention a group is a plain batch, no mask, no padding.
+Short sequences and long ones want different kernels. Where Triton runs, groups of short sequences go there and the
+others to the first of xformers, varlen and sdpa that can take them; otherwise one implementation takes all groups.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backend
-from ..packing import check, split
+from ..packing import check, num_tokens, pairs
+from . import sdpa, varlen, xformers
 
-aten = torch.ops.aten
-backend.register("attention", "sdpa")
+# Groups of at most this many tokens a sequence go to the Triton kernels, which take up to 32; 0: none. Set it by what
+# bench/test_attention.py measures. PERA_SHORT_ATTENTION=1 or 0 overrides: all up to 32, or none.
+SHORT_SEQUENCE = 32
+TRITON_LENGTH = 32
 
-
-def _heads(part: Tensor, num_heads: int, three: int = 3) -> Tensor:
-    """[n, len, 3 * D] -> [3, n, H, len, d] views."""
-    n, length, width = part.shape
-    return part.view(n, length, three, num_heads, width // (three * num_heads)).permute(2, 0, 3, 1, 4)
-
-
-def _forward_group(q: Tensor, k: Tensor, v: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Attention of one group [n, H, len, d] and the log-sum-exp of each query's scores [n, H, len]."""
-    if name == "sdpa":
-        if q.device.type == "cpu":
-            return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-        return aten._scaled_dot_product_flash_attention(q, k, v)[:2]
-    wide = q.dtype if q.dtype == torch.float64 else torch.float32
-    scores = q.to(wide) @ k.to(wide).transpose(-2, -1) * q.shape[-1] ** -0.5
-    lse = scores.logsumexp(-1)
-    return ((scores - lse.unsqueeze(-1)).exp_() @ v.to(wide)).to(q.dtype), lse
+# Fastest first; reference takes everything.
+_WHOLE = {"xformers": xformers, "varlen": varlen, "sdpa": sdpa.fused, "reference": sdpa.formula}
 
 
-def _backward_group(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, name: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v [n, H, len, d], with the probabilities recomputed from lse."""
-    if name == "sdpa":
-        if q.device.type == "cpu":
-            backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-            return backward(grad, q, k, v, out, lse, 0.0, False)
-        length = q.shape[2]
-        unused = torch.empty(0, dtype=torch.uint64, device=q.device)  # the dropout's random state: there is none
-        backward = aten._scaled_dot_product_flash_attention_backward
-        return backward(grad, q, k, v, out, lse, None, None, length, length, 0.0, False, unused, unused)
-    wide, scale = lse.dtype, q.shape[-1] ** -0.5
-    q, k, v, grad, out = (t.to(wide) for t in (q, k, v, grad, out))
-    p = (q @ k.transpose(-2, -1) * scale - lse.unsqueeze(-1)).exp_()
-    grad_p = grad @ v.transpose(-2, -1)
-    grad_scores = p * (grad_p - (grad * out).sum(-1, keepdim=True)) * scale
-    return grad_scores @ k, grad_scores.transpose(-2, -1) @ q, p.transpose(-2, -1) @ grad
+def _short_sequence() -> int:
+    """Longest sequence that goes to the Triton kernels."""
+    wanted = os.environ.get("PERA_SHORT_ATTENTION", "").strip()
+    return {"0": 0, "1": TRITON_LENGTH}.get(wanted, min(SHORT_SEQUENCE, TRITON_LENGTH))
+
+
+def _triton_available(device: torch.device) -> str | None:
+    if _short_sequence() == 0:
+        return "it is switched off (PERA_SHORT_ATTENTION=1 switches it on)"
+    return backend.needs_triton(device)
+
+
+backend.register("attention", "triton", available=_triton_available)
+for _name, _module in _WHOLE.items():
+    backend.register("attention", _name, available=_module.available)
+
+
+def _first(names: Sequence[str], qkv: Tensor, num_heads: int) -> Any:
+    """The first of the named implementations that runs on the device of qkv and takes its dtype and shape."""
+    for name in names:
+        module = _WHOLE[name]
+        if module.available(qkv.device) is None and module.why_not(qkv, num_heads) is None:
+            return module
+    return sdpa.formula
+
+
+def _plan(qkv: Tensor, num_heads: int, groups: Sequence[int]) -> list[tuple[Any, list[int]]]:
+    """Who takes which groups: (implementation, groups), one after the other as they are packed."""
+    name, names = backend.choose("attention", qkv.device), list(_WHOLE)
+    if name != "triton":
+        return [(_first(names[names.index(name) :], qkv, num_heads), list(groups))]
+    from . import triton
+
+    whole, longest = _first(names, qkv, num_heads), _short_sequence()
+    if triton.why_not(qkv, num_heads) is not None:
+        return [(whole, list(groups))]
+    plan: list[tuple[Any, list[int]]] = []
+    for count, length in pairs(groups):
+        module = triton if length <= longest else whole
+        if not plan or plan[-1][0] is not module:
+            plan.append((module, []))
+        plan[-1][1].extend((count, length))
+    return plan
+
+
+def _runs(qkv: Tensor, num_heads: int, groups: Sequence[int]) -> Iterator[tuple[Any, slice, list[int]]]:
+    """The plan with the rows of each entry, without those that have none."""
+    first = 0
+    for module, part in _plan(qkv, num_heads, groups):
+        last = first + num_tokens(part)
+        if last > first:
+            yield module, slice(first, last), part
+        first = last
 
 
 @torch.library.custom_op("pera::attention", mutates_args=())
 def _attention(qkv: Tensor, num_heads: int, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
-    name = backend.choose("attention", qkv.device)
-    name = name if _can_fuse(qkv) else "reference"
-    out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
+    qkv = qkv.contiguous()
     lse = qkv.new_empty(qkv.shape[0], num_heads, dtype=_wide(qkv))
-    for part, part_out, part_lse in zip(split(qkv, groups), split(out, groups), split(lse, groups), strict=True):
-        if part.numel() == 0:
-            continue
-        y, part_sum = _forward_group(*_heads(part, num_heads), name)
-        _heads(part_out, num_heads, 1)[0].copy_(y)
-        part_lse.copy_(part_sum.transpose(1, 2))
+    runs = list(_runs(qkv, num_heads, groups))
+    if len(runs) == 1:  # then an implementation's own output need not be copied
+        module, _, part = runs[0]
+        return module.forward(qkv, num_heads, part, None, lse), lse
+    out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
+    for module, rows, part in runs:
+        y = module.forward(qkv[rows], num_heads, part, out[rows], lse[rows])
+        if y.data_ptr() != out[rows].data_ptr():
+            out[rows] = y
     return out, lse
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _can_fuse(qkv: Tensor) -> bool:
-    return qkv.device.type == "cpu" or qkv.dtype in (torch.bfloat16, torch.float16)
 
 
 @_attention.register_fake
@@ -84,17 +107,10 @@ def _(qkv: Tensor, num_heads: int, groups: Sequence[int]) -> tuple[Tensor, Tenso
 
 @torch.library.custom_op("pera::attention_backward", mutates_args=())
 def _backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, groups: Sequence[int]) -> Tensor:
-    name = backend.choose("attention", qkv.device)
-    name = name if _can_fuse(qkv) else "reference"
-    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    for g, x, y, stats, result in zip(*(split(t, groups) for t in (grad, qkv, out, lse, grad_qkv)), strict=True):
-        if x.numel() == 0:
-            continue
-        q, k, v = _heads(x, num_heads)
-        (g,), (y,) = _heads(g, num_heads, 1), _heads(y, num_heads, 1)
-        grads = _backward_group(g, q, k, v, y, stats.transpose(1, 2), name)
-        for target, value in zip(_heads(result, num_heads), grads, strict=True):
-            target.copy_(value)
+    grad, qkv, out, lse = (t.contiguous() for t in (grad, qkv, out, lse))
+    grad_qkv = torch.empty_like(qkv)
+    for module, rows, part in _runs(qkv, num_heads, groups):
+        module.backward(grad[rows], qkv[rows], out[rows], lse[rows], num_heads, part, grad_qkv[rows])
     return grad_qkv
 
 

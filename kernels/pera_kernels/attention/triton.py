@@ -1,0 +1,199 @@
+"""Triton kernels of attention for short sequences: a tile of rows holds several whole sequences.
+
+Softmax runs over a tile's block diagonal, so one program finishes its sequences: one pass, no streaming maximum, and
+the backward pass needs neither the output nor atomics. A tile of 64 rows is 8 sequences of 8 tokens or 2 of 23.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..aot import Variant
+from ..packing import pairs
+
+MAX_LENGTH = 32
+MAX_HEAD_DIM = 128
+# The scores' arithmetic grows with BLOCK, the bytes do not; 64 rows are the fewest that a Hopper warpgroup multiplies.
+BLOCK = 64
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _tile(num_rows, NUM_HEADS: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Head of the program; its rows (int64), which of them hold tokens, which two belong to one sequence."""
+    USED: tl.constexpr = BLOCK // LENGTH * LENGTH
+    program = tl.program_id(0).to(tl.int64)
+    tile = program // NUM_HEADS
+    local = tl.arange(0, BLOCK)
+    rows = tile * USED + local
+    valid = (local < USED) & (rows < num_rows)
+    seq = local // LENGTH
+    return program - tile * NUM_HEADS, rows, valid, seq[:, None] == seq[None, :]
+
+
+@triton.jit
+def attention_fwd_kernel(
+    qkv_ptr,  # (R, 3, H, d), R = sequences * LENGTH
+    out_ptr,  # (R, H, d)
+    lse_ptr,  # (R, H) float32
+    num_rows,
+    scale,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    DIM: tl.constexpr = NUM_HEADS * HEAD_DIM
+    head, rows, valid, same = _tile(num_rows, NUM_HEADS, LENGTH, BLOCK)
+    cols = tl.arange(0, BLOCK_D)
+    mask = valid[:, None] & (cols < HEAD_DIM)[None, :]
+    within = head * HEAD_DIM + cols[None, :]
+    source = qkv_ptr + rows[:, None] * (3 * DIM) + within
+    q = tl.load(source, mask=mask, other=0.0)
+    k = tl.load(source + DIM, mask=mask, other=0.0)
+    v = tl.load(source + 2 * DIM, mask=mask, other=0.0)
+    if UPCAST:
+        q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+    scores = tl.where(same, scores, float("-inf"))  # rows without a token see each other: all zeros, finite
+    top = tl.max(scores, 1)
+    p = tl.exp2(scores - top[:, None])
+    total = tl.sum(p, 1)
+    out = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
+    tl.store(out_ptr + rows[:, None] * DIM + within, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(lse_ptr + rows * NUM_HEADS + head, (top + tl.log2(total)) * LN2, mask=valid)
+
+
+@triton.jit
+def attention_bwd_kernel(
+    grad_ptr,  # (R, H, d)
+    qkv_ptr,  # (R, 3, H, d)
+    lse_ptr,  # (R, H) float32
+    grad_qkv_ptr,  # (R, 3, H, d)
+    num_rows,
+    scale,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    DIM: tl.constexpr = NUM_HEADS * HEAD_DIM
+    head, rows, valid, same = _tile(num_rows, NUM_HEADS, LENGTH, BLOCK)
+    cols = tl.arange(0, BLOCK_D)
+    mask = valid[:, None] & (cols < HEAD_DIM)[None, :]
+    within = head * HEAD_DIM + cols[None, :]
+    offsets = rows[:, None] * (3 * DIM) + within
+    q = tl.load(qkv_ptr + offsets, mask=mask, other=0.0)
+    k = tl.load(qkv_ptr + DIM + offsets, mask=mask, other=0.0)
+    v = tl.load(qkv_ptr + 2 * DIM + offsets, mask=mask, other=0.0)
+    grad = tl.load(grad_ptr + rows[:, None] * DIM + within, mask=mask, other=0.0)
+    lse = tl.load(lse_ptr + rows * NUM_HEADS + head, mask=valid, other=0.0)
+    if UPCAST:
+        q, k, v, grad = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32), grad.to(tl.float32)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+    p = tl.where(same, tl.exp2(scores - (lse * LOG2E)[:, None]), 0.0)
+    grad_v = tl.dot(tl.trans(p.to(grad.dtype)), grad, input_precision="ieee")
+    grad_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
+    # A row's sum of p * grad_p is its sum of grad * out: whole rows are here, so out is not read.
+    delta = tl.sum(p * grad_p, 1)
+    grad_scores = (p * (grad_p - delta[:, None]) * scale).to(q.dtype)
+    grad_q = tl.dot(grad_scores, k, input_precision="ieee")
+    grad_k = tl.dot(tl.trans(grad_scores), q, input_precision="ieee")
+    dtype = grad_qkv_ptr.dtype.element_ty
+    tl.store(grad_qkv_ptr + offsets, grad_q.to(dtype), mask=mask)
+    tl.store(grad_qkv_ptr + DIM + offsets, grad_k.to(dtype), mask=mask)
+    tl.store(grad_qkv_ptr + 2 * DIM + offsets, grad_v.to(dtype), mask=mask)
+
+
+def why_not(qkv: Tensor, num_heads: int) -> str | None:
+    """Why these kernels cannot take such projections, or None."""
+    if qkv.dtype == torch.float64:
+        return "float64 runs in the reference only"
+    if qkv.dtype == torch.bfloat16 and qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) < (8, 0):
+        return "bfloat16 needs compute capability 8.0"
+    head_dim = qkv.shape[1] // (3 * num_heads)
+    if head_dim > MAX_HEAD_DIM:
+        return f"heads of {head_dim} values do not fit one tile (at most {MAX_HEAD_DIM})"
+    return None
+
+
+def _launches(num_heads: int, head_dim: int, groups: Sequence[int], dtype: torch.dtype):
+    """For each group that is not empty: its rows in the packed tensors, the grid, (num_rows, scale), the constants."""
+    # The interpreter multiplies bfloat16 as the integers that it stores.
+    upcast = dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
+    first = 0
+    for count, length in pairs(groups):
+        last = first + count * length
+        if last > first:
+            if length > MAX_LENGTH:
+                raise ValueError(f"sequences of {length} tokens are not short (at most {MAX_LENGTH})")
+            grid = (triton.cdiv(count, BLOCK // length) * num_heads,)
+            constants = _constants(num_heads, head_dim, length, upcast)
+            yield slice(first, last), grid, (last - first, head_dim**-0.5), constants
+        first = last
+
+
+def _constants(num_heads: int, head_dim: int, length: int, upcast: bool = False) -> dict[str, int | bool]:
+    block_d = max(triton.next_power_of_2(head_dim), 16)
+    shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "LENGTH": length}
+    return {**shape, "BLOCK": BLOCK, "BLOCK_D": block_d, "UPCAST": upcast}
+
+
+def forward(
+    qkv: Tensor,  # (T, 3 * D)
+    num_heads: int,
+    groups: Sequence[int],
+    out: Tensor | None,  # (T, D), to be filled; None: a new one
+    lse: Tensor,  # (T, H) float32, filled
+) -> Tensor:
+    """Attention of groups of at most MAX_LENGTH tokens a sequence; returns out."""
+    head_dim = qkv.shape[1] // (3 * num_heads)
+    if out is None:
+        out = torch.empty(qkv.shape[0], num_heads * head_dim, dtype=qkv.dtype, device=qkv.device)
+    for rows, grid, args, constants in _launches(num_heads, head_dim, groups, qkv.dtype):
+        attention_fwd_kernel[grid](qkv[rows], out[rows], lse[rows], *args, **constants, num_warps=4, num_stages=1)
+    return out
+
+
+def backward(
+    grad: Tensor,  # (T, D)
+    qkv: Tensor,  # (T, 3 * D)
+    out: Tensor,  # (T, D), not read
+    lse: Tensor,  # (T, H) float32
+    num_heads: int,
+    groups: Sequence[int],
+    grad_qkv: Tensor,  # (T, 3 * D), filled
+) -> None:
+    """Gradient of qkv."""
+    head_dim = qkv.shape[1] // (3 * num_heads)
+    for rows, grid, args, constants in _launches(num_heads, head_dim, groups, qkv.dtype):
+        tensors = grad[rows], qkv[rows], lse[rows], grad_qkv[rows]
+        attention_bwd_kernel[grid](*tensors, *args, **constants, num_warps=4, num_stages=1)
+
+
+def _variants() -> list[Variant]:
+    result = []
+    scalars = {"lse_ptr": "*fp32", "num_rows": "i32", "scale": "fp32"}
+    forward_args = {"qkv_ptr": "*bf16", "out_ptr": "*bf16", **scalars}
+    backward_args = {"grad_ptr": "*bf16", "qkv_ptr": "*bf16", "grad_qkv_ptr": "*bf16", **scalars}
+    shapes = [("vit_s16", 6, 64), ("vit_b16", 12, 64), ("vit_g16", 16, 64), ("head_dim 32", 6, 32)]
+    for recipe, num_heads, head_dim in shapes:
+        for length in (8, 23):
+            constants = _constants(num_heads, head_dim, length)
+            name = f"{recipe} len {length} bf16"
+            result.append(Variant(name, attention_fwd_kernel, forward_args, constants, num_warps=4, num_stages=1))
+            result.append(Variant(name, attention_bwd_kernel, backward_args, constants, num_warps=4, num_stages=1))
+    return result
+
+
+VARIANTS = _variants()

@@ -1,0 +1,94 @@
+"""Attention of all groups in one call on a GPU: xformers' memory_efficient_attention with a block-diagonal mask.
+
+xformers picks the fastest operator that is there: Flash-Attention 3 if that is installed, else the one in torch.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..packing import pairs, split
+from . import varlen
+
+
+@cache
+def _fmha() -> Any:
+    """The module xformers.ops.fmha, or why it cannot be used (a string)."""
+    if importlib.util.find_spec("xformers") is None:
+        return "xformers is not installed: pip install 'pera-fast[cuda13]' (or [cuda12])"
+    try:
+        from xformers.ops import fmha
+    except Exception as error:  # it was built for another torch, or wants another Flash-Attention
+        return f"xformers does not load ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    return fmha
+
+
+def available(device: torch.device) -> str | None:
+    """Why this cannot run on a device, or None."""
+    if device.type != "cuda":
+        return f"xformers attends on a GPU, not on {device.type}"
+    return _fmha() if isinstance(_fmha(), str) else varlen.available(device)
+
+
+def why_not(qkv: Tensor, num_heads: int) -> str | None:
+    """Why xformers cannot take such projections, or None."""
+    if torch.are_deterministic_algorithms_enabled():
+        return "xformers' backward pass is not deterministic, and torch.use_deterministic_algorithms is on"
+    return varlen.why_not(qkv, num_heads)
+
+
+@lru_cache(maxsize=64)
+def _mask(groups: tuple[int, ...], device: torch.device) -> Any:
+    """The BlockDiagonalMask of packed groups. Cached: it is made from Python lists and sent to the device."""
+    return _fmha().BlockDiagonalMask.from_seqlens(varlen.lengths(groups), device=device)
+
+
+def _store_lse(sums: Tensor, lse: Tensor, groups: Sequence[int]) -> None:
+    """Write the log-sum-exps of either of xformers' layouts to lse (T, H).
+
+    Packed (Flash-Attention): (1, H, T or more). Padded (CUTLASS): (sequences, H, longest sequence or more).
+    """
+    if sums.shape[0] == 1:
+        lse.copy_(sums[0, :, : lse.shape[0]].t())
+        return
+    counts = [count if length else 0 for count, length in pairs(groups)]
+    for part, target in zip(sums.split(counts), split(lse, groups), strict=True):
+        if target.numel():
+            target.copy_(part[:, :, : target.shape[1]].transpose(1, 2))
+
+
+def forward(
+    qkv: Tensor,  # (T, 3 * D)
+    num_heads: int,
+    groups: Sequence[int],
+    out: Tensor | None,  # not used: the operator makes its own
+    lse: Tensor,  # (T, H) float32, filled
+) -> Tensor:
+    """Attention (T, D) of every group."""
+    q, k, v = qkv.view(1, qkv.shape[0], 3, num_heads, -1).unbind(2)
+    y, sums = _fmha().memory_efficient_attention_forward_requires_grad(q, k, v, _mask(tuple(groups), qkv.device))
+    _store_lse(sums, lse, groups)
+    return y.reshape(qkv.shape[0], -1)
+
+
+def backward(
+    grad: Tensor,  # (T, D)
+    qkv: Tensor,  # (T, 3 * D)
+    out: Tensor,  # (T, D)
+    lse: Tensor,  # (T, H) float32
+    num_heads: int,
+    groups: Sequence[int],
+    grad_qkv: Tensor,  # (T, 3 * D), filled
+) -> None:
+    """Gradient of qkv. The packed log-sum-exps make xformers choose a Flash-Attention operator."""
+    shape = 1, qkv.shape[0], num_heads, -1
+    q, k, v = qkv.view(1, qkv.shape[0], 3, num_heads, -1).unbind(2)
+    sums = lse.t().contiguous().unsqueeze(0)
+    grads = _fmha().memory_efficient_attention_backward(
+        grad.view(shape), out.view(shape), sums, q, k, v, _mask(tuple(groups), qkv.device)
+    )
+    torch.stack([g.view(shape[1:]) for g in grads], dim=1, out=grad_qkv.view(qkv.shape[0], 3, num_heads, -1))
