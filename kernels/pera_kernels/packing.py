@@ -11,6 +11,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of a stream that the fast implementations take; float64 runs in PyTorch."""
+
 
 def pairs(groups: Sequence[int]) -> list[tuple[int, int]]:
     """[n0, len0, n1, len1] -> [(n0, len0), (n1, len1)]."""

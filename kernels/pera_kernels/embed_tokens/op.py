@@ -4,13 +4,27 @@ import torch
 from torch import Tensor
 
 from .. import backend
+from ..packing import HALF_OR_SINGLE
 from .reference import embed_tokens as _reference
 
-backend.register("embed_tokens", "reference")
+backend.register("embed_tokens", "triton", available=backend.needs_triton)
+backend.register("embed_tokens", "native", available=backend.needs_native("embed_tokens_pack", "embed_tokens_sums"))
+
+
+def _kernels(rows: Tensor):
+    """What has the kernels around the matrix product that take the rows, or None: then PyTorch does it."""
+    name = backend.choose("embed_tokens", rows.device)
+    if name == "triton":
+        from . import triton
+
+        return triton if triton.why_not(rows) is None else None
+    return torch.ops.pera_native if name == "native" and rows.dtype in HALF_OR_SINGLE else None
 
 
 @torch.library.custom_op("pera::embed_tokens", mutates_args=())
 def _embed_tokens(rows: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, cls: Tensor, index: Tensor) -> Tensor:
+    if (kernels := _kernels(rows)) is not None:
+        return kernels.embed_tokens_pack(rows @ weight.to(rows.dtype).t(), bias, pos, cls, index)
     return _reference(rows, weight, bias, pos, cls, index)
 
 
@@ -21,6 +35,9 @@ def _(rows: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, cls: Tensor, inde
 
 @torch.library.custom_op("pera::embed_tokens_backward", mutates_args=())
 def _backward(grad: Tensor, rows: Tensor, weight: Tensor, pos: Tensor, index: Tensor) -> list[Tensor]:
+    if (kernels := _kernels(rows)) is not None:
+        grad_patches, grad_bias, grad_pos = kernels.embed_tokens_sums(grad.to(rows.dtype), pos, index)
+        return [(grad_patches.t() @ rows).to(weight.dtype), grad_bias, grad_pos, grad_pos[0].clone()]
     n_seq, n_visible = index.shape
     grad = grad.view(n_seq, 1 + n_visible, weight.shape[0])
     grad_first = grad[:, 0].sum(0, dtype=weight.dtype)
@@ -66,7 +83,7 @@ def embed_tokens(rows: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, cls: T
         bias: [D], dtype of weight.
         pos: position embedding [1 + L, D] of the crop's grid, row 0 for cls; dtype of weight.
         cls: cls token [D], dtype of weight.
-        index: int32 [N, n], the patch number in raster order of each row.
+        index: int32 [N, n], the patch number in raster order of each row, each once in a sequence.
 
     Returns:
         Tokens [N * (1 + n), D] in the dtype of rows; cls first in each sequence.

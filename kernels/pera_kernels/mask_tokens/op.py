@@ -4,13 +4,27 @@ import torch
 from torch import Tensor
 
 from .. import backend
+from ..packing import HALF_OR_SINGLE
 from .reference import mask_tokens as _reference
 
-backend.register("mask_tokens", "reference")
+backend.register("mask_tokens", "triton", available=backend.needs_triton)
+backend.register("mask_tokens", "native", available=backend.needs_native("mask_tokens", "mask_tokens_backward"))
+
+
+def _kernels(tokens: Tensor):
+    """What has the kernels that take the tokens, or None: then PyTorch does it."""
+    name = backend.choose("mask_tokens", tokens.device)
+    if name == "triton":
+        from . import triton
+
+        return triton if triton.why_not(tokens) is None else None
+    return torch.ops.pera_native if name == "native" and tokens.dtype in HALF_OR_SINGLE else None
 
 
 @torch.library.custom_op("pera::mask_tokens", mutates_args=())
 def _mask_tokens(tokens: Tensor, mask_token: Tensor, pos: Tensor, index: Tensor) -> Tensor:
+    if (kernels := _kernels(tokens)) is not None:
+        return kernels.mask_tokens(tokens, mask_token, pos, index)
     return _reference(tokens, mask_token, pos, index)
 
 
@@ -21,6 +35,8 @@ def _(tokens: Tensor, mask_token: Tensor, pos: Tensor, index: Tensor) -> Tensor:
 
 @torch.library.custom_op("pera::mask_tokens_backward", mutates_args=())
 def _backward(grad: Tensor, pos: Tensor, index: Tensor) -> list[Tensor]:
+    if (kernels := _kernels(grad)) is not None:
+        return list(kernels.mask_tokens_backward(grad, pos, index))
     n_seq, n_new = index.shape
     dim = grad.shape[1]
     grad = grad.view(n_seq, grad.shape[0] // n_seq, dim)
@@ -61,7 +77,7 @@ def mask_tokens(tokens: Tensor, mask_token: Tensor, pos: Tensor, index: Tensor) 
         tokens: N packed sequences of equal length [N * len, D].
         mask_token: learned token [D], float32 or the dtype of pos.
         pos: position embedding [1 + L, D] of the crop's grid, row 0 for cls.
-        index: int32 [N, n], predicted patches in raster order.
+        index: int32 [N, n], predicted patches in raster order, each once in a sequence.
 
     Returns:
         Packed sequences [N * (len + n), D] in the dtype of tokens.
