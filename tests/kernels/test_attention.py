@@ -157,6 +157,25 @@ def test_strided_projections_and_gradients(name):
     assert torch.equal(grad, want[1])
 
 
+def test_a_triton_program_writes_its_own_rows_only():
+    """Programs run in any order on a GPU: the rows behind a tile's whole sequences are the next tile's."""
+    with backend.use("triton"):
+        reason = backend.needs_triton(CPU)
+    if reason is not None:
+        pytest.skip(reason)
+    from pera_kernels.attention import triton
+
+    qkv, nan = randn(5 * 23, 96).float(), float("nan")
+    out, lse, grad_qkv = torch.full((115, 32), nan), torch.full((115, 2), nan), torch.full((115, 96), nan)
+    ((_, _, args, constants),) = triton._launches(2, 16, [5, 23], qkv.dtype)
+    first_tile, own = (2,), triton.BLOCK // 23 * 23
+    triton.attention_fwd_kernel[first_tile](qkv, out, lse, *args, **constants)
+    triton.attention_bwd_kernel[first_tile](out.nan_to_num(), qkv, lse.nan_to_num(), grad_qkv, *args, **constants)
+    for written in (out, lse, grad_qkv):
+        assert not written[:own].isnan().any()
+        assert written[own:].isnan().all()
+
+
 @pytest.mark.parametrize("groups", [[], [0, 8], [0, 8, 3, 0], [2, 0, 0, 40]])
 def test_no_tokens(name, groups):
     leaf = torch.empty(0, 96, requires_grad=True)
