@@ -21,8 +21,6 @@ from ..packing import kept_groups, num_tokens
 MAX_DIM = 8192  # a row has to fit one block's registers
 FORWARD_VALUES = 4096  # of a tile: 32 a thread
 STAGES = 3  # of the backward loop: two tiles are on their way while one is summed, in 128 registers
-    3  # of the backward loop: two tiles are on their way while one is summed; 128 registers, two programs a processor
-)
 BACKWARD_VALUES = 2048  # of a tile: 8 a thread
 ZERO_VALUES = 8192
 
