@@ -1,0 +1,1 @@
+"""The demonstration: procedural scenes, a short pretraining, and one report that shows what happened."""

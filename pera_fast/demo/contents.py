@@ -1,0 +1,155 @@
+"""What the demo's report says and shows."""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pera_fast import __version__
+from pera_fast.config import Config
+from pera_fast.data.index import load_index
+from pera_fast.data.loader import Loader
+from pera_fast.data.skipped import SkippedFiles
+from pera_fast.demo import figures
+from pera_fast.demo.found import DemoResult, Images, verdict
+from pera_fast.demo.report import Section, render
+from pera_fast.eval.images import SUFFIXES, load_images
+from pera_fast.model.features import features
+from pera_fast.model.inputs import StepInputs
+from pera_fast.model.pera import PerA
+from pera_fast.train.inputs import make_inputs
+
+
+def _first_batch(cfg: Config, folder: Path) -> StepInputs:
+    """The run's own first micro-batch, drawn again from its keys."""
+    with Loader(
+        cfg,
+        load_index(folder / "index.parquet"),
+        batch_size=cfg.train.resolve_batch(1).per_device,
+        device=torch.device("cpu"),
+        skipped=SkippedFiles(folder / "redrawn-skipped.csv"),
+        transform=lambda batch: make_inputs(batch, cfg),
+    ) as loader:
+        return next(loader)
+
+
+def _masks(cfg: Config, trained: PerA, found: DemoResult) -> Section:
+    colors = {
+        "student sees": figures.STUDENT,
+        "student predicts": figures.PREDICTED,
+        "teacher sees": figures.TEACHER,
+    }
+    key = "".join(f'<span class="key" style="background:{c}"></span>{name} &nbsp; ' for name, c in colors.items())
+    return Section(
+        "Pairs and their disjoint masks",
+        "Student and teacher look at the same place, coloured differently, through masks that share no patch. What one"
+        " knows the other has to infer.",
+        figures.pairs(trained, _first_batch(cfg, found.report.parent / "run"), images=4),
+        f"{key}<br>The first images of the run, drawn again from its keys. Patches outlined in yellow are mask tokens"
+        " to the student: “student predicts” shows the pixels that the pretrained student gives for them, beside the"
+        " patches that it saw. Gray patches cost neither network anything.",
+    )
+
+
+def _losses(metrics: list[dict[str, Any]], found: DemoResult) -> Section:
+    return Section(
+        "Loss",
+        f"Mean total over the first tenth of the steps {found.first_loss:.3f}, over the last {found.last_loss:.3f}.",
+        figures.losses(metrics),
+        "Each part on its own scale; the dark line is a running mean. The distillation parts are cross entropies"
+        " against a target that moves: they rise while the teacher's targets spread over the prototypes, and fall as"
+        " the student follows.",
+    )
+
+
+def _knn(found: DemoResult) -> Section:
+    probe, title = found.probe, "kNN on held-out images"
+    if probe.before is None or probe.after is None:
+        return Section(title, f"Skipped: {probe.note}.")
+    return Section(
+        title,
+        f"{probe.note}. Untrained {probe.before:.1%}, pretrained {probe.after:.1%}.",
+        figures.knn_bars(probe.before, probe.after, probe.chance),
+        "Class of the nearest neighbours by the teacher's features, the network frozen. Training saw no label.",
+    )
+
+
+def _maps(cfg: Config, images: Images, before: PerA, after: PerA) -> Section:
+    pictures = load_images(_some_files(images), 2 * cfg.views.global_size)
+    maps = [features(m.teacher.backbone, pictures, cfg.views.mean, cfg.views.std)[1] for m in (before, after)]
+    return Section(
+        "PCA maps of patch features",
+        "Three principal components of the teacher's patch features as red, green and blue.",
+        figures.pca_maps(pictures, *maps),
+        "Patches of like colour have like features.",
+    )
+
+
+def report_html(
+    cfg: Config, images: Images, before: PerA, after: PerA, metrics: list[dict[str, Any]], found: DemoResult
+) -> str:
+    sections = [_masks(cfg, after, found), _losses(metrics, found), _knn(found), _maps(cfg, images, before, after)]
+    return render(
+        "pera-fast demo",
+        _lead(images, found, len(metrics)),
+        _cards(metrics, found),
+        sections,
+        _table(cfg, metrics, found),
+    )
+
+
+def _some_files(images: Images, count: int = 8) -> list[Path]:
+    if images.test is not None:
+        per_class = [
+            [f for f, n in zip(images.test.files, images.test.labels, strict=True) if n == label]
+            for label in range(count)
+        ]
+        chosen = [files[0] for files in per_class if files]
+        return [*chosen, *(f for f in images.test.files if f not in chosen)][:count]
+    return sorted(p for p in images.folder.rglob("*") if p.suffix.lower() in SUFFIXES)[:count]
+
+
+def _lead(images: Images, found: DemoResult, steps: int) -> str:
+    return f"{steps} steps of the recipe tiny on {images.note}. {verdict(found)}"
+
+
+def _rate(metrics: list[dict[str, Any]]) -> float:
+    return float(np.median([m["images_per_s"] for m in metrics]))
+
+
+def _cards(metrics: list[dict[str, Any]], found: DemoResult) -> dict[str, str]:
+    cards = {"loss, first and last tenth": f"{found.first_loss:.2f} → {found.last_loss:.2f}"}
+    if found.probe.before is not None and found.probe.after is not None:
+        cards["kNN accuracy, held out"] = f"{found.probe.before:.1%} → {found.probe.after:.1%}"
+    cards["images per second, median"] = f"{_rate(metrics):.1f}"
+    cards["whole demo"] = f"{found.seconds:.0f} s"
+    return cards
+
+
+def _table(cfg: Config, metrics: list[dict[str, Any]], found: DemoResult) -> dict[str, str]:
+    plan, views, probe = cfg.train.resolve_batch(1), cfg.views, found.probe
+    waits = float(np.mean([m["data_wait"] for m in metrics]))
+    grids = [(cfg.views.global_size // cfg.model.patch_size) ** 2, (cfg.views.local_size // cfg.model.patch_size) ** 2]
+    student, predicted, teacher = cfg.model.patch_counts(grids[0])
+    return {
+        "steps": str(len(metrics)),
+        "batch": str(plan),
+        "network": f"width {cfg.model.embed_dim}, depth {cfg.model.depth}, {cfg.model.prototypes} prototypes",
+        "crops": f"{views.num_global} of {views.global_size} px, {views.num_local} of {views.local_size} px",
+        "patches of a global crop": f"{grids[0]}: {student} student, {predicted} predicted, {teacher} teacher",
+        "precision": cfg.train.precision,
+        "images per second, median": f"{_rate(metrics):.1f}",
+        "data wait, mean": f"{waits:.1%} of the step",
+        "memory": f"{max(m['mem'] for m in metrics):.0f} MiB",
+        "loss, first and last tenth": f"{found.first_loss:.4f}, {found.last_loss:.4f}",
+        "kNN": probe.note
+        if probe.before is None
+        else f"{probe.before:.4f} untrained, {probe.after:.4f} pretrained, {probe.chance:.4f} by chance",
+        "skipped steps (not finite)": str(sum("nonfinite" in m for m in metrics)),
+        "seconds, all of the demo": f"{found.seconds:.1f}",
+        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": f"pera-fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        "seed": str(cfg.train.seed),
+    }

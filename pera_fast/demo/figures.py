@@ -1,0 +1,219 @@
+"""The report's pictures: masks, losses, kNN, PCA maps. Every function returns a PNG."""
+
+import io
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pera_fast.model.inputs import GroupInputs, StepInputs
+from pera_fast.model.pera import PerA
+from pera_kernels.visible_patches import contrast_mean, visible_patches
+
+STUDENT, TEACHER, PREDICTED = "#d1495b", "#2e6f95", "#edae49"
+HIDDEN = 0.94  # gray of what a network does not see
+LOSSES = {
+    "loss": "total",
+    "global_cls_loss": "distillation, global crops",
+    "local_cls_loss": "distillation, local crops",
+    "koleo_loss": "KoLeo",
+    "pixel_loss": "pixel / 100",
+}
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", facecolor="white")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def _view(group: GroupInputs, who: str, patch: int) -> np.ndarray:
+    """A network's coloured view of every crop, all patches shown: float [N, H, W, 3] in [0, 1]."""
+    order, factors = getattr(group, f"{who}_order"), getattr(group, f"{who}_factors")
+    n, size, _, channels = group.crops.shape
+    grid = size // patch
+    index = torch.arange(grid * grid, dtype=torch.int32).repeat(n, 1)
+    gray = contrast_mean(group.crops, order, factors)
+    plain = [0.0] * channels, [1.0] * channels
+    rows = visible_patches(group.crops, index, order, factors, gray, *plain, patch, torch.float32)
+    return _unpatch(rows.view(n, grid * grid, channels, patch, patch).permute(0, 1, 3, 4, 2), grid).numpy()
+
+
+def _unpatch(patches: Tensor, grid: int) -> Tensor:
+    """[N, L, p, p, C] -> [N, grid * p, grid * p, C]."""
+    n, _, p, _, channels = patches.shape
+    return patches.reshape(n, grid, grid, p, p, channels).transpose(2, 3).reshape(n, grid * p, grid * p, channels)
+
+
+def _keep_only(view: np.ndarray, index: np.ndarray, patch: int) -> np.ndarray:
+    """The view with everything but some patches grayed out."""
+    out = np.full_like(view, HIDDEN)
+    columns = view.shape[1] // patch
+    for number in index:
+        y, x = divmod(int(number), columns)
+        at = np.s_[y * patch : (y + 1) * patch, x * patch : (x + 1) * patch]
+        out[at] = view[at]
+    return out
+
+
+def _mark(axes: plt.Axes, index: np.ndarray, patch: int, grid: int, color: str, fill: bool = True) -> None:
+    for number in index:
+        y, x = divmod(int(number), grid)
+        corner = (x * patch - 0.5, y * patch - 0.5)
+        axes.add_patch(
+            plt.Rectangle(corner, patch, patch, facecolor=color if fill else "none", edgecolor=color, linewidth=0.8)
+        )
+
+
+@torch.no_grad()
+def _predictions(model: PerA, inputs: StepInputs) -> np.ndarray:
+    """The student's view with its predicted pixels in place of the predicted patches: [N, H, W, 3] in [0, 1]."""
+    caught: list[Tensor] = []
+    hook = model.pred_head.register_forward_hook(lambda _module, _args, out: caught.append(out))
+    try:
+        model.student_rows(inputs)
+    finally:
+        hook.remove()
+    group, patch = inputs.global_, model.cfg.model.patch_size
+    n, size, _, channels = group.crops.shape
+    grid = size // patch
+    pixels = caught[0].float().view(n, -1, patch, patch, channels)
+    pixels = pixels * torch.tensor(model.cfg.views.std) + torch.tensor(model.cfg.views.mean)
+    shown = torch.full((n, grid * grid, patch, patch, channels), HIDDEN)
+    view = torch.from_numpy(_view(group, "student", patch))
+    whole = view.view(n, grid, patch, grid, patch, channels).transpose(2, 3).reshape_as(shown)
+    rows = torch.arange(n)[:, None]
+    shown[rows, group.student_index.long()] = whole[rows, group.student_index.long()]
+    shown[rows, group.predicted_index.long()] = pixels
+    return _unpatch(shown, grid).clamp(0, 1).numpy()
+
+
+def pairs(model: PerA, inputs: StepInputs, images: int) -> bytes:
+    """Student and teacher views of the same crops through their disjoint masks, as in the paper's figure.
+
+    Args:
+        model: the trained model, for what it predicts.
+        inputs: a batch as the trainer gets it.
+        images: rows of the picture, at most the batch size; each row shows a global and a local crop of one image.
+    """
+    patch, batch = model.cfg.model.patch_size, inputs.global_.crops.shape[0] // model.cfg.views.num_global
+    images = min(images, batch)
+    locals_ = inputs.local if inputs.local.crops.shape[0] else None
+    predicted = _predictions(model, inputs)
+    titles = ["global crop", "student sees", "teacher sees", "who sees what", "student predicts"]
+    titles += ["local crop", "student sees", "teacher sees"] if locals_ else []
+    figure, grid_axes = plt.subplots(images, len(titles), figsize=(1.75 * len(titles), 1.85 * images), squeeze=False)
+    for axes, title in zip(grid_axes[0], titles, strict=True):
+        axes.set_title(title, fontsize=9)
+    views = {who: _view(inputs.global_, who, patch) for who in ("student", "teacher")}
+    small = {who: _view(locals_, who, patch) for who in ("student", "teacher")} if locals_ else {}
+    for i, row in enumerate(grid_axes):
+        _draw_global(row[:5], inputs.global_, views, predicted, i, patch)
+        if locals_:
+            _draw_seen(row[5:], locals_, small, i, patch)
+        for axes in row:
+            axes.set_xticks([])
+            axes.set_yticks([])
+    figure.tight_layout(pad=0.4)
+    return _png(figure)
+
+
+def _draw_seen(row: Sequence[plt.Axes], group: GroupInputs, views: dict[str, np.ndarray], i: int, patch: int) -> None:
+    row[0].imshow(group.crops[i].numpy())
+    row[1].imshow(_keep_only(views["student"][i], group.student_index[i].numpy(), patch))
+    row[2].imshow(_keep_only(views["teacher"][i], group.teacher_index[i].numpy(), patch))
+
+
+def _draw_global(
+    row: Sequence[plt.Axes],
+    group: GroupInputs,
+    views: dict[str, np.ndarray],
+    predicted: np.ndarray,
+    i: int,
+    patch: int,
+) -> None:
+    grid = group.crops.shape[1] // patch
+    _draw_seen(row, group, views, i, patch)
+    _mark(row[1], group.predicted_index[i].numpy(), patch, grid, PREDICTED, fill=False)
+    row[3].imshow(np.full_like(views["student"][i], HIDDEN))
+    for who, color in (("student", STUDENT), ("predicted", PREDICTED), ("teacher", TEACHER)):
+        _mark(row[3], getattr(group, f"{who}_index")[i].numpy(), patch, grid, color)
+    row[4].imshow(predicted[i])
+
+
+def losses(metrics: Sequence[dict]) -> bytes:
+    """Loss parts over steps, each on its own axis, with a running mean."""
+    figure, all_axes = plt.subplots(1, len(LOSSES), figsize=(2.7 * len(LOSSES), 2.3))
+    steps = [m["step"] for m in metrics]
+    for axes, (key, title) in zip(all_axes, LOSSES.items(), strict=True):
+        values = np.array([m[key] for m in metrics], dtype=float)
+        axes.plot(steps, values, color=TEACHER, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, running_mean(values), color=TEACHER, linewidth=1.8)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    return _png(figure)
+
+
+def running_mean(values: np.ndarray, share: float = 0.08) -> np.ndarray:
+    """Mean over a window of a share of the values, shorter at the ends."""
+    half = max(int(len(values) * share / 2), 0)
+    padded = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(len(values)) - half, 0)
+    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return (padded[high] - padded[low]) / (high - low)
+
+
+def knn_bars(before: float, after: float, chance: float) -> bytes:
+    """Accuracy of the untrained and the trained network, with the level of chance."""
+    figure, axes = plt.subplots(figsize=(3.6, 2.4))
+    bars = axes.bar(["untrained", "pretrained"], [before * 100, after * 100], color=["#b8c4cc", TEACHER], width=0.6)
+    axes.bar_label(bars, fmt="%.1f %%", fontsize=9)
+    axes.axhline(chance * 100, color=STUDENT, linewidth=1, linestyle="--")
+    axes.text(1.32, chance * 100 + 1, "chance", fontsize=8, color=STUDENT, ha="right")
+    axes.set_ylabel("kNN accuracy, %", fontsize=8)
+    axes.set_ylim(0, max(after, before, chance) * 118)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    return _png(figure)
+
+
+def pca_maps(images: Tensor, before: Tensor, after: Tensor) -> bytes:
+    """The first three principal components of patch features as colours, under each image.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        before, after: patch features [N, L, D] of the untrained and the pretrained network.
+    """
+    n = images.shape[0]
+    figure, rows = plt.subplots(3, n, figsize=(1.35 * n, 4.2), squeeze=False)
+    maps = [images.numpy(), _components(before), _components(after)]
+    for row, pictures, label in zip(rows, maps, ("image", "untrained", "pretrained"), strict=True):
+        row[0].set_ylabel(label, fontsize=9)
+        for axes, picture in zip(row, pictures, strict=True):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set_xticks([])
+            axes.set_yticks([])
+    figure.tight_layout(pad=0.3)
+    return _png(figure)
+
+
+def _components(features: Tensor) -> np.ndarray:
+    """[N, L, D] -> [N, g, g, 3] in [0, 1]: three principal components over all patches, robustly scaled."""
+    n, length, dim = features.shape
+    grid = round(length**0.5)
+    flat = features.reshape(-1, dim).float()
+    flat = flat - flat.mean(0)
+    _, _, axes = torch.linalg.svd(flat, full_matrices=False)
+    scores = flat @ axes[:3].t()
+    low, high = scores.quantile(0.02, dim=0), scores.quantile(0.98, dim=0)
+    return ((scores - low) / (high - low).clamp_min(1e-9)).clamp(0, 1).view(n, grid, grid, 3).numpy()

@@ -1,0 +1,78 @@
+"""One HTML file with everything in it: text, numbers, pictures as inline PNGs. Works offline."""
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; margin: 0; }
+body { color: #1c2733; background: #f6f7f9; }
+main { max-width: 1120px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
+h2 { font-size: 1.15rem; margin: 2.6rem 0 .5rem; }
+p { max-width: 46rem; margin: .5rem 0; }
+.lead { font-size: 1.08rem; color: #42505e; }
+.cards { display: grid; gap: .8rem; margin: 1.6rem 0 .4rem; }
+.cards { grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); }
+.card, figure, table { background: #fff; border: 1px solid #e2e6ea; border-radius: 10px; }
+.card { padding: .8rem 1rem; }
+.card b { display: block; font-size: 1.45rem; letter-spacing: -.01em; }
+.card span { color: #5b6875; font-size: .86rem; }
+figure { margin: .8rem 0 0; padding: .9rem; overflow-x: auto; }
+figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+figcaption { color: #5b6875; font-size: .9rem; margin-top: .7rem; max-width: 58rem; }
+table { border-collapse: collapse; width: 100%; }
+td { padding: .38rem .9rem; border-top: 1px solid #eef0f3; font-size: .93rem; vertical-align: top; }
+tr:first-child td { border-top: 0; }
+td:first-child { color: #5b6875; width: 34%; }
+.key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .25em; }
+footer { margin-top: 3rem; color: #7a8794; font-size: .85rem; }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with a paragraph, and a picture with a caption where there is one."""
+
+    title: str
+    text: str
+    png: bytes | None = None
+    caption: str = ""
+
+
+def render(
+    title: str, lead: str, cards: Mapping[str, str], sections: Sequence[Section], table: Mapping[str, str]
+) -> str:
+    """The report as HTML.
+
+    Args:
+        title, lead: heading and first paragraph.
+        cards: the key numbers: label -> value.
+        sections: in order; texts may hold HTML that this package wrote.
+        table: all numbers: name -> value, escaped here.
+    """
+    shown = "".join(
+        f'<div class="card"><b>{html.escape(v)}</b><span>{html.escape(k)}</span></div>' for k, v in cards.items()
+    )
+    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in table.items())
+    body = "".join(_section(section) for section in sections)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body><main>'
+        f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p><div class="cards">{shown}</div>{body}'
+        f'<section id="numbers"><h2>Numbers</h2><table>{rows}</table></section>'
+        f"<footer>Written by pera-fast. PerA: arXiv 2505.19447.</footer></main></body></html>\n"
+    )
+
+
+def _section(section: Section) -> str:
+    figure = ""
+    if section.png is not None:
+        data = base64.b64encode(section.png).decode()
+        figure = (
+            f'<figure><img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{section.caption}</figcaption></figure>"
+        )
+    return f"<section><h2>{html.escape(section.title)}</h2><p>{section.text}</p>{figure}</section>"

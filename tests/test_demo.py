@@ -1,0 +1,90 @@
+"""The demo: scenes, and a short run that ends with a whole report."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pera_fast.demo.figures import running_mean
+from pera_fast.demo.found import DemoResult, Probe, verdict
+from pera_fast.demo.run import run
+from pera_fast.demo.scenes import CLASSES, scene, write_scenes
+from pera_fast.errors import UserError
+
+QUICK = ("train.batch_size=4", "model.depth=2", "model.embed_dim=48", "model.head_hidden=64", "model.prototypes=64")
+
+
+def test_scenes_are_keyed() -> None:
+    for label in range(len(CLASSES)):
+        first = scene(0, label, 5, size=64)
+        assert first.shape == (64, 64, 3)
+        assert first.dtype == np.uint8
+        assert np.array_equal(first, scene(0, label, 5, size=64))
+        assert not np.array_equal(first, scene(0, label, 6, size=64))
+        assert not np.array_equal(first, scene(1, label, 5, size=64))
+        assert first.std() > 3, "something can be seen"
+
+
+def test_mean_colour_does_not_give_the_class_away() -> None:
+    colours = np.array([[scene(0, label, i, 64).mean((0, 1)) for i in range(12)] for label in range(len(CLASSES))])
+    within = colours.std(axis=1).mean()
+    between = colours.mean(axis=1).std(axis=0).mean()
+    assert between < 2.5 * within
+
+
+def test_written_scenes_are_left_alone(tmp_path: Path) -> None:
+    written = write_scenes(tmp_path, 1, size=32)
+    assert len(written) == len(CLASSES)
+    before = {path: path.stat().st_mtime_ns for path in written}
+    assert {path: path.stat().st_mtime_ns for path in write_scenes(tmp_path, 1, size=32)} == before
+
+
+@pytest.mark.slow
+def test_report_has_all_its_parts(tmp_path: Path) -> None:
+    found = run(tmp_path / "demo", steps=3, scenes=(3, 2), overrides=QUICK)
+    page = found.report.read_text(encoding="utf-8")
+    for title in ("disjoint masks", "Loss", "kNN on held-out images", "PCA maps", "Numbers"):
+        assert title in page
+    assert len(re.findall(r'src="data:image/png;base64,', page)) == 4
+    assert not re.search(r'(src|href)="(?!data:)', page), "nothing is loaded from elsewhere"
+    assert found.probe.before is not None
+    assert found.probe.after is not None
+    assert f"{found.probe.after:.1%}" in page
+    again = run(tmp_path / "demo", steps=2, scenes=(3, 2), overrides=QUICK)
+    assert again.report == found.report
+
+
+@pytest.mark.slow
+def test_own_images(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    write_scenes(images, 5, size=96)
+    found = run(tmp_path / "labelled", data=images, steps=2, overrides=QUICK)
+    assert "32 to pretrain on, 8 held out" in found.report.read_text(encoding="utf-8")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in sorted(images.rglob("*.jpg"))[:8]:
+        path.rename(flat / path.name)
+    found = run(tmp_path / "unlabelled", data=flat, steps=2, overrides=QUICK)
+    assert found.probe.before is None
+    assert "no labels, so no kNN" in found.report.read_text(encoding="utf-8")
+
+
+def test_other_folders_are_not_cleared(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep me")
+    with pytest.raises(UserError, match="not empty"):
+        run(tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize(
+    ("last", "after", "words"), [(1.0, 0.5, ("fell", "rose")), (3.0, 0.2, ("did not fall", "did not rise"))]
+)
+def test_verdict_is_plain(last: float, after: float, words: tuple[str, str]) -> None:
+    text = verdict(DemoResult(Path("r.html"), 2.0, last, Probe(0.3, after, 0.1, "note"), 1.0))
+    assert all(f" {word} " in text for word in words)
+
+
+def test_running_mean() -> None:
+    assert np.allclose(running_mean(np.full(50, 3.0)), 3.0)
+    assert np.allclose(running_mean(np.arange(100.0))[20:80], np.arange(100.0)[20:80])
