@@ -12,6 +12,11 @@ ROOT = Path(__file__).parents[1]
 
 SELECTIONS = {
     "attention": ["tests/kernels/test_attention.py", "-k", "triton and not opcheck"],
+    "pixel_loss": ["tests/kernels/test_pixel_loss.py", "-k", "triton and not opcheck and not compiles"],
+    "visible_patches": [
+        *("tests/kernels/test_visible_patches.py", "tests/kernels/test_color_golden.py"),
+        *("-k", "triton and not opcheck and not compiles and not alone and not bad_arguments and not pil"),
+    ],
     "sequence_norm": ["tests/kernels/test_packed_ops.py", "-k", "sequence_norm and not opcheck"],
 }
 

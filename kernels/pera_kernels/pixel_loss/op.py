@@ -8,16 +8,19 @@ the target is ever in memory, and the backward reads them again (METHOD.md, sect
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pera_kernels import backend
-from pera_kernels.visible_patches.op import check_colors, check_index, check_patches
+from pera_kernels.visible_patches.op import check_colors, check_index, check_patches, choose, runs_native
 from pera_kernels.visible_patches.reference import compute_dtype
 
 from . import eager, reference
 
+backend.register("pixel_loss", "triton", available=backend.needs_triton)
+backend.register("pixel_loss", "native", available=backend.needs_native("pixel_loss", "pixel_loss_backward"))
 backend.register("pixel_loss", "eager")
 
 
@@ -69,11 +72,36 @@ def pixel_loss(
     Raises:
         TypeError, ValueError: an argument of another type or shape; the message names it.
     """
-    where = (crops, index, order, factors, gray_mean, mean, std, patch_size)
-    _check(pred, *where)
-    check_index(crops, index, patch_size)
-    run = reference if backend.choose("pixel_loss", pred.device) == "reference" else eager
-    return run.pixel_loss(pred, *where)
+    _check(pred, crops, index, order, factors, gray_mean, mean, std, patch_size)
+    run = _implementation(pred, crops, patch_size)
+    gray_mean = _gray_mean(pred, crops, order, factors, gray_mean)
+    if run is not torch.ops.pera_native:
+        check_index(crops, index, patch_size)
+    return run.pixel_loss(pred, crops, index, order, factors, gray_mean, mean, std, patch_size)
+
+
+def _implementation(pred: Tensor, crops: Tensor, patch_size: int) -> Any:
+    """What has the functions pixel_loss and pixel_loss_backward that take these arguments."""
+    match choose("pixel_loss", crops):
+        case "triton":
+            from . import triton
+
+            if triton.why_not(pred, crops, patch_size) is None:
+                return triton
+        case "native" if runs_native(crops, pred.dtype):
+            return torch.ops.pera_native
+        case "reference":
+            return reference
+    return eager
+
+
+def _gray_mean(
+    pred: Tensor, crops: Tensor, order: Tensor | None, factors: Tensor | None, gray_mean: Tensor | None
+) -> Tensor | None:
+    """gray_mean, computed where contrast may want it; in float64 the implementations compute their own."""
+    if order is None or factors is None or gray_mean is not None or pred.dtype == torch.float64:
+        return gray_mean
+    return torch.ops.pera.contrast_mean(crops, order, factors)
 
 
 @pixel_loss.register_fake
@@ -96,9 +124,9 @@ def pixel_loss_backward(
     patch_size: int,
 ) -> Tensor:
     """Gradient of `pixel_loss` for `pred`: [N*n, P*P*C] of its dtype; `grad` [] is the loss's own."""
-    where = (crops, index, order, factors, gray_mean, mean, std, patch_size)
-    run = reference if backend.choose("pixel_loss", pred.device) == "reference" else eager
-    return run.pixel_loss_backward(grad, pred, *where)
+    run = _implementation(pred, crops, patch_size)
+    gray_mean = _gray_mean(pred, crops, order, factors, gray_mean)
+    return run.pixel_loss_backward(grad, pred, crops, index, order, factors, gray_mean, mean, std, patch_size)
 
 
 @pixel_loss_backward.register_fake

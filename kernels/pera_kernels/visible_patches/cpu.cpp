@@ -9,104 +9,22 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <bit>
 #include <optional>
 #include <type_traits>
 #include <vector>
 
-#include "color.h"
+#include "visible_patches/color.h"
+#include "visible_patches/patches.h"
 
 namespace {
 
+using pera::patches::Colors;
+using pera::patches::Grid;
+using pera::patches::copy_pixels;
+using pera::patches::store;
+using pera::patches::sum;
+
 constexpr int64_t kTilePixels = 2048; // of contrast_mean: 24 KiB of planes
-constexpr int64_t kLanes = 16; // partial sums that a compiler may keep in vector registers
-
-// Round to nearest even, as c10::BFloat16 does, in a form that vectorises.
-inline uint16_t to_bfloat16_bits(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded);
-}
-
-template <typename Out>
-inline void store(Out* out, int64_t i, float x) {
-  if constexpr (std::is_same_v<Out, at::BFloat16>) {
-    out[i].x = to_bfloat16_bits(x);
-  } else {
-    out[i] = static_cast<Out>(x);
-  }
-}
-
-// `rows` lines of `columns` pixels of an NHWC image, wherever they lie, to packed bytes.
-void copy_pixels(
-    const uint8_t* from,
-    int64_t rows,
-    int64_t columns,
-    int64_t channels,
-    at::IntArrayRef strides, // of N, H, W, C
-    uint8_t* to) {
-  const bool is_packed = strides[3] == 1 && strides[2] == channels;
-  for (int64_t y = 0; y < rows; ++y, from += strides[1]) {
-    if (is_packed) {
-      std::memcpy(to, from, columns * channels);
-      to += columns * channels;
-      continue;
-    }
-    for (int64_t x = 0; x < columns; ++x) {
-      for (int64_t c = 0; c < channels; ++c) {
-        *to++ = from[x * strides[2] + c * strides[3]];
-      }
-    }
-  }
-}
-
-float sum(const float* x, int64_t n) {
-  float lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] += x[i + lane];
-    }
-  }
-  float total = 0.0f;
-  for (; i < n; ++i) {
-    total += x[i];
-  }
-  for (float lane : lanes) {
-    total += lane;
-  }
-  return total;
-}
-
-// Colour arguments in the types that the kernels read; `on` is false for crops that stay as they are.
-struct Colors {
-  Colors(const std::optional<at::Tensor>& order, const std::optional<at::Tensor>& factors, const at::Tensor& mean_gray)
-      : on(order.has_value() && factors.has_value()) {
-    if (on) {
-      order_ = order->to(at::kInt).contiguous();
-      factors_ = factors->to(at::kFloat).contiguous();
-      TORCH_CHECK_VALUE(order_.dim() == 2 && order_.size(1) == pera::kColorOps, "order must be [N, 4]");
-      TORCH_CHECK_VALUE(factors_.sizes() == order_.sizes(), "factors must be [N, 4], as order");
-    }
-    if (mean_gray.defined()) {
-      mean_gray_ = mean_gray.to(at::kFloat).contiguous();
-    }
-  }
-  const int32_t* order(int64_t crop) const {
-    return order_.const_data_ptr<int32_t>() + crop * pera::kColorOps;
-  }
-  const float* factors(int64_t crop) const {
-    return factors_.const_data_ptr<float>() + crop * pera::kColorOps;
-  }
-  float mean_gray(int64_t crop) const {
-    return mean_gray_.defined() ? mean_gray_.const_data_ptr<float>()[crop] : 0.0f;
-  }
-  const bool on;
-
- private:
-  at::Tensor order_, factors_, mean_gray_;
-};
 
 // Sum of the gray of a few lines of one crop, after `steps` operations of its order.
 float tile_gray(
@@ -171,26 +89,6 @@ at::Tensor contrast_mean(const at::Tensor& crops, const at::Tensor& order, const
   }
   return means;
 }
-
-// Which crop a row of the result belongs to and where its patch begins.
-struct Grid {
-  Grid(const at::Tensor& index_, int64_t height, int64_t width, int64_t patch_size)
-      : index(index_.to(at::kLong).contiguous()),
-        per_crop(index.size(1)),
-        columns(width / patch_size),
-        patches(height / patch_size * columns),
-        patch_size(patch_size) {}
-  struct Place {
-    int64_t crop, y, x;
-  };
-  Place operator()(int64_t row) const {
-    const int64_t patch = index.const_data_ptr<int64_t>()[row];
-    TORCH_CHECK_VALUE(patch >= 0 && patch < patches, "index must be in [0, ", patches, "), got ", patch);
-    return {row / per_crop, patch / columns * patch_size, patch % columns * patch_size};
-  }
-  const at::Tensor index;
-  const int64_t per_crop, columns, patches, patch_size;
-};
 
 template <typename Out>
 void rows_of_bytes(

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from pera_kernels import backend
 
@@ -23,6 +24,7 @@ from . import eager, reference
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 for _name in ("contrast_mean", "visible_patches"):
+    backend.register(_name, "triton", available=backend.needs_triton)
     backend.register(_name, "native", available=backend.needs_native(_name))
     backend.register(_name, "eager")
 
@@ -85,8 +87,11 @@ def check_patches(crops: Tensor, index: Tensor, mean: Sequence[float], std: Sequ
 
 
 def check_index(crops: Tensor, index: Tensor, patch_size: int) -> None:
-    """On the CPU, where looking costs nothing: raises ValueError for patch numbers outside the grid."""
-    if index.device.type != "cpu" or index.numel() == 0:
+    """On the CPU, where looking costs nothing: raises ValueError for patch numbers outside the grid.
+
+    Fake tensors have no values. The native kernels look by themselves.
+    """
+    if index.device.type != "cpu" or index.numel() == 0 or is_fake(index):
         return
     height, width = crops.shape[1:3] if crops.dtype == torch.uint8 else crops.shape[2:4]
     patches = (height // patch_size) * (width // patch_size)
@@ -119,7 +124,11 @@ def contrast_mean(crops: Tensor, order: Tensor, factors: Tensor) -> Tensor:
         TypeError, ValueError: an argument of another type or shape; the message names it.
     """
     _check_whole_crops(crops, order, factors)
-    match backend.choose("contrast_mean", crops.device):
+    match choose("contrast_mean", crops):
+        case "triton":
+            from . import triton
+
+            return triton.contrast_mean(crops, order, factors)
         case "native":
             return torch.ops.pera_native.contrast_mean(crops, order, factors)
         case "eager":
@@ -169,16 +178,25 @@ def visible_patches(
         TypeError, ValueError: an argument of another type or shape; the message names it.
     """
     _check(crops, index, order, factors, gray_mean, mean, std, patch_size, dtype)
-    check_index(crops, index, patch_size)
-    chosen = backend.choose("visible_patches", crops.device)
+    chosen = choose("visible_patches", crops)
     if order is not None and factors is not None and gray_mean is None and dtype != torch.float64:
         gray_mean = torch.ops.pera.contrast_mean(crops, order, factors)
+    args = (crops, index, order, factors, gray_mean, mean, std, patch_size, dtype)
     if chosen == "native" and runs_native(crops, dtype):
-        return torch.ops.pera_native.visible_patches(
-            crops, index, order, factors, gray_mean, mean, std, patch_size, dtype
-        )
-    run = reference.visible_patches if chosen == "reference" else eager.visible_patches
-    return run(crops, index, order, factors, gray_mean, mean, std, patch_size, dtype)
+        return torch.ops.pera_native.visible_patches(*args)
+    check_index(crops, index, patch_size)
+    if chosen == "triton":
+        from . import triton
+
+        if triton.why_not(crops, patch_size, dtype) is None:
+            return triton.visible_patches(*args)
+    return (reference if chosen == "reference" else eager).visible_patches(*args)
+
+
+def choose(op: str, crops: Tensor) -> str:
+    """`backend.choose`; but fake tensors, which only PyTorch's own operations know, run eager."""
+    chosen = backend.choose(op, crops.device)
+    return "eager" if is_fake(crops) else chosen
 
 
 def runs_native(crops: Tensor, dtype: torch.dtype) -> bool:
