@@ -246,6 +246,12 @@ def test_short_groups_are_switched(stub, kernels, monkeypatch, constant, variabl
         assert "PERA_SHORT_ATTENTION=1" in row.missing["triton"]
 
 
+def test_a_wrong_switch_is_named(monkeypatch):
+    monkeypatch.setenv("PERA_SHORT_ATTENTION", "yes")
+    with pytest.raises(ValueError, match="PERA_SHORT_ATTENTION=yes: must be 0 or 1"):
+        attention(make_qkv(), HEADS, GROUPS)
+
+
 def test_every_implementation_says_why_it_cannot_run():
     row = next(row for row in backend.report(CPU) if row.op == "attention")
     assert row.runs == "sdpa"

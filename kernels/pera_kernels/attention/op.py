@@ -27,7 +27,10 @@ _WHOLE = {"xformers": xformers, "varlen": varlen, "sdpa": sdpa.fused, "reference
 def _short_sequence() -> int:
     """Longest sequence that goes to the Triton kernels."""
     wanted = os.environ.get("PERA_SHORT_ATTENTION", "").strip()
-    return {"0": 0, "1": TRITON_LENGTH}.get(wanted, min(SHORT_SEQUENCE, TRITON_LENGTH))
+    choices = {"": min(SHORT_SEQUENCE, TRITON_LENGTH), "0": 0, "1": TRITON_LENGTH}
+    if wanted not in choices:
+        raise ValueError(f"PERA_SHORT_ATTENTION={wanted}: must be 0 or 1")
+    return choices[wanted]
 
 
 def _triton_available(device: torch.device) -> str | None:
