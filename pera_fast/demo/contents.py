@@ -56,11 +56,11 @@ def _masks(cfg: Config, trained: PerA, found: DemoResult) -> Section:
 def _losses(metrics: list[dict[str, Any]], found: DemoResult) -> Section:
     return Section(
         "Loss",
-        f"Mean total over the first tenth of the steps {found.first_loss:.3f}, over the last {found.last_loss:.3f}.",
+        f"Mean total of the first five steps {found.first_loss:.3f}, of the last tenth {found.last_loss:.3f}.",
         figures.losses(metrics),
         "Each part on its own scale; the dark line is a running mean. The distillation parts are cross entropies"
-        " against a target that moves: they rise while the teacher's targets spread over the prototypes, and fall as"
-        " the student follows.",
+        " against a target that moves. They dip while the center still is zero and every view points at the same few"
+        " prototypes, rise as the center spreads the targets, and fall again as the student learns to follow.",
     )
 
 
@@ -120,7 +120,7 @@ def _rate(metrics: list[dict[str, Any]]) -> float:
 
 
 def _cards(metrics: list[dict[str, Any]], found: DemoResult) -> dict[str, str]:
-    cards = {"loss, first and last tenth": f"{found.first_loss:.2f} → {found.last_loss:.2f}"}
+    cards = {"loss, first steps to last": f"{found.first_loss:.2f} → {found.last_loss:.2f}"}
     if found.probe.before is not None and found.probe.after is not None:
         cards["kNN accuracy, held out"] = f"{found.probe.before:.1%} → {found.probe.after:.1%}"
     cards["images per second, median"] = f"{_rate(metrics):.1f}"
@@ -143,7 +143,7 @@ def _table(cfg: Config, metrics: list[dict[str, Any]], found: DemoResult) -> dic
         "images per second, median": f"{_rate(metrics):.1f}",
         "data wait, mean": f"{waits:.1%} of the step",
         "memory": f"{max(m['mem'] for m in metrics):.0f} MiB",
-        "loss, first and last tenth": f"{found.first_loss:.4f}, {found.last_loss:.4f}",
+        "loss, first five steps and last tenth": f"{found.first_loss:.4f}, {found.last_loss:.4f}",
         "kNN": probe.note
         if probe.before is None
         else f"{probe.before:.4f} untrained, {probe.after:.4f} pretrained, {probe.chance:.4f} by chance",

@@ -28,7 +28,7 @@ class DemoResult:
 
     Attributes:
         report: the HTML file.
-        first_loss, last_loss: means of the total loss over the first and last tenth of the steps.
+        first_loss, last_loss: means of the total loss over the first five steps and the last tenth of all.
         probe: kNN before and after.
         seconds: of the whole demo.
     """

@@ -25,6 +25,7 @@ TRAIN_SCENES, TEST_SCENES = 120, 30  # of each class
 TEST_SHARE = 0.2  # of the images of each class of a user's folder
 PROBE_LIMIT = 1500  # images of either side of the probe
 STEPS = 500
+FIRST = 5  # steps whose mean is the loss at the beginning
 
 
 def run(
@@ -63,9 +64,8 @@ def run(
     before, after = make_model(cfg), make_model(cfg)
     after.load_state_dict(_newest_weights(out / "run"))
     metrics = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
-    tenth = max(len(metrics) // 10, 1)
     totals = [m["loss"] for m in metrics]
-    first, last = float(np.mean(totals[:tenth])), float(np.mean(totals[-tenth:]))
+    first, last = float(np.mean(totals[:FIRST])), float(np.mean(totals[-max(len(totals) // 10, 1) :]))
     probe = _probe(cfg, images, before, after)
     found = DemoResult(out / "report.html", first, last, probe, time.perf_counter() - began)
     from pera_fast.demo.contents import report_html  # matplotlib: seconds that a failed run need not wait
