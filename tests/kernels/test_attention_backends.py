@@ -3,6 +3,11 @@
 Without a GPU the operators of xformers and torch are replaced by the formula, in the layouts that they use.
 """
 
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -206,10 +211,69 @@ def test_first_that_can_take_the_call_runs(stub):
         assert op._plan(make_qkv(), HEADS, GROUPS) == [(sdpa.formula, GROUPS)]
 
 
-def test_deterministic_algorithms_need_another_than_xformers(stub, monkeypatch):
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    with backend.use("xformers"):
-        assert op._plan(make_qkv(), HEADS, GROUPS) == [(varlen, GROUPS)]
+def test_xformers_says_what_it_lacks(monkeypatch):
+    """Its own checks are asked: whether its library loaded, and whether deterministic algorithms are wanted."""
+
+    def reasons(inputs):
+        return ["it is not deterministic"] if torch.are_deterministic_algorithms_enabled() else []
+
+    flash = SimpleNamespace(
+        FwOp=SimpleNamespace(not_supported_reasons=lambda inputs: []),
+        BwOp=SimpleNamespace(not_supported_reasons=reasons),
+    )
+    monkeypatch.setattr(xformers, "_fmha", lambda: SimpleNamespace(flash=flash, Inputs=lambda *qkv: qkv))
+    monkeypatch.setattr(varlen, "available", lambda device: None)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, device, **options: empty(*size, **options))
+    xformers._lacking.cache_clear()
+    try:
+        assert xformers.available(CUDA) is None
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert "xformers says: it is not deterministic" in xformers.available(CUDA)
+        flash.BwOp = None
+        xformers._lacking.cache_clear()
+        assert "another interface" in xformers.available(CUDA)
+        monkeypatch.setattr(varlen, "available", lambda device: "no GPU")
+        assert xformers.available(CUDA) == "no GPU"
+    finally:
+        xformers._lacking.cache_clear()
+
+
+META = """
+import torch
+torch.backends.cuda.is_flash_attention_available = lambda: True
+torch.version.cuda = "13.0"
+torch.cuda.get_device_capability = lambda device=None: (9, 0)
+from pera_kernels.attention import sdpa, varlen, xformers
+cases = [(varlen, torch.bfloat16), (sdpa.fused, torch.bfloat16), (sdpa.fused, torch.float32)]
+try:
+    from xformers.ops.fmha import attn_bias, common, flash
+except ImportError:
+    pass
+else:
+    common._built_with_cuda = True
+    attn_bias._to_device_tensor = lambda seq, dtype, device: torch.empty(len(seq), dtype=dtype, device=device)
+    for op in (flash.FwOp, flash.BwOp):
+        op.SUPPORTED_DEVICES = {"meta"}
+    cases.append((xformers, torch.float16))
+groups = [4, 158, 0, 5, 11, 8]
+for module, dtype in cases:
+    qkv = torch.empty(720, 3 * 768, dtype=dtype, device="meta")
+    lse = torch.empty(720, 12, device="meta")
+    out = module.forward(qkv, 12, groups, None, lse)
+    assert out.shape == (720, 768) and out.is_contiguous() and out.dtype == dtype
+    module.backward(torch.empty_like(out), qkv, out, lse, 12, groups, torch.empty_like(qkv))
+    print("ran", module)
+"""
+
+
+def test_real_operators_accept_the_calls():
+    """Shapes and arguments against the operators' meta implementations, xformers' own checks and choice included."""
+    root = Path(op.__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", META], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("ran") == 3 + (importlib.util.find_spec("xformers") is not None)
 
 
 @pytest.fixture

@@ -27,18 +27,35 @@ def _fmha() -> Any:
     return fmha
 
 
+@lru_cache(maxsize=16)
+def _lacking(device: torch.device, deterministic: bool) -> str | None:
+    """Why xformers' Flash-Attention cannot run on a GPU, in xformers' words, or None.
+
+    Mostly its compiled library: a wheel for CUDA 12 does not load beside a torch for CUDA 13, but imports all the same.
+    """
+    fmha = _fmha()
+    q = torch.empty(1, 8, 1, 64, dtype=torch.float16, device=device)
+    try:
+        operators = fmha.flash.FwOp, fmha.flash.BwOp
+        reasons = [reason for op in operators for reason in op.not_supported_reasons(fmha.Inputs(q, q, q))]
+    except (AttributeError, TypeError) as error:
+        return f"this xformers has another interface than 0.0.35 ({error})"
+    if not reasons:
+        return None
+    return f"xformers says: {'; '.join(dict.fromkeys(reasons))} (see python -m xformers.info)"
+
+
 def available(device: torch.device) -> str | None:
     """Why this cannot run on a device, or None."""
     if device.type != "cuda":
         return f"xformers attends on a GPU, not on {device.type}"
-    return _fmha() if isinstance(_fmha(), str) else varlen.available(device)
+    if isinstance(_fmha(), str):
+        return _fmha()
+    return varlen.available(device) or _lacking(device, torch.are_deterministic_algorithms_enabled())
 
 
-def why_not(qkv: Tensor, num_heads: int) -> str | None:
-    """Why xformers cannot take such projections, or None."""
-    if torch.are_deterministic_algorithms_enabled():
-        return "xformers' backward pass is not deterministic, and torch.use_deterministic_algorithms is on"
-    return varlen.why_not(qkv, num_heads)
+# Flash-Attention is what xformers runs, so it takes the same.
+why_not = varlen.why_not
 
 
 @lru_cache(maxsize=64)
