@@ -13,7 +13,7 @@ from pera_kernels import backend
 from pera_kernels.visible_patches import contrast_mean, reference, visible_patches
 
 VIEWS = ("global", "local")
-IMPLEMENTATIONS = ("reference", "eager", "native")
+IMPLEMENTATIONS = ("reference", "eager", "native", "triton")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 

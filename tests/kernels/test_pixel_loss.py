@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pera_kernels import backend
 from pera_kernels.pixel_loss import eager, pixel_loss
 from pera_kernels.pixel_loss import reference as definition
+from pera_kernels.pixel_loss.op import pixel_loss_backward
 from pera_kernels.visible_patches import eager as patches
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -192,6 +193,33 @@ def test_repeats_give_equal_bits(implementation: str) -> None:
     first, second = (run(pixel_loss, pred.float(), where) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
+
+
+def test_native_gives_equal_bits_with_any_number_of_threads() -> None:
+    if "native" not in runnable():
+        pytest.skip("the native library is not built")
+    pred, where = make_case(count=30, seen=6)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            with backend.use("native"):
+                results.append(run(pixel_loss, pred.float(), where))
+    finally:
+        torch.set_num_threads(threads)
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+def test_python_implementation_takes_fake_tensors() -> None:
+    pred, where = make_case()
+    pred, grad = pred.float(), torch.tensor(1.0)
+    with FakeTensorMode() as mode:
+        grad, *fakes = [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in (grad, pred, *where)]
+        assert pixel_loss._init_fn(*fakes).shape == ()
+        assert pixel_loss_backward._init_fn(grad, *fakes).shape == pred.shape
 
 
 def test_every_gradient_is_written(implementation: str) -> None:

@@ -310,10 +310,36 @@ def test_eager_waits_for_nothing_and_colors_visible_pixels_only() -> None:
     assert calls.largest == rows.numel()
 
 
+def test_eager_without_looking_at_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What devices run, whose tensors the host does not read: all crops at once."""
+    case = make_case(ORDERS)
+    right = reference.contrast_mean(case.crops, case.order, case.factors, torch.float64)
+    looked = eager.contrast_mean(case.crops, case.order, case.factors)
+    monkeypatch.setattr(eager, "is_fake", lambda tensor: True)
+    means = eager.contrast_mean(case.crops, case.order, case.factors)
+    for result in (looked, means):
+        torch.testing.assert_close(result.double(), right, rtol=1e-6, atol=0)
+
+
+def test_python_implementations_take_fake_tensors() -> None:
+    """With colours and without: shapes are enough, and nobody asks a fake index for its values."""
+    case = make_case(ORDERS[:3], rows=3, columns=2)
+    with FakeTensorMode() as mode:
+        crops, index, order, factors = (mode.from_tensor(t) for t in (case.crops, case.index, case.order, case.factors))
+        means = contrast_mean._init_fn(crops, order, factors)
+        assert means.shape == (3,)
+        for colors in ((order, factors, means), (order, factors, None), (None, None, None)):
+            rows = visible_patches._init_fn(crops, index, *colors, MEAN[:3], STD[:3], 5, torch.bfloat16)
+            assert rows.shape == (9, 75)
+            assert rows.dtype == torch.bfloat16
+
+
 def test_eager_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(ORDERS, seen=7)
     with backend.use("eager"):
-        rows, means = visible_patches(*case.args(torch.float32)), contrast_mean(case.crops, case.order, case.factors)
+        means = contrast_mean(case.crops, case.order, case.factors)
+        case = replace(case, gray_mean=means)
+        rows = visible_patches(*case.args(torch.float32))
         monkeypatch.setattr(eager, "CACHE_VALUES", 4 * 75 + 1)
         assert torch.equal(visible_patches(*case.args(torch.float32)), rows)
         torch.testing.assert_close(contrast_mean(case.crops, case.order, case.factors), means, rtol=1e-6, atol=0)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from .reference import BRIGHTNESS, CONTRAST, GRAY_WEIGHTS, GRAYSCALE, HUE, SATURATION, compute_dtype
 
@@ -51,15 +52,19 @@ def _shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     value = torch.maximum(torch.maximum(r, g), b)
     low = torch.minimum(torch.minimum(r, g), b)
     chroma = value - low
-    divisor = torch.where(chroma == 0, 1, chroma)
-    sixths = torch.where(
-        value == r,
-        (g - b) / divisor,
-        torch.where(value == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor),
-    )
-    hue = (sixths + 6 * turns[:, None]) % 6
-    weights = (hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs()  # of red, green, blue
-    return torch.stack([low + chroma * weight.clamp_(0, 1) for weight in weights], 1)
+    # Choices are sums over masks of 0 and 1, of which one is 1: PyTorch does not vectorise `where` and `%` on the CPU.
+    is_red = (value == r).to(x.dtype)
+    is_green = (value == g).to(x.dtype).mul_(1 - is_red)
+    is_blue = 1 - is_red - is_green
+    rise = (g - b).mul_(is_red).addcmul_(b - r, is_green).addcmul_(r - g, is_blue)
+    hue = rise.div_(chroma.clamp_min(torch.finfo(x.dtype).tiny))  # in sixths
+    hue.add_(is_green, alpha=2).add_(is_blue, alpha=4).add_(6 * turns[:, None])
+    hue.sub_(hue.div(6).floor_(), alpha=6)
+    weights = (hue - 3).abs_() - 1, 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()  # of red, green, blue
+    shifted = torch.empty_like(x)
+    for out, weight in zip(shifted.unbind(1), weights, strict=True):
+        torch.add(low, weight.clamp_(0, 1).mul_(chroma), out=out)
+    return shifted
 
 
 def apply_ops(x: Tensor, order: Tensor, factors: Tensor, mean_gray: Tensor) -> Tensor:
@@ -91,7 +96,14 @@ def apply_ops(x: Tensor, order: Tensor, factors: Tensor, mean_gray: Tensor) -> T
 
 
 def contrast_mean(crops: Tensor, order: Tensor, factors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """See `reference.contrast_mean`. Goes through all crops: which of them need it is known on the device only."""
+    """See `reference.contrast_mean`.
+
+    On the CPU, where looking at the order costs nothing, each crop that has contrast is worked on by itself, with the
+    operations that it has. Elsewhere (and for fake tensors) all crops are gone through: which of them need it is known
+    on the device only.
+    """
+    if crops.device.type == "cpu" and not is_fake(crops):
+        return _contrast_mean_on_cpu(crops, order, factors, dtype)
     n, h, w, c = crops.shape
     has_contrast = (order == CONTRAST).any(1)
     # codes from contrast on do not count; contrast itself stands at most last, so the last column is never needed
@@ -105,6 +117,37 @@ def contrast_mean(crops: Tensor, order: Tensor, factors: Tensor, dtype: torch.dt
         x = apply_ops(x, before[part], factors[part], torch.zeros_like(means[part]))
         means[part] = _gray(x).mean((1, 2))
     return torch.where(has_contrast, means, 0)
+
+
+def _contrast_mean_on_cpu(crops: Tensor, order: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    _, height, width, channels = crops.shape
+    lines = max(1, CACHE_VALUES // 2 // (width * channels))  # of a tile: its few temporaries fit the cache together
+    means = torch.zeros(len(crops), dtype=dtype)
+    for i, (codes, values) in enumerate(zip(order.tolist(), factors.tolist(), strict=True)):
+        if CONTRAST not in codes:
+            continue
+        before = codes[: codes.index(CONTRAST)]
+        for tile in crops[i].split(lines):
+            x = tile.reshape(1, -1, channels).transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).div_(255)
+            for code in before:
+                x = _apply_op(x, code, values)
+            means[i] += _gray(x).sum()
+    return means.div_(height * width)
+
+
+def _apply_op(x: Tensor, code: int, factors: list[float]) -> Tensor:
+    """An operation other than contrast on x [R, C, Q], which it may overwrite."""
+    if code == BRIGHTNESS:
+        return x.mul_(factors[BRIGHTNESS]).clamp_(0, 1)
+    if x.shape[1] != 3:
+        return x
+    if code == SATURATION:
+        return torch.lerp(_gray(x), x, factors[SATURATION]).clamp_(0, 1)
+    if code == HUE:
+        return _shift_hue(x, x.new_full((x.shape[0],), factors[HUE]))
+    if code == GRAYSCALE:
+        return _gray(x).expand_as(x)
+    return x
 
 
 def patch_rows(
