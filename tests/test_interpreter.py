@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton kernels need Triton")
 ROOT = Path(__file__).parents[1]
 
+PACKED = ["tests/kernels/test_packed_ops.py", "tests/kernels/test_packed_kernels.py", "-k"]
 SELECTIONS = {
     "attention": ["tests/kernels/test_attention.py", "-k", "triton and not opcheck"],
     "pixel_loss": ["tests/kernels/test_pixel_loss.py", "-k", "triton and not opcheck and not compiles"],
@@ -17,7 +18,10 @@ SELECTIONS = {
         *("tests/kernels/test_visible_patches.py", "tests/kernels/test_color_golden.py"),
         *("-k", "triton and not opcheck and not compiles and not alone and not bad_arguments and not pil"),
     ],
-    "sequence_norm": ["tests/kernels/test_packed_ops.py", "-k", "sequence_norm and not opcheck"],
+    "embed_tokens": [*PACKED, "embed_tokens and triton and not opcheck"],
+    "mask_tokens": [*PACKED, "mask_tokens and triton and not opcheck"],
+    "sequence_add": [*PACKED, "sequence_add and triton and not opcheck"],
+    "sequence_norm": [*PACKED, "sequence_norm and triton and not opcheck"],
 }
 
 

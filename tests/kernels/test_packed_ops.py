@@ -4,6 +4,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_support import (
+    DTYPES,
+    EPS,
+    compare,
+    error,
+    implementation,  # noqa: F401 a fixture
+    outputs_and_grads,
+    randn,
+    subset,
+)
 from torch import Tensor
 
 from pera_kernels import backend, packing
@@ -18,52 +28,11 @@ from pera_kernels.sequence_add.reference import sequence_add as add_reference
 from pera_kernels.sequence_norm import sequence_norm
 from pera_kernels.sequence_norm.reference import sequence_norm as norm_reference
 
-EPS = {torch.float64: 1e-15, torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm; NaN and infinity fail every bound."""
-    scale = want.double().norm().item()
-    return (got.double() - want.double()).norm().item() / (scale or 1.0)
-
-
-def outputs_and_grads(fn, tensors: dict[str, Tensor], differentiable: tuple[str, ...], upstream_seed: int = 99):
-    """Run fn(**tensors), pull back a non-uniform gradient, return everything by name."""
-    leaves = {k: v.detach().clone().requires_grad_(k in differentiable) for k, v in tensors.items()}
-    out = fn(**leaves)
-    grads = torch.autograd.grad(out, [leaves[k] for k in differentiable], randn(*out.shape, seed=upstream_seed).to(out))
-    return {"out": out.detach(), **dict(zip(differentiable, grads, strict=True))}
-
-
-def compare(fast, reference, tensors: dict[str, Tensor], differentiable: tuple[str, ...], half: set[str]) -> None:
-    """Error of fast against the float64 reference: at most three times what the same-dtype reference makes."""
-    exact = outputs_and_grads(reference, {k: v.double() for k, v in tensors.items()}, differentiable)
-    for dtype in DTYPES:
-        inputs = {k: v.to(dtype if dtype == torch.float64 or k in half else torch.float32) for k, v in tensors.items()}
-        want = outputs_and_grads(reference, inputs, differentiable)
-        got = outputs_and_grads(fast, inputs, differentiable)
-        for name in exact:
-            assert got[name].dtype == want[name].dtype, (dtype, name)
-            bound = 3 * error(want[name], exact[name]) + 2 * EPS[dtype]
-            assert error(got[name], exact[name]) <= bound, (dtype, name)
-
-
-def subset(groups: list[int], seed: int, share: float = 0.7) -> tuple[Tensor, list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    kept = [max(int(n * share), 1) if n else 0 for n, _ in packing.pairs(groups)]
-    keep = [torch.randperm(n, generator=generator)[:k] for (n, _), k in zip(packing.pairs(groups), kept, strict=True)]
-    return torch.cat(keep).int(), kept
-
-
 GROUPS = [[3, 5, 7, 2], [1, 1], [4, 9, 0, 3], [2, 17, 5, 8, 1, 1]]
 
 
 @pytest.mark.parametrize(("n_seq", "n_visible"), [(3, 5), (1, 1), (4, 9), (2, 0), (0, 4)])
+@pytest.mark.usefixtures("implementation")
 def test_embed_tokens(n_seq: int, n_visible: int) -> None:
     grid, dim, width = 9, 6, 12
     index = torch.stack([torch.randperm(grid)[:n_visible].sort().values for _ in range(n_seq)] or [torch.empty(0, 4)])
@@ -82,6 +51,7 @@ def test_embed_tokens(n_seq: int, n_visible: int) -> None:
 
 
 @pytest.mark.parametrize(("n_seq", "length", "n_new"), [(3, 4, 5), (1, 1, 1), (2, 3, 0)])
+@pytest.mark.usefixtures("implementation")
 def test_mask_tokens(n_seq: int, length: int, n_new: int) -> None:
     grid, dim = 9, 6
     index = torch.stack([torch.randperm(grid)[:n_new].sort().values for _ in range(n_seq)]).int()
@@ -97,6 +67,7 @@ def test_mask_tokens(n_seq: int, length: int, n_new: int) -> None:
 
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("subsets", [False, True])
+@pytest.mark.usefixtures("implementation")
 def test_sequence_norm(groups: list[int], subsets: bool) -> None:
     keep, kept = subset(groups, 1) if subsets else (None, [])
     dim = 8
@@ -112,6 +83,7 @@ def test_sequence_norm(groups: list[int], subsets: bool) -> None:
 
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("subsets", [False, True])
+@pytest.mark.usefixtures("implementation")
 def test_sequence_add(groups: list[int], subsets: bool) -> None:
     keep, kept = subset(groups, 2) if subsets else (None, [])
     dim = 8

@@ -88,7 +88,7 @@ def sequence_add(
     kept: Sequence[int],
 ) -> Tensor:
     """Forward: (T, D) in the dtype of x."""
-    x, y, dim = x.contiguous(), y.contiguous(), x.shape[1]
+    x, y, keep, dim = x.contiguous(), y.contiguous(), keep.contiguous(), x.shape[1]
     out = torch.empty_like(x)
     for pair in packed.group_pairs(groups, kept):
         scale0, scale1 = _scales(pair)
@@ -108,7 +108,7 @@ def sequence_add_backward(
     kept: Sequence[int],
 ) -> Tensor:
     """Gradient of the branch (R, D)."""
-    grad, dim = grad.contiguous(), grad.shape[1]
+    grad, keep, dim = grad.contiguous(), keep.contiguous(), grad.shape[1]
     grad_y = torch.empty(num_tokens(kept_groups(groups, kept)), dim, dtype=grad.dtype, device=grad.device)
     for pair in packed.group_pairs(groups, kept):
         scale0, scale1 = _scales(pair)

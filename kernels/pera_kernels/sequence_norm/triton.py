@@ -164,7 +164,8 @@ def sequence_norm(
     kept: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward: normalised kept rows (R, D) in the dtype of x, mean and rstd (R,) float32."""
-    x, dim = x.contiguous(), x.shape[1]
+    x, weight, bias, dim = x.contiguous(), weight.contiguous(), bias.contiguous(), x.shape[1]
+    keep = None if keep is None else keep.contiguous()
     kept_or_all = None if keep is None else kept
     total = num_tokens(kept_groups(groups, kept_or_all))
     y = torch.empty(total, dim, dtype=x.dtype, device=x.device)
@@ -192,7 +193,8 @@ def sequence_norm_backward(
     kept: Sequence[int],
 ) -> list[Tensor]:
     """Gradients of x (T, D), weight (D,) and bias (D,)."""
-    x, grad, dim = x.contiguous(), grad.contiguous(), x.shape[1]
+    x, grad, weight, dim = x.contiguous(), grad.contiguous(), weight.contiguous(), x.shape[1]
+    keep = None if keep is None else keep.contiguous()
     grad_x = torch.empty_like(x)
     tile = _tile(dim, BACKWARD_VALUES)
     launches = [pair for pair in packed.group_pairs(groups, None if keep is None else kept) if pair.tokens]
