@@ -185,7 +185,7 @@ def test_never_holds_all_logits(form):
         _, *kept = gram.forward(*args, 2)
         gram.backward(torch.ones(()), *args, *kept, 2)
     assert seen.elements == k * d  # the gradient of v
-    assert max(t.numel() for t in kept) <= rows * d
+    assert max(t.numel() for t in kept) <= max(rows * d, k)
 
 
 def test_opcheck(form):
@@ -193,7 +193,7 @@ def test_opcheck(form):
     torch.library.opcheck(torch.ops.pera.koleo.default, (*args, 2))
     plain = [t.detach() for t in args]
     _, *kept = torch.ops.pera.koleo(*plain, 2)
-    torch.library.opcheck(torch.ops.pera.koleo_backward.default, (torch.ones(()), *plain, *kept, 2))
+    torch.library.opcheck(torch.ops.pera.koleo_backward.default, (torch.ones(()), *plain, *kept, 2, True))
 
 
 def test_compiles_in_one_graph():

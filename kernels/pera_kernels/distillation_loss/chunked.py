@@ -26,11 +26,12 @@ class _Logits:
     """Products of rows with the chunks of one prototype matrix, in a reused buffer."""
 
     def __init__(
-        self, rows: Tensor, v: Tensor, g: Tensor, size: int, accumulate: torch.dtype, native: bool = False
+        self, rows: Tensor, v: Tensor, g: Tensor, inverse_norms: Tensor, known: bool, size: int, native: bool
     ) -> None:
+        accumulate = accumulation_dtype(rows.dtype)
         self.dtype = weight_norm.product_dtype(rows.dtype, rows.device)
         self.rows = rows.detach().to(self.dtype)  # [N, d]
-        self.chunks = chunks(v, g, size, self.dtype, accumulate, native)
+        self.chunks = chunks(v, g, size, self.dtype, accumulate, native, inverse_norms, known)
         # Native passes widen what they read.
         widen = self.dtype != accumulate and not native
         self.buffer = _Buffer(rows, size, accumulate if widen else self.dtype)
@@ -101,18 +102,19 @@ def forward(
     student_temp: float,
     teacher_temp: float,
     native: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [N] and the log-sum-exps of student and teacher, each as [N, 2]: maximum and sum of exp(z - maximum).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss [N]; log-sum-exps of student and teacher [N, 2]: maximum and sum of exp(z - maximum); 1 / ||v|| [2, K].
 
     Arguments as ``distillation_loss`` takes them; native: with the passes of the native library.
     """
     n, k = student_rows.shape[0], student_v.shape[0]
     dtype = accumulation_dtype(student_rows.dtype)
     size = chunk_size(n, k)
-    student = _Logits(student_rows, student_v, student_g, size, dtype, native)
-    teacher = _Logits(teacher_rows, teacher_v, teacher_g, size, dtype, native)
+    inverse_norms = torch.empty(2, k, dtype=dtype, device=student_v.device)
+    student = _Logits(student_rows, student_v, student_g, inverse_norms[0], False, size, native)
+    teacher = _Logits(teacher_rows, teacher_v, teacher_g, inverse_norms[1], False, size, native)
     if native:
-        return _native_forward(student, teacher, center, student_temp, teacher_temp)
+        return *_native_forward(student, teacher, center, student_temp, teacher_temp), inverse_norms
     student_lse, teacher_lse = _LogSumExp(student_rows, dtype), _LogSumExp(student_rows, dtype)
     # Running sum over prototypes of exp(teacher - maximum) * student: the cross term of the loss, not yet normalised.
     cross = torch.zeros(n, dtype=dtype, device=student_rows.device)
@@ -123,7 +125,7 @@ def forward(
         cross.mul_(rescale).add_(weights.mul_(s).sum(1))
         student_lse.exp_(s)
     loss = student_lse.value() - cross / teacher_lse.total
-    return loss, student_lse.parts(), teacher_lse.parts()
+    return loss, student_lse.parts(), teacher_lse.parts(), inverse_norms
 
 
 def _native_forward(
@@ -150,6 +152,7 @@ def backward(
     center: Tensor,
     student_lse: Tensor,
     teacher_lse: Tensor,
+    inverse_norms: Tensor,
     student_temp: float,
     teacher_temp: float,
     need_rows: bool = True,
@@ -163,8 +166,8 @@ def backward(
     n, k = student_rows.shape[0], student_v.shape[0]
     dtype = accumulation_dtype(student_rows.dtype)
     size = chunk_size(n, k)
-    student = _Logits(student_rows, student_v, student_g, size, dtype, native)
-    teacher = _Logits(teacher_rows, teacher_v, teacher_g, size, dtype, native)
+    student = _Logits(student_rows, student_v, student_g, inverse_norms[0], True, size, native)
+    teacher = _Logits(teacher_rows, teacher_v, teacher_g, inverse_norms[1], True, size, native)
     differentiate = (_NativeGradient if native else _Gradient)(
         grad.to(dtype) / student_temp, center, student_lse, teacher_lse, student_temp, teacher_temp, size
     )
@@ -187,8 +190,8 @@ def backward(
 class _Gradient:
     """Gradient of the loss for a chunk of the student's products.
 
-    Called with both networks' chunks and products [N, c], which it overwrites; returns it, and the gradient of g [c], that
-    is sum over rows of dz * (logit / g), which is also the part of v's gradient along v.
+    Called with both networks' chunks and products [N, c], which it overwrites; returns it, and the gradient of g [c]:
+    sum over rows of dz * (logit / g), which is also the part of v's gradient along v.
     """
 
     def __init__(

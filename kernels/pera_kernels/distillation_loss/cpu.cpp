@@ -26,10 +26,9 @@
 
 namespace {
 
-constexpr int64_t kLanes = 16;
+constexpr int64_t kLanes = 32;
 constexpr int64_t kBlock = 512; // columns that are worked on at a time: a few KiB of the L1 cache
 constexpr int64_t kStatistics = 5; // student's maximum and sum, teacher's maximum and sum, cross term
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // condition ? yes : no in integers: GCC 12 leaves a loop scalar around the operator itself, unless told that comparisons
 // do not trap.
@@ -103,16 +102,51 @@ inline float sum_lanes(const float* lanes) {
   return total;
 }
 
-// Maximum of n values, n a multiple of kLanes; NaN is not seen here, but in the exponentials.
+// Maximum of n values, as integers in the order of the floats (a maximum of floats stays scalar); NaN may come out of it.
 inline float maximum(const float* x, int64_t n) {
-  float lanes[kLanes];
-  std::fill_n(lanes, kLanes, -kInfinity);
+  const auto flip = [](int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); };
+  int32_t best = std::numeric_limits<int32_t>::min();
+  for (int64_t i = 0; i < n; ++i) {
+    best = std::max(best, flip(std::bit_cast<int32_t>(x[i])));
+  }
+  return std::bit_cast<float>(flip(best));
+}
+
+// Sum of n values, n a multiple of kLanes.
+inline float sum(const float* x, int64_t n) {
+  float lanes[kLanes] = {};
   for (int64_t i = 0; i < n; i += kLanes) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] = select(x[i + lane] > lanes[lane], x[i + lane], lanes[lane]);
+      lanes[lane] += x[i + lane];
     }
   }
-  return *std::max_element(lanes, lanes + kLanes);
+  return sum_lanes(lanes);
+}
+
+// Sum of n products.
+template <typename X, typename Y>
+float dot(const X* x, const Y* y, int64_t n) {
+  float lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      lanes[lane] = std::fma(to_float(x[i + lane]), to_float(y[i + lane]), lanes[lane]);
+    }
+  }
+  float total = 0.0f;
+  for (; i < n; ++i) {
+    total = std::fma(to_float(x[i]), to_float(y[i]), total);
+  }
+  return total + sum_lanes(lanes);
+}
+
+// out = exp(x - maximum), n a multiple of kLanes.
+inline void exponentiate(const float* __restrict__ x, float maximum, int64_t n, float* __restrict__ out) {
+  for (int64_t i = 0; i < n; i += kLanes) { // a loop of known length vectorises
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      out[i + lane] = exp_of(x[i + lane] - maximum);
+    }
+  }
 }
 
 // What turns a chunk's raw products into logits: s = x * student, t = x * teacher - shift. The temperatures are in it.
@@ -140,7 +174,7 @@ struct Scales {
 
 template <typename T>
 void forward_row(const T* s, const T* t, const Scales& scales, int64_t count, float* statistics) {
-  alignas(64) float student[kBlock], teacher[kBlock];
+  alignas(64) float student[kBlock], teacher[kBlock], exponentials[kBlock];
   auto [student_max, student_sum, teacher_max, teacher_sum, cross] =
       std::tuple(statistics[0], statistics[1], statistics[2], statistics[3], statistics[4]);
   for (int64_t begin = 0; begin < count; begin += kBlock) {
@@ -156,20 +190,12 @@ void forward_row(const T* s, const T* t, const Scales& scales, int64_t count, fl
     std::fill(teacher + n, teacher + padded, -FLT_MAX);
     const float new_student = std::max(student_max, maximum(student, padded));
     const float new_teacher = std::max(teacher_max, maximum(teacher, padded));
-    float student_lanes[kLanes] = {}, teacher_lanes[kLanes] = {}, cross_lanes[kLanes] = {};
-    for (int64_t i = 0; i < padded; i += kLanes) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const float logit = student[i + lane];
-        const float weight = exp_of(teacher[i + lane] - new_teacher);
-        student_lanes[lane] += exp_of(logit - new_student);
-        teacher_lanes[lane] += weight;
-        cross_lanes[lane] = std::fma(weight, logit, cross_lanes[lane]);
-      }
-    }
-    const float student_rescale = exp_of(student_max - new_student), teacher_rescale = exp_of(teacher_max - new_teacher);
-    student_sum = std::fma(student_sum, student_rescale, sum_lanes(student_lanes));
-    teacher_sum = std::fma(teacher_sum, teacher_rescale, sum_lanes(teacher_lanes));
-    cross = std::fma(cross, teacher_rescale, sum_lanes(cross_lanes));
+    exponentiate(student, new_student, padded, exponentials);
+    student_sum = std::fma(student_sum, exp_of(student_max - new_student), sum(exponentials, padded));
+    exponentiate(teacher, new_teacher, padded, exponentials);
+    const float rescale = exp_of(teacher_max - new_teacher);
+    teacher_sum = std::fma(teacher_sum, rescale, sum(exponentials, padded));
+    cross = std::fma(cross, rescale, dot(exponentials, student, padded));
     student_max = new_student;
     teacher_max = new_teacher;
   }
@@ -283,7 +309,7 @@ at::Tensor distillation_backward_(
   dispatch(student.scalar_type(), [&]<typename T>(T) {
     T* s = student.mutable_data_ptr<T>();
     const T* t = teacher.const_data_ptr<T>();
-    at::parallel_for(0, count, kLanes * 4, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i += kBlock) {
         const float* const columns[] = {
             scales.student.data() + i, scales.teacher.data() + i, scales.shift.data() + i, plain + i};
@@ -292,23 +318,6 @@ at::Tensor distillation_backward_(
     });
   });
   return along;
-}
-
-// Sum of n products.
-template <typename X, typename Y>
-float dot(const X* x, const Y* y, int64_t n) {
-  float lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] = std::fma(to_float(x[i + lane]), to_float(y[i + lane]), lanes[lane]);
-    }
-  }
-  float total = 0.0f;
-  for (; i < n; ++i) {
-    total = std::fma(to_float(x[i]), to_float(y[i]), total);
-  }
-  return total + sum_lanes(lanes);
 }
 
 void check_matrix(const at::Tensor& x, at::IntArrayRef sizes) {

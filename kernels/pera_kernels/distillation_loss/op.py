@@ -41,7 +41,7 @@ def _forward(
     center: Tensor,
     student_temp: float,
     teacher_temp: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     forward, _ = _walk(student_rows, student_v, student_g, teacher_v, teacher_g)
     return forward(
         student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp
@@ -51,7 +51,8 @@ def _forward(
 @_forward.register_fake
 def _(student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp):
     loss = student_rows.new_empty(student_rows.shape[0], dtype=accumulation_dtype(student_rows.dtype))
-    return loss, loss.new_empty(loss.shape[0], 2), loss.new_empty(loss.shape[0], 2)
+    lse = loss.new_empty(loss.shape[0], 2)
+    return loss, lse, torch.empty_like(lse), loss.new_empty(2, student_v.shape[0])
 
 
 @torch.library.custom_op("pera::distillation_loss_backward", mutates_args=())
@@ -66,6 +67,7 @@ def _backward(
     center: Tensor,
     student_lse: Tensor,
     teacher_lse: Tensor,
+    inverse_norms: Tensor,
     student_temp: float,
     teacher_temp: float,
     need_rows: bool,
@@ -73,7 +75,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, backward = _walk(student_rows, student_v, student_g, teacher_v, teacher_g)
     student, teacher = (student_rows, student_v, student_g), (teacher_rows, teacher_v, teacher_g)
-    constants = center, student_lse, teacher_lse, student_temp, teacher_temp
+    constants = center, student_lse, teacher_lse, inverse_norms, student_temp, teacher_temp
     return backward(grad, *student, *teacher, *constants, need_rows, need_prototypes)
 
 
@@ -89,6 +91,7 @@ def _(
     center,
     student_lse,
     teacher_lse,
+    inverse_norms,
     student_temp,
     teacher_temp,
     need_rows,
@@ -103,9 +106,8 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.student_temp, ctx.teacher_temp = inputs
-    _, student_lse, teacher_lse = output
-    ctx.mark_non_differentiable(student_lse, teacher_lse)
-    ctx.save_for_backward(*tensors, student_lse, teacher_lse)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _autograd(ctx, grad: Tensor, *_: Tensor | None):

@@ -1,13 +1,13 @@
 """Triton kernels of distillation_loss: the passes around cuBLAS products of a chunk of prototypes.
 
-For each chunk: ``weight_norm_fwd_kernel`` writes W = g v / ||v|| once in the products' dtype, cuBLAS makes the logits, in
-float32 whatever the products' dtype. They never leave the L2 cache: one kernel reduces them to five numbers per row and part
-of the chunk, or turns them into their gradient. ``weight_norm_bwd_kernel`` takes the product of that with the rows through
-the weight norm; the gradient of v is written by it once. Partial sums are combined in a fixed order: no atomics, equal bits
-on every repeat; the host waits for nothing.
+For each chunk: ``weight_norm_fwd_kernel`` writes W = g v / ||v|| once in the products' dtype, cuBLAS makes the logits,
+in float32 whatever the products' dtype. They never leave the L2 cache: one kernel reduces them to five numbers per row
+and part of the chunk, or turns them into their gradient. ``weight_norm_bwd_kernel`` takes the product of that with the
+rows through the weight norm; the gradient of v is written by it once. Partial sums are combined in a fixed order: no
+atomics, equal bits on every repeat; the host waits for nothing.
 
-Kernels that compare exponents with the forward's maximum run without fused multiply-adds: both passes must round a logit
-alike, or large logits lose their probability.
+Kernels that compare exponents with the forward's maximum run without fused multiply-adds: both passes must round a
+logit alike, or large logits lose their probability.
 """
 
 import torch
@@ -29,6 +29,7 @@ def weight_norm_fwd_kernel(
     v_ptr,  # (c, D)
     g_ptr,  # (c,)
     w_ptr,  # (c, D)
+    inverse_norm_ptr,  # (c,) float32
     count,
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -40,8 +41,9 @@ def weight_norm_fwd_kernel(
     offsets = rows[:, None] * D + cols[None, :]
     v = tl.load(v_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + rows, mask=rows < count, other=0.0).to(tl.float32)
-    scale = g / tl.sqrt_rn(tl.where(rows < count, tl.sum(v * v, 1), 1.0))
-    tl.store(w_ptr + offsets, (v * scale[:, None]).to(w_ptr.dtype.element_ty), mask=mask)
+    inverse = 1.0 / tl.sqrt_rn(tl.where(rows < count, tl.sum(v * v, 1), 1.0))
+    tl.store(inverse_norm_ptr + rows, inverse, mask=rows < count)
+    tl.store(w_ptr + offsets, (v * (g * inverse)[:, None]).to(w_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -183,12 +185,12 @@ def _tile(dim: int) -> tuple[int, int, int]:
     return height, width, min(max(height * width // 512, 1), 16)
 
 
-def effective(v: Tensor, g: Tensor, out: Tensor) -> Tensor:
-    """g v / ||v|| of a contiguous chunk (c, d), written to ``out`` (c, d)."""
+def effective(v: Tensor, g: Tensor, out: Tensor, inverse_norms: Tensor) -> Tensor:
+    """g v / ||v|| of a contiguous chunk (c, d), written to ``out`` (c, d), and 1 / ||v|| (c,) float32."""
     count, dim = v.shape
     height, width, warps = _tile(dim)
     weight_norm_fwd_kernel[(triton.cdiv(count, height),)](
-        v, g, out, count, D=dim, BLOCK_K=height, BLOCK_D=width, num_warps=warps
+        v, g, out, inverse_norms, count, D=dim, BLOCK_K=height, BLOCK_D=width, num_warps=warps
     )
     return out
 
@@ -237,10 +239,12 @@ class _Walk:
         return buffer[: self.n * count].view(self.n, count)
 
 
-def _logits(walk: _Walk, rows: Tensor, v: Tensor, g: Tensor, part: slice, weights: Tensor, buffer: Tensor):
+def _logits(
+    walk: _Walk, rows: Tensor, v: Tensor, g: Tensor, inverse_norms: Tensor, part: slice, weights: Tensor, buffer: Tensor
+) -> tuple[Tensor, Tensor]:
     """W of a chunk (c, d) and the products of rows with it (N, c)."""
     chunk = v[part].contiguous()
-    w = effective(chunk, g[part].contiguous(), weights[: chunk.shape[0]])
+    w = effective(chunk, g[part].contiguous(), weights[: chunk.shape[0]], inverse_norms[part])
     return w, mm(rows, w.t(), walk.take(buffer, chunk.shape[0]))
 
 
@@ -254,18 +258,19 @@ def forward(
     center: Tensor,  # (K,)
     student_temp: float,
     teacher_temp: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (N,) and the log-sum-exps of student and teacher (N, 2), as ``chunked.forward``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (N,), log-sum-exps of student and teacher (N, 2), 1 / ||v|| (2, K), as ``chunked.forward``."""
     n, k, dim = student_rows.shape[0], student_v.shape[0], student_rows.shape[1]
     walk = _Walk(student_rows, k, _half(student_rows) * dim + 8 * n)
     student, teacher, center = walk.rows(student_rows), walk.rows(teacher_rows), center.contiguous()
     weights, first, second = walk.weights(), walk.products(), walk.products()
     parts = [triton.cdiv(part.stop - part.start, BLOCK) for part in walk]
+    inverse_norms = torch.empty(2, k, dtype=torch.float32, device=walk.device)
     partial = torch.empty(sum(parts), n, 5, dtype=torch.float32, device=walk.device)
     done = 0
     for part, count in zip(walk, parts, strict=True):
-        _, s = _logits(walk, student, student_v, student_g, part, weights, first)
-        _, t = _logits(walk, teacher, teacher_v, teacher_g, part, weights, second)
+        _, s = _logits(walk, student, student_v, student_g, inverse_norms[0], part, weights, first)
+        _, t = _logits(walk, teacher, teacher_v, teacher_g, inverse_norms[1], part, weights, second)
         distillation_loss_fwd_kernel[(n, count)](
             s, t, center[part], partial[done:], n, s.shape[1], 1 / student_temp, 1 / teacher_temp,
             BLOCK=BLOCK, num_warps=8, enable_fp_fusion=False,
@@ -276,7 +281,7 @@ def forward(
     distillation_loss_combine_kernel[(n,)](
         partial, loss, student_lse, teacher_lse, n, done, BLOCK=triton.next_power_of_2(done), num_warps=1
     )
-    return loss, student_lse, teacher_lse
+    return loss, student_lse, teacher_lse, inverse_norms
 
 
 def backward(
@@ -290,6 +295,7 @@ def backward(
     center: Tensor,
     student_lse: Tensor,  # (N, 2)
     teacher_lse: Tensor,  # (N, 2)
+    inverse_norms: Tensor,  # (2, K); the kernels make them again by the way
     student_temp: float,
     teacher_temp: float,
     need_rows: bool = True,
@@ -309,9 +315,10 @@ def backward(
     grad_w = torch.empty(walk.size if need_prototypes else 0, dim, dtype=torch.float32, device=device)
     grad_v = torch.empty(student_v.shape if need_prototypes else 0, dtype=student_v.dtype, device=device)
     grad_g = torch.empty(student_g.shape if need_prototypes else 0, dtype=student_g.dtype, device=device)
+    inverse_norms = torch.empty_like(inverse_norms)  # what was saved is not to be written
     for part in walk:
-        w, s = _logits(walk, student, student_v, student_g, part, student_weights, first)
-        _, t = _logits(walk, teacher, teacher_v, teacher_g, part, teacher_weights, second)
+        w, s = _logits(walk, student, student_v, student_g, inverse_norms[0], part, student_weights, first)
+        _, t = _logits(walk, teacher, teacher_v, teacher_g, inverse_norms[1], part, teacher_weights, second)
         count = s.shape[1]
         dz = walk.take(narrow, count)
         distillation_loss_bwd_kernel[(n, triton.cdiv(count, BLOCK_BWD))](
@@ -344,7 +351,7 @@ def _variants() -> list[Variant]:
     parts = {"partial_ptr": full, "rows": size}
     results = {"loss_ptr": full, "student_ptr": full, "teacher_ptr": full, "parts": size}
     return [
-        Variant(name, weight_norm_fwd_kernel, {**v, "w_ptr": half}, tile, warps),
+        Variant(name, weight_norm_fwd_kernel, {**v, "w_ptr": half, "inverse_norm_ptr": full}, tile, warps),
         Variant(name, weight_norm_bwd_kernel, {**v, **into}, tile, warps),
         Variant(name, distillation_loss_fwd_kernel, {**logits, **parts}, {"BLOCK": BLOCK}, 8),
         Variant(name, distillation_loss_combine_kernel, {**parts, **results}, {"BLOCK": 32}, 1),

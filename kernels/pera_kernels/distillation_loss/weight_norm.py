@@ -77,7 +77,14 @@ def runs_native(rows: Tensor, *prototypes: Tensor) -> bool:
 
 
 def chunks(
-    v: Tensor, g: Tensor, size: int, dtype: torch.dtype, accumulate: torch.dtype, native: bool = False
+    v: Tensor,
+    g: Tensor,
+    size: int,
+    dtype: torch.dtype,
+    accumulate: torch.dtype,
+    native: bool = False,
+    inverse_norms: Tensor | None = None,
+    known: bool = False,
 ) -> Iterator[Chunk]:
     """Walks over the prototypes.
 
@@ -88,27 +95,37 @@ def chunks(
         dtype: of the directions (see ``product_dtype``).
         accumulate: dtype of scales and norms; float32 or float64.
         native: one pass of the native library a chunk; for the dtypes that it takes (``runs_native``).
+        inverse_norms: [K] of dtype accumulate, 1 / ||v||: written by the walk, or read by it if known: the pass for the
+            norms costs a fifth of a product at the sizes of the recipe.
     """
     # float16 has too few exponents to trust v's own size; in the wide types v / ||v|| and v round alike.
     unit = dtype == torch.float16 or (native and v.dtype != dtype)
     buffer = None
     if unit or v.dtype != dtype:
         buffer = torch.empty(min(size, v.shape[0]), v.shape[1], dtype=dtype, device=v.device)
+    known = known and inverse_norms is not None
     for start in range(0, v.shape[0], size):
         rows = slice(start, min(start + size, v.shape[0]))
         part = v[rows].detach()
-        if native:
-            direction = part.contiguous() if buffer is None else buffer[: part.shape[0]]
-            out = None if buffer is None else direction
-            yield Chunk(rows, direction, *NATIVE.weight_norm(part.contiguous(), g[rows].detach(), out), unit, True)
-            continue
-        inverse_norm = torch.linalg.vector_norm(part.to(accumulate), dim=1).reciprocal_()
-        scale = g[rows, 0].detach().to(accumulate)
-        direction = part
-        if buffer is not None:
-            direction = buffer[: part.shape[0]]
-            direction.copy_(part.to(accumulate) * inverse_norm[:, None] if unit else part)
-        yield Chunk(rows, direction, scale if unit else scale * inverse_norm, inverse_norm, unit)
+        direction = part if buffer is None else buffer[: part.shape[0]]
+        if native and (unit or not known):  # a unit direction is written, with the norm by the way
+            part = part.contiguous()
+            scale, inverse_norm = NATIVE.weight_norm(part, g[rows].detach(), None if buffer is None else direction)
+        else:
+            inverse_norm = (
+                inverse_norms[rows] if known and inverse_norms is not None else _inverse_norm(part, accumulate)
+            )
+            scale = g[rows, 0].detach().to(accumulate)
+            if buffer is not None:
+                direction.copy_(part.to(accumulate) * inverse_norm[:, None] if unit else part)
+            scale = scale if unit else scale * inverse_norm
+        if inverse_norms is not None and not known:
+            inverse_norms[rows] = inverse_norm
+        yield Chunk(rows, direction, scale, inverse_norm, unit, native)
+
+
+def _inverse_norm(v: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.linalg.vector_norm(v.to(dtype), dim=1).reciprocal_()
 
 
 def write_grad_v(out: Tensor, dz: Tensor, rows: Tensor, v: Tensor, along: Tensor, chunk: Chunk) -> None:
@@ -123,7 +140,7 @@ def write_grad_v(out: Tensor, dz: Tensor, rows: Tensor, v: Tensor, along: Tensor
         chunk: the chunk.
     """
     if chunk.native:
-        products = torch.mm(dz.t(), rows, out=out) if out.dtype == dz.dtype else torch.mm(dz.t(), rows)
+        products = torch.mm(dz.t(), rows)
         inputs = v.contiguous(), chunk.scale, chunk.inverse_norm, along
         NATIVE.weight_norm_backward_(products, *inputs, chunk.unit, out)
         return

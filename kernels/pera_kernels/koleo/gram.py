@@ -17,6 +17,7 @@ from pera_kernels.distillation_loss.weight_norm import (
     accumulation_dtype,
     chunk_size,
     chunks,
+    empty_gradient,
     write_grad_v,
 )
 
@@ -32,6 +33,7 @@ class Forward(NamedTuple):
     distances: Tensor  # [R] float64
     gram_rows: Tensor  # [R, d] float32 (or 64): G x
     gram_differences: Tensor  # [R, d] the same: G D + eps s, D = x/n - x_nn/n_nn
+    inverse_norms: Tensor  # [K] float32 (or 64): 1 / ||v||
 
 
 def prefers_gram(rows: Tensor) -> bool:
@@ -39,28 +41,30 @@ def prefers_gram(rows: Tensor) -> bool:
     return 4 * rows.shape[0] >= rows.shape[1]
 
 
-def forward(rows: Tensor, v: Tensor, g: Tensor, groups: int) -> Forward:
-    """Arguments as ``koleo`` takes them."""
+def forward(rows: Tensor, v: Tensor, g: Tensor, groups: int, native: bool = False) -> Forward:
+    """Arguments as ``koleo`` takes them; native: with the native library's passes over the prototypes."""
+    inverse_norms = torch.zeros(v.shape[0], dtype=accumulation_dtype(rows.dtype), device=v.device)
     if rows.shape[0] == 0:
-        return _empty(rows)
-    return (_gram if prefers_gram(rows) else _streamed)(rows, v, g, groups)
+        return _empty(rows, inverse_norms)
+    return (_gram if prefers_gram(rows) else _streamed)(rows, v, g, groups, inverse_norms, native)
 
 
-def _empty(rows: Tensor) -> Forward:
+def _empty(rows: Tensor, inverse_norms: Tensor) -> Forward:
     dtype = accumulation_dtype(rows.dtype)
     wide, row = rows.new_empty(0, dtype=torch.float64), rows.new_empty(rows.shape, dtype=dtype)
-    return Forward(rows.new_zeros((), dtype=dtype), wide, wide.long(), wide.clone(), row, row.clone())
+    return Forward(rows.new_zeros((), dtype=dtype), wide, wide.long(), wide.clone(), row, row.clone(), inverse_norms)
 
 
-def _walk(rows: Tensor, v: Tensor, g: Tensor, width: int):
-    """The chunks of W for [width, chunk] buffers; and the dtype of products."""
+def _walk(rows: Tensor, v: Tensor, g: Tensor, width: int, inverse_norms: Tensor, known: bool, native: bool):
+    """The dtype of products; and the chunks of W for [width, chunk] buffers."""
     dtype = weight_norm.product_dtype(rows.dtype, rows.device)
-    return dtype, chunks(v, g, chunk_size(width, v.shape[0]), dtype, accumulation_dtype(rows.dtype))
+    shape = chunk_size(width, v.shape[0]), dtype, accumulation_dtype(rows.dtype)
+    return dtype, chunks(v, g, *shape, native, inverse_norms, known)
 
 
-def _gram(rows: Tensor, v: Tensor, g: Tensor, groups: int) -> Forward:
+def _gram(rows: Tensor, v: Tensor, g: Tensor, groups: int, inverse_norms: Tensor, native: bool) -> Forward:
     """One walk over the prototypes: G = W'W and s = W'1, 2 K d d FLOPs whatever the batch."""
-    dtype, walk = _walk(rows, v, g, min(v.shape[1], MAX_CHUNK))
+    dtype, walk = _walk(rows, v, g, min(v.shape[1], MAX_CHUNK), inverse_norms, False, native)
     accumulate = accumulation_dtype(rows.dtype)
     gram = torch.zeros(v.shape[1], v.shape[1], dtype=accumulate, device=v.device)
     total = torch.zeros(v.shape[1], dtype=accumulate, device=v.device)
@@ -78,13 +82,13 @@ def _gram(rows: Tensor, v: Tensor, g: Tensor, groups: int) -> Forward:
     # ||W D + eps||^2 = D'GD + 2 eps s'D + K eps^2, of a difference vector: no cancellation.
     squares = (gram_differences * differences).sum(1) + 2 * EPS * (differences @ total.double()) + v.shape[0] * EPS**2
     gram_differences += EPS * total
-    return _finish(norms, neighbours, squares, gram_rows, gram_differences, groups, accumulate)
+    return _finish(norms, neighbours, squares, gram_rows, gram_differences, inverse_norms, groups, accumulate)
 
 
-def _streamed(rows: Tensor, v: Tensor, g: Tensor, groups: int) -> Forward:
+def _streamed(rows: Tensor, v: Tensor, g: Tensor, groups: int, inverse_norms: Tensor, native: bool) -> Forward:
     """Two walks with the R rows, 8 R K d FLOPs: one for norms and neighbours, one for the chosen differences."""
     accumulate = accumulation_dtype(rows.dtype)
-    dtype, walk = _walk(rows, v, g, rows.shape[0])
+    dtype, walk = _walk(rows, v, g, rows.shape[0], inverse_norms, False, native)
     x, narrow = rows.double(), rows.to(dtype)
     dots = x.new_zeros(rows.shape[0], rows.shape[0])
     gram_rows = torch.zeros(rows.shape, dtype=accumulate, device=rows.device)
@@ -97,11 +101,11 @@ def _streamed(rows: Tensor, v: Tensor, g: Tensor, groups: int) -> Forward:
     narrow = normalised_differences(x, norms, neighbours).to(dtype)
     squares = torch.zeros_like(norms)
     gram_differences = torch.zeros_like(gram_rows)
-    for chunk in _walk(rows, v, g, rows.shape[0])[1]:
+    for chunk in _walk(rows, v, g, rows.shape[0], inverse_norms, True, native)[1]:
         y = project(narrow, chunk).add_(EPS)
         squares.add_(y.square().sum(1))
         gram_differences.add_(project_back(y, chunk))
-    return _finish(norms, neighbours, squares, gram_rows, gram_differences, groups, accumulate)
+    return _finish(norms, neighbours, squares, gram_rows, gram_differences, inverse_norms, groups, accumulate)
 
 
 def project(rows: Tensor, chunk: Chunk) -> Tensor:
@@ -140,11 +144,11 @@ def normalised_differences(x: Tensor, norms: Tensor, neighbours: Tensor) -> Tens
     return points - points[neighbours]
 
 
-def _finish(norms, neighbours, squares, gram_rows, gram_differences, groups, accumulate) -> Forward:
+def _finish(norms, neighbours, squares, gram_rows, gram_differences, inverse_norms, groups, accumulate) -> Forward:
     distances = squares.clamp_min(0).sqrt()
     loss = -(distances + EPS).log().sum() / (norms.shape[0] // groups)
     kept = gram_rows.to(accumulate), gram_differences.to(accumulate)
-    return Forward(loss.to(accumulate), norms, neighbours, distances, *kept)
+    return Forward(loss.to(accumulate), norms, neighbours, distances, *kept, inverse_norms)
 
 
 def backward(
@@ -157,11 +161,18 @@ def backward(
     distances: Tensor,
     gram_rows: Tensor,
     gram_differences: Tensor,
+    inverse_norms: Tensor,
     groups: int,
+    need_prototypes: bool = True,
+    native: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows, v and g for the loss's gradient ``grad`` []; the last five tensors are the forward's."""
+    """Gradients of rows, v and g for the loss's gradient ``grad`` []; the last six tensors are the forward's.
+
+    Those of v and g, the only ones that cost a walk over the prototypes, have no elements if they are not needed.
+    """
+    none = v.new_empty(0), g.new_empty(0)
     if rows.shape[0] == 0:
-        return torch.zeros_like(rows), torch.zeros_like(v), torch.zeros_like(g)
+        return torch.zeros_like(rows), *((torch.zeros_like(v), torch.zeros_like(g)) if need_prototypes else none)
     x = rows.double()
     clamped = norms.clamp_min(EPS)
     differences = normalised_differences(x, norms, neighbours)
@@ -175,12 +186,22 @@ def backward(
     turn = -(grad_points * x).sum(1) / clamped**3
     turn = torch.where(norms > EPS, turn, torch.zeros_like(turn))
     grad_rows = grad_points / clamped[:, None] + turn[:, None] * gram_rows
-    grad_v, grad_g = _grad_prototypes(rows, v, g, x, differences, pull, turn)
-    return grad_rows.to(rows.dtype), grad_v, grad_g
+    if not need_prototypes:
+        return grad_rows.to(rows.dtype), *none
+    grads = _grad_prototypes(rows, v, g, x, differences, pull, turn, inverse_norms, native)
+    return grad_rows.to(rows.dtype), *grads
 
 
 def _grad_prototypes(
-    rows: Tensor, v: Tensor, g: Tensor, x: Tensor, differences: Tensor, pull: Tensor, turn: Tensor
+    rows: Tensor,
+    v: Tensor,
+    g: Tensor,
+    x: Tensor,
+    differences: Tensor,
+    pull: Tensor,
+    turn: Tensor,
+    inverse_norms: Tensor,
+    native: bool,
 ) -> tuple[Tensor, Tensor]:
     """dW = W Z' diag(a) Z + 1 t' for Z = [D; x], a = [pull; turn], t = eps sum pull D; then through weight norm.
 
@@ -190,9 +211,9 @@ def _grad_prototypes(
     shift = EPS * (pull @ differences)
     z = torch.cat([differences, x, shift[None]])  # [2R + 1, d]
     weights = torch.cat([pull, turn])[:, None].to(accumulate)
-    dtype, walk = _walk(rows, v, g, z.shape[0])
+    dtype, walk = _walk(rows, v, g, z.shape[0], inverse_norms, True, native)
     z = z.to(dtype)
-    grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    grad_v = empty_gradient(v, native)
     grad_g = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     for chunk in walk:
         unit = torch.mm(z, chunk.direction.t()).to(accumulate)  # [2R + 1, c], to become products with v / ||v||

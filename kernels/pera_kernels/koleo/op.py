@@ -4,16 +4,29 @@ import torch
 from torch import Tensor
 
 from pera_kernels import backend
-from pera_kernels.distillation_loss.weight_norm import accumulation_dtype, check_prototypes
+from pera_kernels.distillation_loss.weight_norm import (
+    NATIVE_NAMES,
+    accumulation_dtype,
+    check_prototypes,
+    runs_native,
+)
 
 from . import gram, reference
 
+# No Triton kernels: see "On a GPU" in README.md.
+backend.register("koleo", "native", available=backend.needs_native(*NATIVE_NAMES))
 backend.register("koleo", "chunked")
 
 
+def _native(rows: Tensor, v: Tensor, g: Tensor) -> bool:
+    return backend.choose("koleo", rows.device) == "native" and runs_native(rows, v, g)
+
+
 @torch.library.custom_op("pera::koleo", mutates_args=())
-def _forward(rows: Tensor, v: Tensor, g: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return gram.forward(rows, v, g, groups)
+def _forward(
+    rows: Tensor, v: Tensor, g: Tensor, groups: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return gram.forward(rows, v, g, groups, _native(rows, v, g))
 
 
 @_forward.register_fake
@@ -28,6 +41,7 @@ def _(rows, v, g, groups):
         torch.empty_like(per_row),
         kept,
         torch.empty_like(kept),
+        v.new_empty(v.shape[0], dtype=dtype),
     )
 
 
@@ -42,14 +56,34 @@ def _backward(
     distances: Tensor,
     gram_rows: Tensor,
     gram_differences: Tensor,
+    inverse_norms: Tensor,
     groups: int,
+    need_prototypes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return gram.backward(grad, rows, v, g, norms, neighbours, distances, gram_rows, gram_differences, groups)
+    saved = norms, neighbours, distances, gram_rows, gram_differences, inverse_norms
+    return gram.backward(grad, rows, v, g, *saved, groups, need_prototypes, _native(rows, v, g))
 
 
 @_backward.register_fake
-def _(grad, rows, v, g, norms, neighbours, distances, gram_rows, gram_differences, groups):
-    return rows.new_empty(rows.shape), v.new_empty(v.shape), g.new_empty(g.shape)
+def _(
+    grad,
+    rows,
+    v,
+    g,
+    norms,
+    neighbours,
+    distances,
+    gram_rows,
+    gram_differences,
+    inverse_norms,
+    groups,
+    need_prototypes,
+):
+    return (
+        rows.new_empty(rows.shape),
+        v.new_empty(v.shape if need_prototypes else 0),
+        g.new_empty(g.shape if need_prototypes else 0),
+    )
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -59,7 +93,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad: Tensor, *_: Tensor | None):
-    return *_backward(grad, *ctx.saved_tensors, ctx.groups), None
+    needs = ctx.needs_input_grad[:3]
+    grads = _backward(grad, *ctx.saved_tensors, ctx.groups, needs[1] or needs[2])
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
