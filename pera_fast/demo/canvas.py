@@ -82,12 +82,18 @@ class Canvas:
         return Pen(self)
 
     def finish(self) -> NDArray[np.uint8]:
-        """The picture under a random light: exposure, tint, contrast, haze and sensor noise; uint8 [size, size, 3]."""
+        """The picture under a random light; uint8 [size, size, 3].
+
+        Brightness and contrast differ widely, as the student's jitter does: they are no cue to match views by, and they
+        mislead a network that has not learned to look past them. Tint and haze hardly differ.
+        """
         rng = self.rng
-        picture = np.clip(self.pixels, 0, 1) ** np.float32(rng.uniform(0.85, 1.2))
-        picture = picture * np.float32(rng.uniform(0.85, 1.15)) * rng.uniform(0.97, 1.03, 3).astype("f4")
-        haze = np.float32(rng.uniform(0, 0.12))
-        picture = picture * (1 - haze) + haze * rng.uniform(0.62, 0.7, 3).astype("f4")
+        picture = np.clip(self.pixels, 0, 1) ** np.float32(rng.uniform(0.8, 1.3))
+        mean = picture.mean()
+        picture = mean + (picture - mean) * np.float32(rng.uniform(0.4, 1.25))
+        picture = picture * np.float32(rng.uniform(0.6, 1.5)) * rng.uniform(0.97, 1.03, 3).astype("f4")
+        haze = np.float32(rng.uniform(0, 0.08))
+        picture = picture * (1 - haze) + haze * np.float32(0.66)
         picture += rng.normal(0, 0.012, picture.shape).astype("f4")
         return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
 
