@@ -18,6 +18,10 @@ SELECTIONS = {
         *("tests/kernels/test_visible_patches.py", "tests/kernels/test_color_golden.py"),
         *("-k", "triton and not opcheck and not compiles and not alone and not bad_arguments and not pil"),
     ],
+    "distillation_loss": [
+        *("tests/kernels/test_distillation_loss.py", "-k"),
+        "(error_within and native) or extreme or noncontiguous or equal_bits or uninitialised or odd or nan_is",
+    ],
     "embed_tokens": [*PACKED, "embed_tokens and triton and not opcheck"],
     "mask_tokens": [*PACKED, "mask_tokens and triton and not opcheck"],
     "sequence_add": [*PACKED, "sequence_add and triton and not opcheck"],

@@ -162,6 +162,30 @@ def test_repeat_gives_equal_bits(form, dtype):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_gradients_that_are_not_needed_are_left_out(form, dtype):
+    args = make(4, 300, 6, dtype)
+    want = evaluate(koleo, args, 2)[1:]
+    for needed in ((0,), (1, 2), (2,)):
+        some = [t.detach().requires_grad_(i in needed) for i, t in enumerate(args)]
+        got = torch.autograd.grad(koleo(*some, 2), [some[i] for i in needed])
+        assert all(torch.equal(a, want[i]) for a, i in zip(got, needed, strict=True))
+
+
+def test_uninitialised_memory_does_not_matter(form, monkeypatch):
+    args = make(6, 300, 6, torch.float32)
+    want = evaluate(koleo, args, 2)
+    empty = torch.empty
+
+    def poisoned(*shape, **kwargs):
+        out = empty(*shape, **kwargs)
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(gram, "empty_gradient", lambda v, native: poisoned(v.shape, dtype=v.dtype))
+    assert all(torch.equal(a, b) for a, b in zip(evaluate(koleo, args, 2), want, strict=True))
+
+
 class Largest(TorchDispatchMode):
     """Records the elements of the largest tensor that any call returns."""
 

@@ -138,7 +138,7 @@ def _native_forward(
         NATIVE.distillation_forward_(s, t, *scales, student_temp, teacher_temp, statistics)
     student_lse, teacher_lse, cross = statistics.split([2, 2, 1], 1)
     loss = student_lse[:, 1].log() + student_lse[:, 0] - cross[:, 0] / teacher_lse[:, 1]
-    return loss, student_lse.contiguous(), teacher_lse.contiguous()
+    return loss, student_lse.clone(), teacher_lse.clone()
 
 
 def backward(
