@@ -84,7 +84,7 @@ class Pair:
 
     def programs(self, counts: tuple[int, int], dim: int, block: int) -> int:
         """Programs that take ``block`` values of one sequence each, for that many sequences of either group."""
-        return sum(count * triton.cdiv(length * dim, block) for count, length in zip(counts, self.length, strict=True))
+        return sum(count * -(-length * dim // block) for count, length in zip(counts, self.length, strict=True))
 
 
 def group_pairs(groups: Sequence[int], kept: Sequence[int] | None) -> Iterator[Pair]:
@@ -102,7 +102,7 @@ def group_pairs(groups: Sequence[int], kept: Sequence[int] | None) -> Iterator[P
 def columns(dim: int) -> int:
     """Columns of a tile that leaves no lane of a usual width idle: the largest power of two that divides it, to 256."""
     even = dim & -dim
-    return min(even, 256) if even >= 64 else min(triton.next_power_of_2(dim), 256)
+    return min(even, 256) if even >= 64 else min(1 << (dim - 1).bit_length(), 256)
 
 
 def why_not(x: Tensor) -> str | None:
