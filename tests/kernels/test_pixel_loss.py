@@ -17,6 +17,7 @@ from pera_kernels.pixel_loss import eager, pixel_loss
 from pera_kernels.pixel_loss import reference as definition
 from pera_kernels.pixel_loss.op import pixel_loss_backward
 from pera_kernels.visible_patches import eager as patches
+from pera_kernels.visible_patches.reference import compute_dtype
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLEMENTATIONS = ["reference", "eager", "native", *(["triton"] if INTERPRETED else [])]
@@ -68,6 +69,8 @@ def check(pred: Tensor, where: tuple, dtype: torch.dtype) -> None:
     """Value and gradient of the op in `dtype` against float64: three times the error that plain autograd makes in it.
 
     The error of float64, in which the definition itself is computed, is that of float32 in units of the last place.
+    Plain autograd may be right by luck where there are few values, so anyone's target may be off by what two roundings
+    of a pixel in [0, 1] are after the division by std.
     """
     pred = pred.to(dtype)
     results = run(pixel_loss, pred, where)
@@ -77,13 +80,16 @@ def check(pred: Tensor, where: tuple, dtype: torch.dtype) -> None:
     assert results[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert results[0].shape == ()
     assert results[1].dtype == dtype
-    for result, right, plain in zip(results, rights, plains, strict=True):
+    difference = definition.difference(pred.double(), *where)
+    off = torch.finfo(compute_dtype(dtype)).eps / min(where[6], default=1)
+    slacks = 2 * difference.abs().sum() / max(len(pred), 1) * off, 1.7 * 2 / max(len(pred), 1) * off
+    for result, right, plain, slack in zip(results, rights, plains, slacks, strict=True):
         assert result.shape == right.shape
         if right.numel() == 0:
             continue
         precision = torch.finfo(result.dtype).eps
         error = (plain.double() - right).abs().max() * precision / torch.finfo(plain.dtype).eps
-        allowed = 3 * error + precision * right.abs().max()
+        allowed = 3 * error + precision * right.abs().max() + slack
         assert allowed < 0.03 * right.abs().max() + 1e-30
         assert (result.double() - right).abs().max() <= allowed
 
@@ -229,6 +235,23 @@ def test_every_gradient_is_written(implementation: str) -> None:
         assert run(pixel_loss, pred.float(), where)[1].isfinite().all()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("size", [5, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu(size: int, dtype: torch.dtype) -> None:
+    """Value and gradient, without waiting for the device, twice the same bits."""
+    pred, where = make_case(count=len(ORDERS), size=size)
+    pred, where = pred.cuda(), tuple(value.cuda() if isinstance(value, Tensor) else value for value in where)
+    check(pred, where, dtype)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        (loss, grad), second = (run(pixel_loss, pred.to(dtype), where) for _ in range(2))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(loss, second[0])
+    assert torch.equal(grad, second[1])
 
 
 def test_opcheck(implementation: str) -> None:

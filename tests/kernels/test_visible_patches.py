@@ -345,6 +345,24 @@ def test_eager_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(contrast_mean(case.crops, case.order, case.factors), means, rtol=1e-6, atol=0)
 
 
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("patch_size", [5, 14, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu(patch_size: int, dtype: torch.dtype) -> None:
+    """Colours of every order and none, without waiting for the device, twice the same bits."""
+    for case in (made := make_case(ORDERS, rows=4, columns=4, patch_size=patch_size), replace(made, order=None)):
+        case = replace(case, factors=None) if case.order is None else case
+        args = [value.cuda() if isinstance(value, Tensor) else value for value in case.args(dtype)]
+        visible_patches(*args)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            results = [visible_patches(*args) for _ in range(2)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(results[0], results[1])
+        check(results[0].cpu(), case)
+
+
 def test_opcheck(implementation: str) -> None:
     case = make_case(ORDERS[:3])
     torch.library.opcheck(torch.ops.pera.contrast_mean, (case.crops, case.order, case.factors))

@@ -244,6 +244,7 @@ def visible_patches(
 ) -> Tensor:
     """Rows (N * n, C * P * P) of ``dtype``."""
     read, strides, constants = source(crops, patch_size)
+    mean, std = (mean, std) if crops.dtype == torch.uint8 else ([], [])  # not used: one compiled kernel for all
     width = crops.shape[2] if crops.dtype == torch.uint8 else crops.shape[3]
     rows = torch.empty(index.numel(), constants["C"] * patch_size**2, dtype=dtype, device=crops.device)
     if rows.numel() == 0:
