@@ -17,7 +17,6 @@ from .weight_norm import (
     accumulation_dtype,
     chunk_size,
     chunks,
-    empty_gradient,
     write_grad_v,
 )
 
@@ -172,8 +171,10 @@ def backward(
         grad.to(dtype) / student_temp, center, student_lse, teacher_lse, student_temp, teacher_temp, size
     )
     grad_rows = torch.zeros(student_rows.shape if need_rows else 0, dtype=dtype, device=student_rows.device)
-    none = student_v.new_empty(0), student_g.new_empty(0)
-    grad_v, grad_g = (empty_gradient(student_v, native), torch.empty_like(student_g)) if need_prototypes else none
+    grad_v, grad_g = student_v.new_empty(0), student_g.new_empty(0)
+    if need_prototypes:
+        grad_v = torch.empty(student_v.shape, dtype=student_v.dtype, device=student_v.device)
+        grad_g = torch.empty(student_g.shape, dtype=student_g.dtype, device=student_g.device)
     for (chunk, s), (teacher_chunk, t) in zip(student, teacher, strict=True):
         dz, along = differentiate(chunk, s, teacher_chunk, t)
         dz = dz.to(student.dtype)

@@ -20,10 +20,6 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace {
 
 constexpr int64_t kLanes = 32;
@@ -94,12 +90,14 @@ void dispatch(at::ScalarType dtype, const Run& run) {
   }
 }
 
-inline float sum_lanes(const float* lanes) {
-  float total = 0.0f;
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    total += lanes[lane];
+// Sum of kLanes values, which it overwrites; halves onto halves, as one after the other costs a row more than its products.
+inline float sum_lanes(float* lanes) {
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t lane = 0; lane < width; ++lane) {
+      lanes[lane] += lanes[lane + width];
+    }
   }
-  return total;
+  return lanes[0];
 }
 
 // Maximum of n values, as integers in the order of the floats (a maximum of floats stays scalar); NaN may come out of it.
@@ -407,21 +405,6 @@ void weight_norm_backward_(
   });
 }
 
-// Uninitialised memory like x. Of large pages, if the system grants them: at its first touch 4 KiB pages cost three times
-// as much as writing to it.
-at::Tensor empty_like(const at::Tensor& x) {
-  at::Tensor out = at::empty(x.sizes(), x.options());
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 2 << 20;
-  const auto address = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
-  const uintptr_t begin = (address + kPage - 1) / kPage * kPage, end = (address + out.nbytes()) / kPage * kPage;
-  if (end > begin) {
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  }
-#endif
-  return out;
-}
-
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(pera_native, m) {
@@ -435,7 +418,6 @@ TORCH_LIBRARY_FRAGMENT(pera_native, m) {
   m.def(
       "weight_norm_backward_(Tensor products, Tensor v, Tensor scale, Tensor inverse_norm, Tensor along, bool unit, "
       "Tensor(a!) out) -> ()");
-  m.def("empty_gradient(Tensor x) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(pera_native, CPU, m) {
@@ -443,5 +425,4 @@ TORCH_LIBRARY_IMPL(pera_native, CPU, m) {
   m.impl("distillation_backward_", &distillation_backward_);
   m.impl("weight_norm", &weight_norm);
   m.impl("weight_norm_backward_", &weight_norm_backward_);
-  m.impl("empty_gradient", &empty_like);
 }

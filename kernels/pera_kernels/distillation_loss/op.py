@@ -136,8 +136,8 @@ def distillation_loss(
         loss_n = -sum_k softmax(t_n)_k log_softmax(s_n)_k = lse(s_n) - E_{softmax(t_n)}[s_n]
 
     The [N, K] logits are never in memory, nor is W: one pass over chunks of prototypes; the backward makes another
-    and writes each chunk's weight gradient once. Saved for it: the arguments and two log-sum-exps per row (each as
-    its maximum and its sum).
+    and writes each chunk's weight gradient once. Saved for it: the arguments, two log-sum-exps per row (each as
+    its maximum and its sum) and 1 / ||v|| of both networks. A gradient that is not needed costs nothing.
 
     Args:
         student_rows: [N, d] bottleneck rows; float64, float32, bfloat16 or float16: the dtype of the matrix products

@@ -23,7 +23,6 @@ NATIVE_NAMES = (
     "distillation_backward_",
     "weight_norm",
     "weight_norm_backward_",
-    "empty_gradient",
 )
 
 
@@ -139,11 +138,6 @@ def write_grad_v(out: Tensor, dz: Tensor, rows: Tensor, v: Tensor, along: Tensor
         along: [c], accumulation dtype: gradient of g, that is the part of W's gradient along v / ||v||.
         chunk: the chunk.
     """
-    if chunk.native:
-        products = torch.mm(dz.t(), rows)
-        inputs = v.contiguous(), chunk.scale, chunk.inverse_norm, along
-        NATIVE.weight_norm_backward_(products, *inputs, chunk.unit, out)
-        return
     # Both kinds of direction give g / ||v||.
     size = chunk.scale * chunk.inverse_norm if chunk.unit else chunk.scale
     pull_back = (size * along * chunk.inverse_norm)[:, None]
@@ -151,15 +145,14 @@ def write_grad_v(out: Tensor, dz: Tensor, rows: Tensor, v: Tensor, along: Tensor
         torch.mul(v, -pull_back.to(v.dtype), out=out)
         out.addmm_(dz.t(), rows)
         return
-    wide = torch.mm(dz.t(), rows).to(chunk.scale.dtype)
+    products = torch.mm(dz.t(), rows)
+    if chunk.native:
+        NATIVE.weight_norm_backward_(products, v.contiguous(), chunk.scale, chunk.inverse_norm, along, chunk.unit, out)
+        return
+    wide = products.to(chunk.scale.dtype)
     if chunk.unit:
         wide.mul_(chunk.inverse_norm[:, None])
     out.copy_(wide.sub_(v.to(wide.dtype) * pull_back))
-
-
-def empty_gradient(v: Tensor, native: bool) -> Tensor:
-    """Uninitialised memory for the gradient of v; in large pages, whose first touch is cheap, if native."""
-    return NATIVE.empty_gradient(v) if native else torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
 def prototypes(v: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -17,7 +17,6 @@ from pera_kernels.distillation_loss.weight_norm import (
     accumulation_dtype,
     chunk_size,
     chunks,
-    empty_gradient,
     write_grad_v,
 )
 
@@ -213,7 +212,7 @@ def _grad_prototypes(
     weights = torch.cat([pull, turn])[:, None].to(accumulate)
     dtype, walk = _walk(rows, v, g, z.shape[0], inverse_norms, True, native)
     z = z.to(dtype)
-    grad_v = empty_gradient(v, native)
+    grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     grad_g = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     for chunk in walk:
         unit = torch.mm(z, chunk.direction.t()).to(accumulate)  # [2R + 1, c], to become products with v / ||v||
