@@ -6,7 +6,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pera_fast.config import load_config
 from pera_fast.profile.live import LiveBytes, MemoryFit, fit, simulate_step
-from pera_kernels import backend
 
 
 def test_storages_are_counted_from_birth_to_death() -> None:
@@ -32,13 +31,9 @@ def test_fit_and_largest_batch() -> None:
 
 def memory(policy: str) -> MemoryFit:
     """Batches 8 and 16 at the published sizes: 448 px, 2 + 8 crops, 131072 prototypes, bf16."""
-    # The native kernels hold less than the PyTorch implementations, which fake tensors can run.
-    with backend.use("eager"):
-        found = [
-            simulate_step(load_config("vit_b16", [f"model.recompute={policy}", f"train.batch_size={batch}"]))
-            for batch in (8, 16)
-        ]
-    return fit(*found)
+    overrides = [f"model.recompute={policy}"]
+    first, second = (simulate_step(load_config("vit_b16", [*overrides, f"train.batch_size={b}"])) for b in (8, 16))
+    return fit(first, second)
 
 
 @pytest.mark.slow

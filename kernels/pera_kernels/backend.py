@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Row", "choose", "native", "needs_native", "needs_triton", "register", "report", "use"]
+__all__ = ["Row", "choose", "native", "needs_native", "needs_triton", "register", "report", "use", "without"]
 
 REFERENCE = "reference"
 ENVIRONMENT = "PERA_BACKEND"
@@ -57,6 +57,7 @@ class Row:
 _registry: dict[str, dict[str, Check]] = {}
 # A plain variable rather than a context variable: backward passes and prefetch threads must see the same choice.
 _forced: str | None = None
+_left_out: frozenset[str] = frozenset()
 
 
 def _always(device: torch.device) -> str | None:
@@ -105,7 +106,7 @@ def _select(op: str, device: torch.device) -> tuple[str, dict[str, str]]:
         if wanted in checks and name != wanted:
             missing[name] = f"{wanted} is forced"
             continue
-        reason = available(device)
+        reason = "it is left out" if name in _left_out else available(device)
         if reason is None:
             return name, missing
         missing[name] = reason
@@ -141,6 +142,17 @@ def use(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextmanager
+def without(*names: str) -> Iterator[None]:
+    """Leaves implementations out of every choice, for all threads, while the block runs: ``without("native")``."""
+    global _left_out
+    before, _left_out = _left_out, _left_out | set(names)
+    try:
+        yield
+    finally:
+        _left_out = before
 
 
 def report(device: torch.device | str = "cpu") -> list[Row]:

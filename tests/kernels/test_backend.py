@@ -115,3 +115,13 @@ def test_import_needs_neither_triton_nor_the_library():
     source_root = Path(backend.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=source_root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_implementations_can_be_left_out() -> None:
+    backend.register("left_out_test", "fast")
+    device = torch.device("cpu")
+    assert backend.choose("left_out_test", device) == "fast"
+    with backend.without("fast"):
+        assert backend.choose("left_out_test", device) == "reference"
+    assert backend.choose("left_out_test", device) == "fast"
+    del backend._registry["left_out_test"]
