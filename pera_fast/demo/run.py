@@ -21,10 +21,11 @@ from pera_fast.model.transformer import VisionTransformer
 from pera_fast.train.api import make_model, pretrain
 
 MARK = ".pera-fast-demo"  # in folders that the demo may clear
-TRAIN_SCENES, TEST_SCENES = 120, 30  # of each class
+TRAIN_SCENES, TEST_SCENES = 100, 30  # of each class
 TEST_SHARE = 0.2  # of the images of each class of a user's folder
 PROBE_LIMIT = 1500  # images of either side of the probe
-STEPS = 500
+STEPS = 260
+BATCH = 32
 FIRST = 5  # steps whose mean is the loss at the beginning
 
 
@@ -56,7 +57,8 @@ def run(
     began, out = time.perf_counter(), Path(out)
     _claim(out)
     images = _procedural(out, seed, scenes) if data is None else _given(Path(data), out, seed)
-    settings = [f"train.steps={steps}", f"train.seed={seed}", f"train.checkpoint_every={steps}", *overrides]
+    settings = [f"train.steps={steps}", f"train.seed={seed}", f"train.checkpoint_every={steps}"]
+    settings += [f"train.batch_size={BATCH}", *overrides]
     result = pretrain(images.folder, out / "run", "tiny", overrides=settings)
     if result.exit_code:
         raise SystemExit(result.exit_code)
