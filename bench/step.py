@@ -134,6 +134,7 @@ def main() -> None:
         "python": platform.python_version(),
         "commit": _commit(),
         "date": date.today().isoformat(),
+        "file_kind": "cpu" if device.type == "cpu" else name.lower().replace(" ", "-"),
         "gflop_per_image": flops_per_image(cfg) / 1e9,
         "sides": {},
     }
@@ -154,7 +155,7 @@ def main() -> None:
         print(f"ratio {record['speedup']:.2f}")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        kind = "cpu" if device.type == "cpu" else name.lower().replace(" ", "-")
+        kind = record["file_kind"]
         path = args.out / f"step-{args.recipe}-b{args.batch_size}-{args.precision}-{kind}.json"
         path.write_text(json.dumps(record, indent=2) + "\n")
         print(path)
