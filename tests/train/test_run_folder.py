@@ -115,7 +115,7 @@ def test_resume_with_another_recipe_lists_the_keys(held: RunFolder):
         start_resumed(held, "vit_s16", [])
     message = line(error)
     assert "recipe tiny, not vit_s16" in message
-    assert "model.embed_dim=384 (was 192)" in message
+    assert f"model.embed_dim=384 (was {load_config('tiny', []).model.embed_dim})" in message
     assert "model.depth=12 (was 2)" in message
 
 
