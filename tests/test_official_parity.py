@@ -4,7 +4,9 @@ PERA_GOLDEN_DIR names another folder of files of the same form; every size is re
 """
 
 import json
+import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +15,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pera_fast.config import load_config
+from pera_fast.config import Config, load_config
 from pera_fast.model.inputs import GroupInputs, StepInputs, num_kept
 from pera_fast.model.masking import indices_from_ranks
 from pera_fast.model.pera import PerA
 from pera_fast.train.optim import apply_gradients, make_optimizer, make_scaler
-from pera_fast.train.schedules import StepValues
-from pera_kernels.visible_patches import visible_patches
+from pera_fast.train.schedules import StepValues, make_schedules
+from pera_kernels.visible_patches import contrast_mean, visible_patches
 
 GOLDEN = Path(os.environ.get("PERA_GOLDEN_DIR") or Path(__file__).parent / "golden")
 FILES = sorted(path.name for path in GOLDEN.glob("step_*.safetensors"))
@@ -211,3 +213,57 @@ def test_pixel_loss_is_zero_without_predicted_patches(golden: Golden) -> None:
     out = model(inputs, golden.meta["teacher_temp"])
     assert out["pixel_loss"] == 0
     assert torch.isfinite(out["loss"])
+
+
+def test_jitter() -> None:
+    with safe_open(GOLDEN / "color_jitter.safetensors", "pt") as file:
+        images, order, factors, want = (file.get_tensor(name) for name in ("input", "order", "factors", "output_float"))
+    n, height, width, channels = images.shape
+    size = math.gcd(height, width)
+    rows, columns = height // size, width // size
+    index = torch.arange(rows * columns, dtype=torch.int32).repeat(n, 1)
+    gray = contrast_mean(images, order, factors)
+    plain = [0.0] * channels, [1.0] * channels
+    patches = visible_patches(images, index, order, factors, gray, *plain, size, torch.float32)
+    got = patches.view(n, rows, columns, channels, size, size).permute(0, 1, 4, 2, 5, 3).reshape(want.shape)
+    assert (got - want).abs().max() <= 2e-3
+
+
+NUMBER = r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(x) for x in re.findall(NUMBER, text)]
+
+
+def schedule_config(metadata: dict[str, str]) -> Config:
+    """The configuration that the file's metadata describes in words."""
+    cfg = Config()
+    o = cfg.optim
+    cfg.train.epochs = int(metadata["epochs"])
+    o.lr, o.final_lr, o.warmup_epochs, o.warmup_lr = _numbers(metadata["lr"])
+    o.weight_decay, o.final_weight_decay = _numbers(metadata["wd"])
+    o.teacher_momentum, o.final_teacher_momentum = _numbers(metadata["tm"])
+    o.warmup_teacher_temp, _, o.teacher_temp_warmup_epochs, o.teacher_temp = _numbers(metadata["tt"])
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def schedule_numbers() -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    with safe_open(str(GOLDEN / "schedules.safetensors"), "np") as file:
+        return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("as_steps", [False, True], ids=["train.epochs", "train.steps"])
+def test_schedules(schedule_numbers: tuple[dict[str, str], dict[str, np.ndarray]], as_steps: bool) -> None:
+    metadata, want = schedule_numbers
+    cfg, per_epoch = schedule_config(metadata), int(metadata["iters_per_epoch"])
+    if as_steps:  # the same length given in steps: the warm-ups keep their fractions
+        cfg.train.steps, per_epoch_given = cfg.train.epochs * per_epoch, 1
+    else:
+        per_epoch_given = per_epoch
+    schedules = make_schedules(cfg, per_epoch_given)
+    names = {"lr": "lr", "wd": "weight_decay", "tm": "momentum", "tt": "teacher_temp"}
+    for key, values in want.items():
+        got = [getattr(schedules.at(step), names[key]) for step in range(schedules.steps)]
+        np.testing.assert_allclose(got, values, rtol=1e-12, atol=1e-15, err_msg=key)
