@@ -1,4 +1,4 @@
-"""Schedules against the published implementation's numbers, and what must hold for any configuration."""
+"""Schedules: what must hold for any configuration. The published numbers: tests/test_official_parity.py."""
 
 import numpy as np
 import pytest
