@@ -33,3 +33,12 @@ def test_every_kernel_is_listed() -> None:
         names = [line.split("(")[0].removeprefix("def ") for line in path.read_text().splitlines()]
         written |= {name for name in names if name.endswith("_kernel")}
     assert written == listed
+
+
+def test_the_table_holds_every_variant() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "kernel_resources.md").read_text(encoding="utf-8")
+    rows = {
+        tuple(cell.strip(" `") for cell in line.split("|")[1:4]) for line in text.splitlines() if line.startswith("|")
+    }
+    for op, variant in VARIANTS:
+        assert (op, variant.kernel.__name__, variant.name) in rows, "run python -m pera_kernels.aot"
