@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pera_fast import __version__
+from pera_fast.cli_data import data_app
 from pera_fast.errors import UserError
 
 app = typer.Typer(
@@ -18,9 +19,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help comes in half the time
-)
-data_app = typer.Typer(
-    help="Look at a folder of images before training on it.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(data_app, name="data")
 
@@ -65,21 +63,6 @@ def pretrain(
 
     result = run(data=data, out=out, recipe=recipe, resume=resume, overrides=overrides or [])
     raise typer.Exit(result.exit_code)
-
-
-@data_app.command()
-def index(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="The Parquet manifest.", show_default="in the user's cache")] = None,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Decode every file fully.")] = True,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one per core")] = None,
-    channels: Annotated[int, typer.Option(min=1, help="model.in_chans of the training that it is for.")] = 3,
-) -> None:
-    """Check every image below DIR and write what was found into a manifest that pretraining reuses."""
-    from pera_fast.data.index import build_index
-
-    manifest = build_index(directory, out=out, verify=verify, workers=workers, channels=channels)
-    typer.echo(manifest.summary)
 
 
 @app.command()
