@@ -17,6 +17,7 @@ from pera_fast.data.manifest import Manifest, not_writable
 from pera_fast.data.probe import MAX_FILES, ProbeResult, ProbeSettings
 from pera_fast.data.sandbox import Sandbox
 from pera_fast.data.scan import Entry, Listing, scan
+from pera_fast.data.shards import list_shards, locate
 from pera_fast.errors import UserError
 
 _log = logging.getLogger("pera_fast")
@@ -93,14 +94,18 @@ def _update(
     folder: Path, target: Path, settings: ProbeSettings, workers: int, timeout: float, bars: "_Bars"
 ) -> Manifest:
     version = _dali_version()
-    listing = scan(os.fspath(folder), bars.scanned)
+    listing = _list(os.fspath(folder), bars)
     for path, reason in listing.unreadable:
         _log.warning("cannot read the folder %s: %s", folder / path, reason)
     known = _reusable(target, settings, version, replace=target == default_index_path(folder))
     kept, unchecked = [], []
     for entry in listing.entries:
         old = known.get(entry.path)
-        if old is not None and (old.size, old.mtime_ns) == (entry.size, entry.mtime_ns) and not entry.reason:
+        if (
+            old is not None
+            and (old.size, old.mtime_ns, old.offset) == (entry.size, entry.mtime_ns, entry.offset)
+            and not entry.reason
+        ):
             kept.append(old)
         else:
             unchecked.append(entry)
@@ -117,6 +122,11 @@ def _update(
         f" ({len(kept)} known, {len(checked)} checked, {gone} gone; {target})"
     )
     return manifest
+
+
+def _list(root: str, bars: "_Bars") -> Listing:
+    """The images in a folder's shards, or its image files."""
+    return list_shards(root, bars.scanned) or scan(root, bars.scanned)
 
 
 def _reusable(target: Path, settings: ProbeSettings, version: str, replace: bool) -> dict[str, ProbeResult]:
@@ -149,10 +159,11 @@ def _reusable(target: Path, settings: ProbeSettings, version: str, replace: bool
 def _check(
     folder: Path, entries: Sequence[Entry], settings: ProbeSettings, workers: int, timeout: float, bars: "_Bars"
 ) -> list[ProbeResult]:
-    results = [ProbeResult(entry.path, reason=entry.reason) for entry in entries if entry.reason]
+    results = [ProbeResult(entry.path, reason=entry.reason, offset=entry.offset) for entry in entries if entry.reason]
     batches = _batches([entry for entry in entries if not entry.reason])
     bars.start_check(sum(map(len, batches)))
     workers = max(1, min(workers, len(batches)))
+    root = os.fspath(folder)
     idle: SimpleQueue[Sandbox] = SimpleQueue()
     sandboxes = [Sandbox(timeout) for _ in range(workers)]
     for sandbox in sandboxes:
@@ -161,11 +172,11 @@ def _check(
     def check(batch: list[Entry]) -> list[ProbeResult]:
         sandbox = idle.get()
         try:
-            found = sandbox.probe([os.path.join(folder, entry.path) for entry in batch], settings)
+            found = sandbox.probe([locate(root, entry.path, entry.offset, entry.size) for entry in batch], settings)
         finally:
             idle.put(sandbox)
         for result, entry in zip(found, batch, strict=True):
-            result.path = entry.path
+            result.path, result.offset = entry.path, entry.offset
         return found
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="pera-index")

@@ -18,11 +18,12 @@ from pera_fast.data.probe import ProbeResult, ProbeSettings
 from pera_fast.errors import UserError
 
 _METADATA = b"pera_fast"
-_VERSION = 1
+_VERSION = 2
+_NUMBERS = ("height", "width", "size", "mtime_ns", "offset")
 
 SCHEMA = pa.schema(
     [
-        ("path", pa.string()),  # relative to the root
+        ("path", pa.string()),  # relative to the root; of a shard's member SHARD.tar/MEMBER
         ("format", pa.string()),
         ("width", pa.int32()),  # upright
         ("height", pa.int32()),
@@ -32,7 +33,8 @@ SCHEMA = pa.schema(
         ("reason", pa.string()),  # why not
         ("decoder", pa.string()),  # dali, pillow or rasterio; empty: not tried
         ("size", pa.int64()),  # bytes
-        ("mtime_ns", pa.int64()),
+        ("mtime_ns", pa.int64()),  # of a member: its shard's
+        ("offset", pa.int64()),  # of a shard's member: bytes from the shard's start; -1: a file of its own
     ]
 )
 
@@ -47,6 +49,7 @@ class ReadableFiles:
     size: np.ndarray  # int64, bytes
     mtime_ns: np.ndarray  # int64
     decoder: pa.Array  # string
+    offset: np.ndarray  # int64; -1: a file of its own
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -81,7 +84,7 @@ class Manifest:
     def readable(self) -> ReadableFiles:
         """The rows that are ok."""
         table = self.table.filter(self.table["ok"]).combine_chunks()
-        numbers = {name: table[name].to_numpy().astype(np.int64) for name in ("height", "width", "size", "mtime_ns")}
+        numbers = {name: table[name].to_numpy().astype(np.int64) for name in _NUMBERS}
         paths, decoder = (_array(table[name]) for name in ("path", "decoder"))
         return ReadableFiles(paths=paths, decoder=decoder, **numbers)
 

@@ -11,6 +11,7 @@ import numpy as np
 from pera_fast.data import decode
 from pera_fast.data.dali import DaliDecoder, error_reason
 from pera_fast.data.formats import HEAD_BYTES, sniff
+from pera_fast.data.tar import FileState, Member, read_member
 
 MAX_FILES = 64  # of one call
 MAX_BYTES = 2**31  # of one file; it is read as a whole
@@ -48,6 +49,7 @@ class ProbeResult:
     dtype: str = ""
     size: int = -1  # bytes; -1: could not be opened
     mtime_ns: int = 0
+    offset: int = -1  # of a shard's member, bytes; -1: a file of its own
 
 
 @dataclass
@@ -71,12 +73,14 @@ class _File:
         return not self.result.ok and not self.result.reason
 
 
-def read_file(path: str) -> tuple[bytes, os.stat_result]:
-    """The bytes of a regular file and its state when they were read.
+def read_file(path: str | Member) -> tuple[bytes, FileState]:
+    """The bytes of a regular file, or of a tar's member, and its state when they were read.
 
     Raises:
         OSError: it cannot be read; also if it is no regular file, larger than MAX_BYTES or changed meanwhile.
     """
+    if isinstance(path, Member):
+        return read_member(path, MAX_BYTES)
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # non-blocking: opening a pipe would wait for ever
     with open(fd, "rb", buffering=0) as file:
         state = os.fstat(fd)
@@ -90,7 +94,7 @@ def read_file(path: str) -> tuple[bytes, os.stat_result]:
         after = os.fstat(fd)
     if len(data) != state.st_size or (after.st_size, after.st_mtime_ns) != (state.st_size, state.st_mtime_ns):
         raise OSError("changed while it was read")
-    return data, state
+    return data, FileState(state.st_size, state.st_mtime_ns)
 
 
 def os_reason(error: OSError) -> str:
@@ -106,7 +110,7 @@ class Prober:
 
     def __call__(
         self,
-        paths: Sequence[str],
+        paths: Sequence[str | Member],
         settings: ProbeSettings,
         decoders: Sequence[str],
         say: Callable[[str], None] = lambda stage: None,
@@ -130,8 +134,8 @@ class Prober:
         return [file.result for file in files]
 
     @staticmethod
-    def _read(path: str) -> _File:
-        result = ProbeResult(path)
+    def _read(path: str | Member) -> _File:
+        result = ProbeResult(str(path))
         try:
             data, state = read_file(path)
         except OSError as error:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
 from pera_fast.data.probe import ProbeResult, ProbeSettings
+from pera_fast.data.tar import Member
 
 _START_SECONDS = 120.0  # importing DALI from a cold network disk
 _LABELS = {"dali": "DALI", "pillow": "Pillow", "rasterio": "rasterio"}
@@ -40,9 +41,9 @@ class Sandbox:
         self._closed = False
 
     def probe(
-        self, paths: Sequence[str], settings: ProbeSettings, decoders: Sequence[str] | None = None
+        self, paths: Sequence[str | Member], settings: ProbeSettings, decoders: Sequence[str] | None = None
     ) -> list[ProbeResult]:
-        """One result for each absolute path (at most probe.MAX_FILES of them), in order. Never raises for a file.
+        """One result for each absolute path or member (at most probe.MAX_FILES), in order. Never raises for a file.
 
         Args:
             paths: the files.
@@ -55,7 +56,9 @@ class Sandbox:
         with self._lock:
             return self._probe(list(paths), settings, tuple(settings.decoders if decoders is None else decoders))
 
-    def _probe(self, paths: list[str], settings: ProbeSettings, decoders: tuple[str, ...]) -> list[ProbeResult]:
+    def _probe(
+        self, paths: list[str | Member], settings: ProbeSettings, decoders: tuple[str, ...]
+    ) -> list[ProbeResult]:
         try:
             return self._call(paths, settings, decoders)
         except _DiedError as died:
@@ -64,7 +67,7 @@ class Sandbox:
             return [self._probe_rest(paths[0], settings, decoders, died)]
 
     def _probe_rest(
-        self, path: str, settings: ProbeSettings, decoders: tuple[str, ...], died: _DiedError
+        self, path: str | Member, settings: ProbeSettings, decoders: tuple[str, ...], died: _DiedError
     ) -> ProbeResult:
         """A decoder died on the file: the ones after it may still know better."""
         told, left = [], list(decoders)
@@ -73,7 +76,7 @@ class Sandbox:
             left = left[left.index(died.stage) + 1 :] if died.stage in left else []
             if not left or not settings.verify:
                 size, mtime_ns = _state(path)
-                return ProbeResult(path, reason="; ".join(told), size=size, mtime_ns=mtime_ns)
+                return ProbeResult(str(path), reason="; ".join(told), size=size, mtime_ns=mtime_ns)
             try:
                 (result,) = self._call([path], settings, tuple(left))
             except _DiedError as again:
@@ -83,7 +86,7 @@ class Sandbox:
                 result.reason = "; ".join([*told, result.reason])
             return result
 
-    def _call(self, paths: list[str], settings: ProbeSettings, decoders: tuple[str, ...]) -> list[ProbeResult]:
+    def _call(self, paths: list[str | Member], settings: ProbeSettings, decoders: tuple[str, ...]) -> list[ProbeResult]:
         connection = self._start()
         stage = ""
         try:
@@ -161,9 +164,9 @@ class Sandbox:
             self._stop()
 
 
-def _state(path: str) -> tuple[int, int]:
+def _state(path: str | Member) -> tuple[int, int]:
     try:
-        state = os.stat(path)
+        state = os.stat(path.tar if isinstance(path, Member) else path)
     except OSError:
         return -1, 0
-    return state.st_size, state.st_mtime_ns
+    return path.size if isinstance(path, Member) else state.st_size, state.st_mtime_ns

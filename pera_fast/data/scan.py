@@ -20,6 +20,7 @@ class Entry:
     size: int = -1  # bytes
     mtime_ns: int = 0
     reason: str = ""  # why it cannot be read, if that shows already
+    offset: int = -1  # of the content in its shard, bytes; -1: a file of its own
 
 
 @dataclass

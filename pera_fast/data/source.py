@@ -13,7 +13,9 @@ from pera_fast.data import decode
 from pera_fast.data.manifest import Manifest
 from pera_fast.data.probe import ProbeResult, ProbeSettings, os_reason, read_file
 from pera_fast.data.sandbox import Sandbox
+from pera_fast.data.shards import locate
 from pera_fast.data.skipped import SkippedFiles
+from pera_fast.data.tar import Member
 from pera_fast.errors import UserError
 from pera_fast.keyed import Purpose, generator
 
@@ -104,8 +106,9 @@ class SampleSource:
         for step in range(1, len(self._files) + 1):
             yield (start + step) % len(self._files)
 
-    def _path(self, row: int) -> str:
-        return os.path.join(self._root, self._files.paths[row].as_py())
+    def _path(self, row: int) -> str | Member:
+        files = self._files
+        return locate(self._root, files.paths[row].as_py(), int(files.offset[row]), int(files.size[row]))
 
     def _load(self, row: int) -> Image:
         path = self._path(row)
@@ -161,7 +164,7 @@ class SampleSource:
         height, width = pixels.shape[:2]
         return Image(row, decode.as_pnm(pixels) if channels in (1, 3) else pixels, height, width)
 
-    def _probe(self, path: str, decoders: tuple[str, ...] | None = None) -> ProbeResult:
+    def _probe(self, path: str | Member, decoders: tuple[str, ...] | None = None) -> ProbeResult:
         sandbox = self._idle.get()
         try:
             return sandbox.probe([path], self._settings, decoders)[0]

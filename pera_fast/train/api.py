@@ -15,6 +15,7 @@ from pera_fast.config import Config
 from pera_fast.data.index import open_or_build
 from pera_fast.data.loader import Loader
 from pera_fast.data.manifest import Manifest
+from pera_fast.data.shards import file_of
 from pera_fast.data.skipped import SkippedFiles
 from pera_fast.errors import UserError
 from pera_fast.model.export import export_teacher
@@ -183,8 +184,9 @@ def _known_data(data: Path, folder: RunFolder) -> Manifest:
         raise UserError(f"--data {data}: no such folder")
     manifest = Manifest.load(folder.index)
     manifest.root = data.absolute()
-    some = manifest.readable.paths[:LOOKED_FOR].to_pylist()
-    if not any((manifest.root / path).exists() for path in some):
+    files = manifest.readable
+    some = files.paths[:LOOKED_FOR].to_pylist()
+    if not any((manifest.root / file_of(*row)).exists() for row in zip(some, files.offset, strict=False)):
         raise UserError(
             f"--data {data}: holds none of the images that this run was started with (such as {some[0]});"
             " give the folder where they are now"
