@@ -1,5 +1,6 @@
 """`pera-fast data ...`: the commands that look at images before training on them. Parses and calls, nothing else."""
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,3 +24,28 @@ def index(
 
     manifest = build_index(directory, out=out, verify=verify, workers=workers, channels=channels)
     typer.echo(manifest.summary)
+
+
+class _Encoding(str, Enum):
+    jpeg = "jpeg"
+    png = "png"
+
+
+@data_app.command()
+def pack(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder of the shards.", show_default=False)],
+    size_mib: Annotated[int, typer.Option(min=1, help="Most of one shard.")] = 1024,
+    tile: Annotated[int | None, typer.Option(min=16, help="Cut larger images into tiles of N x N.")] = None,
+    resize: Annotated[int | None, typer.Option(min=16, help="Shrink the shorter side to N.")] = None,
+    reencode: Annotated[_Encoding | None, typer.Option(help="Encode all anew.", show_default="as they are")] = None,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG, where images are encoded anew.")] = 95,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="one per core")] = None,
+    channels: Annotated[int, typer.Option(min=1, help="model.in_chans of the training that it is for.")] = 3,
+) -> None:
+    """Pack every readable image below DIR into tar files that pretraining and WebDataset read. Stopped, it goes on."""
+    from pera_fast.data.pack import pack as run
+    from pera_fast.data.pack_images import PackSettings
+
+    settings = PackSettings(size_mib, tile, resize, reencode.value if reencode else None, quality, channels)
+    typer.echo(run(directory, out, settings, workers=workers))

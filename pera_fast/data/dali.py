@@ -53,6 +53,13 @@ class DaliDecoder:
 
     def shapes(self, encoded: Sequence[np.ndarray]) -> list[tuple[int, int]]:
         """(height, width) of each decoded image. Raises RuntimeError if any cannot be decoded."""
+        return [(int(height), int(width)) for height, width, _ in self._run(encoded).shape()]
+
+    def decode(self, encoded: bytes) -> np.ndarray:
+        """One image, uint8 [H, W, channels]. Raises RuntimeError if it cannot be decoded."""
+        return np.array(self._run([np.frombuffer(encoded, np.uint8)]).at(0))
+
+    def _run(self, encoded: Sequence[np.ndarray]) -> Any:
         if self._pipe is None:
             self._pipe = self._build()
         try:
@@ -61,7 +68,7 @@ class DaliDecoder:
         except Exception:
             self._pipe = None  # a pipeline that raised is of no use any more
             raise
-        return [(int(height), int(width)) for height, width, _ in images.shape()]
+        return images
 
 
 def error_reason(error: BaseException) -> str:
