@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_, zeros_
 
-from .recompute import gelu_linear, linear
+from .linear import gelu_linear, linear
 
 
 class WeightNormLinear(nn.Module):
@@ -19,7 +19,7 @@ class WeightNormLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [R, in] -> [R, out]; for small layers, the prototypes go through their own operators."""
         weight = self.weight_g * self.weight_v / self.weight_v.norm(dim=1, keepdim=True)
-        return F.linear(x, weight.to(x.dtype))
+        return linear(x, weight)
 
 
 def _mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:

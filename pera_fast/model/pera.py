@@ -193,8 +193,7 @@ class PerA(nn.Module):
     def update_teacher(self, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, over backbone and cls head."""
         teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
-        torch._foreach_mul_(teacher, momentum)
-        torch._foreach_add_(teacher, student, alpha=1 - momentum)
+        torch._foreach_lerp_(teacher, student, 1 - momentum)  # one pass
 
 
 def _all_ranks(rows: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 A step whose loss or gradients are not finite must change nothing. That is decided on the device: the fused AdamW takes
 a flag `found_inf` and does nothing where it is set, so the update is launched without the host having to look first.
+It takes a divisor of the gradients as well, `grad_scale`, which is where the clipping goes.
 """
 
 from collections.abc import Iterable
@@ -43,10 +44,12 @@ def apply_gradients(
     scaler.unscale_(optimizer)
     group: dict[str, Any] = optimizer.param_groups[0]
     group["lr"], group["weight_decay"] = values.lr, values.weight_decay
-    norm = torch.nn.utils.clip_grad_norm_(group["params"], clip, foreach=True)
+    gradients = [p.grad for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     ok = torch.isfinite(losses).all() & torch.isfinite(norm)
-    # Set here rather than by scaler.step(): the scaler sees infinite gradients only, and only in fp16.
-    optimizer.found_inf = (~ok).to(torch.float32)  # type: ignore[attr-defined]
+    fused: Any = optimizer  # set here rather than by scaler.step(), which sees infinite gradients only, in fp16 only
+    fused.grad_scale = ((norm + 1e-6) / clip).clamp(min=1)  # AdamW divides by it: clipping costs no pass of its own
+    fused.found_inf = (~ok).to(torch.float32)
     optimizer.step()
     scaler.update()  # lowers the scale after infinite gradients, raises it after many good steps
     return norm, ok.to(torch.float32)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pera_kernels import backend
+from pera_kernels import backend, products
 from pera_kernels.distillation_loss import (
     chunked,
     distillation_loss,
@@ -101,7 +101,7 @@ def test_gradcheck():
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_error_within_that_of_dense_pytorch(monkeypatch, dtype, v_dtype, native_products):
     if native_products:  # products in the half types themselves, as on a GPU
-        monkeypatch.setattr(weight_norm, "product_dtype", lambda dtype, device: dtype)
+        monkeypatch.setattr(products, "product_dtype", lambda dtype, device: dtype)
     args = make(16, 900, 48, dtype, dtype if v_dtype == "rows" else None)
     upstream = torch.rand(16, generator=torch.Generator().manual_seed(1)) + 0.5
     exact = evaluate(reference.distillation_loss, wide(args), upstream.double())
@@ -114,7 +114,7 @@ def test_error_within_that_of_dense_pytorch(monkeypatch, dtype, v_dtype, native_
 
 
 def test_norm_of_v_does_not_matter_in_float16(monkeypatch):
-    monkeypatch.setattr(weight_norm, "product_dtype", lambda dtype, device: dtype)
+    monkeypatch.setattr(products, "product_dtype", lambda dtype, device: dtype)
     args = make(4, 100, 8, torch.float16)
     for size in (1e-7, 1e7):  # beyond what float16 holds
         scaled = [*args]
@@ -246,7 +246,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("native_products", [False, True])
 def test_never_holds_all_logits(monkeypatch, native_products):
     if native_products:
-        monkeypatch.setattr(weight_norm, "product_dtype", lambda dtype, device: dtype)
+        monkeypatch.setattr(products, "product_dtype", lambda dtype, device: dtype)
     n, k, d = 64, 4000, 4
     args = make(n, k, d, torch.bfloat16, requires_grad=False)
     with Largest() as dense:

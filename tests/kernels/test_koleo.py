@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pera_kernels import backend
+from pera_kernels import backend, products
 from pera_kernels.distillation_loss import weight_norm
 from pera_kernels.koleo import gram, koleo, koleo_rows, reference
 
@@ -90,7 +90,7 @@ def test_gradcheck(form):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_error_within_that_of_dense_pytorch(monkeypatch, form, dtype, native_products):
     if native_products:  # products in the half types themselves, as on a GPU
-        monkeypatch.setattr(weight_norm, "product_dtype", lambda dtype, device: dtype)
+        monkeypatch.setattr(products, "product_dtype", lambda dtype, device: dtype)
     args = make(16, 900, 48, dtype)
     exact = evaluate(reference.koleo, wide(args), 2)
     dense = evaluate(reference.koleo, args, 2)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..packing import split
+from ..products import product_dtype
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
@@ -51,7 +52,9 @@ def _forward_fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if q.device.type == "cpu":
         if q.shape[2] <= FORMULA_LENGTH:
             return _forward_formula(q, k, v)
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        dtype = product_dtype(q.dtype, q.device)
+        y, lse = aten._scaled_dot_product_flash_attention_for_cpu(q.to(dtype), k.to(dtype), v.to(dtype))
+        return y.to(q.dtype), lse
     if _is_flash(q):
         return aten._scaled_dot_product_flash_attention(q, k, v)[:2]
     y, sums = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import weight_norm
+from .. import products
 from .weight_norm import (
     NATIVE,
     Chunk,
@@ -28,7 +28,7 @@ class _Logits:
         self, rows: Tensor, v: Tensor, g: Tensor, inverse_norms: Tensor, known: bool, size: int, native: bool
     ) -> None:
         accumulate = accumulation_dtype(rows.dtype)
-        self.dtype = weight_norm.product_dtype(rows.dtype, rows.device)
+        self.dtype = products.product_dtype(rows.dtype, rows.device)
         self.rows = rows.detach().to(self.dtype)  # [N, d]
         self.chunks = chunks(v, g, size, self.dtype, accumulate, native, inverse_norms, known)
         # Native passes widen what they read.

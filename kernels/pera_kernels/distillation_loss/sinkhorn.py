@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from .weight_norm import accumulation_dtype, check_prototypes, chunk_size, chunks, product_dtype
+from ..products import product_dtype
+from .weight_norm import accumulation_dtype, check_prototypes, chunk_size, chunks
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import products
 from ..aot import Variant
 from . import weight_norm
 
@@ -218,7 +219,7 @@ class _Walk:
 
     def __init__(self, rows: Tensor, k: int, bytes_per_prototype: int) -> None:
         self.n, self.d, self.k = rows.shape[0], rows.shape[1], k
-        self.dtype = weight_norm.product_dtype(rows.dtype, rows.device)
+        self.dtype = products.product_dtype(rows.dtype, rows.device)
         self.size = weight_norm.cached_chunk_size(k, bytes_per_prototype, rows.device)
         self.device = rows.device
 
@@ -334,7 +335,7 @@ def backward(
 
 
 def _half(rows: Tensor) -> int:
-    return weight_norm.product_dtype(rows.dtype, rows.device).itemsize
+    return products.product_dtype(rows.dtype, rows.device).itemsize
 
 
 def _variants() -> list[Variant]:

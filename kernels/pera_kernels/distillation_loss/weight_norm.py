@@ -42,21 +42,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Dtype in which matrix products with rows of that dtype run.
-
-    It is the rows' own, except for half types on a CPU without instructions for them: there the emulated product is
-    several times slower than the float32 one, which is also the more precise.
-    """
-    if device.type != "cpu":
-        return dtype
-    if dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
-        return torch.float32
-    if dtype == torch.float16 and not torch.cpu._is_amx_fp16_supported():
-        return torch.float32
-    return dtype
-
-
 def chunk_size(n: int, k: int) -> int:
     """Prototypes per chunk for n rows: [n, chunk] keeps within a few MiB, whatever the batch."""
     size = CHUNK_ELEMENTS // max(n, 1)
@@ -91,7 +76,7 @@ def chunks(
         v: [K, d].
         g: [K, 1].
         size: prototypes per chunk; the last one may be shorter.
-        dtype: of the directions (see ``product_dtype``).
+        dtype: of the directions (see ``products.product_dtype``).
         accumulate: dtype of scales and norms; float32 or float64.
         native: one pass of the native library a chunk; for the dtypes that it takes (``runs_native``).
         inverse_norms: [K] of dtype accumulate, 1 / ||v||: written by the walk, or read by it if known: the pass for the

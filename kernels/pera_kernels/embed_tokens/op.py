@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import backend
 from ..packing import HALF_OR_SINGLE
+from ..products import matmul
 from .reference import embed_tokens as _reference
 
 backend.register("embed_tokens", "triton", available=backend.needs_triton)
@@ -24,7 +25,7 @@ def _kernels(rows: Tensor):
 @torch.library.custom_op("pera::embed_tokens", mutates_args=())
 def _embed_tokens(rows: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, cls: Tensor, index: Tensor) -> Tensor:
     if (kernels := _kernels(rows)) is not None:
-        return kernels.embed_tokens_pack(rows @ weight.to(rows.dtype).t(), bias, pos, cls, index)
+        return kernels.embed_tokens_pack(matmul(rows, weight.t()), bias, pos, cls, index)
     return _reference(rows, weight, bias, pos, cls, index)
 
 
@@ -37,12 +38,12 @@ def _(rows: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, cls: Tensor, inde
 def _backward(grad: Tensor, rows: Tensor, weight: Tensor, pos: Tensor, index: Tensor) -> list[Tensor]:
     if (kernels := _kernels(rows)) is not None:
         grad_patches, grad_bias, grad_pos = kernels.embed_tokens_sums(grad.to(rows.dtype), pos, index)
-        return [(grad_patches.t() @ rows).to(weight.dtype), grad_bias, grad_pos, grad_pos[0].clone()]
+        return [matmul(grad_patches.t(), rows).to(weight.dtype), grad_bias, grad_pos, grad_pos[0].clone()]
     n_seq, n_visible = index.shape
     grad = grad.view(n_seq, 1 + n_visible, weight.shape[0])
     grad_first = grad[:, 0].sum(0, dtype=weight.dtype)
     grad_patches = grad[:, 1:].reshape(n_seq * n_visible, weight.shape[0])
-    grad_weight = (grad_patches.t() @ rows).to(weight.dtype)
+    grad_weight = matmul(grad_patches.t(), rows).to(weight.dtype)
     grad_bias = grad_patches.sum(0, dtype=weight.dtype)
     # Position sums run in the master dtype: a position is hit by up to every sequence of the batch.
     grad_pos = torch.zeros_like(pos)

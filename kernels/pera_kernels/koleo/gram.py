@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pera_kernels.distillation_loss import weight_norm
+from pera_kernels import products
 from pera_kernels.distillation_loss.weight_norm import (
     MAX_CHUNK,
     Chunk,
@@ -56,7 +56,7 @@ def _empty(rows: Tensor, inverse_norms: Tensor) -> Forward:
 
 def _walk(rows: Tensor, v: Tensor, g: Tensor, width: int, inverse_norms: Tensor, known: bool, native: bool):
     """The dtype of products; and the chunks of W for [width, chunk] buffers."""
-    dtype = weight_norm.product_dtype(rows.dtype, rows.device)
+    dtype = products.product_dtype(rows.dtype, rows.device)
     shape = chunk_size(width, v.shape[0]), dtype, accumulation_dtype(rows.dtype)
     return dtype, chunks(v, g, *shape, native, inverse_norms, known)
 
