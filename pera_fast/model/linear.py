@@ -39,7 +39,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _gradients(grad, *ctx.saved_tensors, ctx.bias_dtype)
+        x, weight = ctx.saved_tensors
+        return _gradients(grad, x, weight, ctx.bias_dtype)
 
 
 class _NormLinear(torch.autograd.Function):
