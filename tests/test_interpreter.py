@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKED = ["tests/kernels/test_packed_ops.py", "tests/kernels/test_packed_kernels.py", "-k"]
 SELECTIONS = {
     "attention": ["tests/kernels/test_attention.py", "-k", "triton and not opcheck"],
+    "bands": ["tests/kernels/test_bands.py", "-k", "triton and not opcheck"],
     "pixel_loss": ["tests/kernels/test_pixel_loss.py", "-k", "triton and not opcheck and not compiles"],
     "visible_patches": [
         *("tests/kernels/test_visible_patches.py", "tests/kernels/test_color_golden.py"),

@@ -396,8 +396,8 @@ def test_fake_tensors_of_more_than_int32_elements() -> None:
 
 
 BAD = {
-    "crops must be uint8 or floating": lambda c: {"crops": c.crops.int()},
-    "crops must be uint8 \\[N": lambda c: {"crops": c.crops[0]},
+    "crops must be uint8, uint16 or floating": lambda c: {"crops": c.crops.int()},
+    "crops must be uint8 or uint16 \\[N": lambda c: {"crops": c.crops[0]},
     "whole patches": lambda c: {"patch_size": 4},
     "patch_size": lambda c: {"patch_size": 0},
     "mean must have": lambda c: {"mean": [0.5]},
@@ -430,7 +430,7 @@ def test_bad_arguments_of_the_rest_are_named() -> None:
     case = make_case(ORDERS[:2])
     with pytest.raises(TypeError, match="dtype must be floating"):
         visible_patches(*case.args(torch.int32))
-    with pytest.raises(TypeError, match="crops must be uint8"):
+    with pytest.raises(TypeError, match="crops must be uint8 or uint16"):
         contrast_mean(case.crops.float(), case.order, case.factors)
     with pytest.raises(ValueError, match="order must be"):
         contrast_mean(case.crops, case.order[:1], case.factors)

@@ -20,7 +20,10 @@ namespace {
 
 using pera::patches::Colors;
 using pera::patches::Grid;
+using pera::patches::color_channels;
 using pera::patches::copy_pixels;
+using pera::patches::dispatch_pixels;
+using pera::patches::is_raw;
 using pera::patches::kLanes;
 using pera::patches::load;
 using pera::patches::store;
@@ -37,19 +40,21 @@ class Targets {
       const std::optional<at::Tensor>& gray_mean,
       at::ArrayRef<double> mean,
       at::ArrayRef<double> std,
-      int64_t patch_size)
+      int64_t patch_size,
+      at::OptionalIntArrayRef rgb)
       : crops_(crops),
-        is_bytes_(crops.scalar_type() == at::kByte),
-        channels_(crops.size(is_bytes_ ? 3 : 1)),
+        is_raw_(is_raw(crops)),
+        channels_(crops.size(is_raw_ ? 3 : 1)),
         pixels_(patch_size * patch_size),
-        grid_(index, crops.size(is_bytes_ ? 1 : 2), crops.size(is_bytes_ ? 2 : 3), patch_size),
+        rgb_(color_channels(channels_, rgb)),
+        grid_(index, crops.size(is_raw_ ? 1 : 2), crops.size(is_raw_ ? 2 : 3), patch_size),
         colors_(order, factors, gray_mean ? *gray_mean : at::Tensor()) {
     const auto per_channel = static_cast<size_t>(channels_);
     TORCH_CHECK_VALUE(
-        !is_bytes_ || (mean.size() == per_channel && std.size() == per_channel),
+        !is_raw_ || (mean.size() == per_channel && std.size() == per_channel),
         "mean and std must have a value a channel");
     TORCH_CHECK_VALUE(!colors_.on || gray_mean.has_value(), "gray_mean must come with order");
-    for (size_t c = 0; is_bytes_ && c < per_channel; ++c) {
+    for (size_t c = 0; is_raw_ && c < per_channel; ++c) {
       center_.push_back(static_cast<float>(mean[c]));
       scale_.push_back(static_cast<float>(1.0 / std[c]));
     }
@@ -65,32 +70,36 @@ class Targets {
 
   // Memory that one thread works in.
   struct Scratch {
-    std::vector<uint8_t> bytes;
+    std::vector<uint16_t> packed; // of either pixel type
     std::vector<float> planes, target;
   };
 
   Scratch scratch() const {
-    return {std::vector<uint8_t>(values()), std::vector<float>(values()), std::vector<float>(values())};
+    return {std::vector<uint16_t>(values()), std::vector<float>(values()), std::vector<float>(values())};
   }
 
   // The target of `row`, elements in order (row, column, channel), in scratch.target.
   const float* operator()(int64_t row, Scratch& scratch) const {
     const auto [crop, y, x] = grid_(row);
     float* target = scratch.target.data();
-    if (!is_bytes_) {
+    if (!is_raw_) {
       AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, crops_.scalar_type(), "pixel_loss", [&] {
         from_views<scalar_t>(crop, y, x, target);
       });
       return target;
     }
-    const at::IntArrayRef strides = crops_.strides();
-    const uint8_t* patch = crops_.const_data_ptr<uint8_t>() + crop * strides[0] + y * strides[1] + x * strides[2];
-    copy_pixels(patch, grid_.patch_size, grid_.patch_size, channels_, strides, scratch.bytes.data());
     float* planes = scratch.planes.data();
-    pera::unpack_bytes(scratch.bytes.data(), channels_, pixels_, planes);
+    dispatch_pixels(crops_, [&]<typename Pixel>(Pixel) {
+      const at::IntArrayRef strides = crops_.strides();
+      const Pixel* patch = crops_.const_data_ptr<Pixel>() + crop * strides[0] + y * strides[1] + x * strides[2];
+      auto* packed = reinterpret_cast<Pixel*>(scratch.packed.data());
+      copy_pixels(patch, grid_.patch_size, grid_.patch_size, channels_, strides, packed);
+      pera::unpack(packed, channels_, pixels_, planes);
+    });
     if (colors_.on) {
       pera::apply_colors(
-          planes, channels_, pixels_, colors_.order(crop), pera::kColorOps, colors_.factors(crop), colors_.mean_gray(crop));
+          planes, channels_, rgb_, pixels_, colors_.order(crop), pera::kColorOps, colors_.factors(crop),
+          colors_.mean_gray(crop));
     }
     normalise(planes, target);
     return target;
@@ -133,8 +142,9 @@ class Targets {
   }
 
   const at::Tensor crops_;
-  const bool is_bytes_;
+  const bool is_raw_;
   const int64_t channels_, pixels_;
+  const pera::Rgb rgb_;
   const Grid grid_;
   const Colors colors_;
   std::vector<float> center_, scale_;
@@ -210,8 +220,9 @@ at::Tensor pixel_loss(
     const std::optional<at::Tensor>& gray_mean,
     at::ArrayRef<double> mean,
     at::ArrayRef<double> std,
-    int64_t patch_size) {
-  const Targets targets(crops, index, order, factors, gray_mean, mean, std, patch_size);
+    int64_t patch_size,
+    at::OptionalIntArrayRef rgb) {
+  const Targets targets(crops, index, order, factors, gray_mean, mean, std, patch_size, rgb);
   const at::Tensor rows = checked(pred, targets);
   double total = 0.0;
   const auto run = [&]<typename In>(In) { total = sum_of_rows(rows.const_data_ptr<In>(), targets); };
@@ -233,8 +244,9 @@ at::Tensor pixel_loss_backward(
     const std::optional<at::Tensor>& gray_mean,
     at::ArrayRef<double> mean,
     at::ArrayRef<double> std,
-    int64_t patch_size) {
-  const Targets targets(crops, index, order, factors, gray_mean, mean, std, patch_size);
+    int64_t patch_size,
+    at::OptionalIntArrayRef rgb) {
+  const Targets targets(crops, index, order, factors, gray_mean, mean, std, patch_size, rgb);
   const at::Tensor rows = checked(pred, targets);
   at::Tensor result = at::empty_like(rows);
   const double count = static_cast<double>(std::max<int64_t>(targets.rows(), 1));
@@ -254,10 +266,10 @@ at::Tensor pixel_loss_backward(
 TORCH_LIBRARY_FRAGMENT(pera_native, m) {
   m.def(
       "pixel_loss(Tensor pred, Tensor crops, Tensor index, Tensor? order, Tensor? factors, Tensor? gray_mean, "
-      "float[] mean, float[] std, int patch_size) -> Tensor");
+      "float[] mean, float[] std, int patch_size, int[]? rgb=None) -> Tensor");
   m.def(
       "pixel_loss_backward(Tensor grad, Tensor pred, Tensor crops, Tensor index, Tensor? order, Tensor? factors, "
-      "Tensor? gray_mean, float[] mean, float[] std, int patch_size) -> Tensor");
+      "Tensor? gray_mean, float[] mean, float[] std, int patch_size, int[]? rgb=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(pera_native, CPU, m) {

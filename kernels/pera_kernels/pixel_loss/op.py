@@ -3,7 +3,7 @@
     loss = 1/R * sum over rows r, values i of (pred[r, i] - target[r, i])^2
     d loss / d pred = 2/R * (pred - target)
 
-The target is the normalised student view's own pixels, read from the uint8 crop chunk by chunk: neither the view nor
+The target is the normalised student view's own pixels, read from the integer crop chunk by chunk: neither the view nor
 the target is ever in memory, and the backward reads them again (METHOD.md, sections 4 and 5).
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pera_kernels import backend
-from pera_kernels.visible_patches.op import check_colors, check_index, check_patches, choose, runs_native
+from pera_kernels.visible_patches.op import check_colors, check_index, check_patches, choose, given, runs_native
 from pera_kernels.visible_patches.reference import compute_dtype
 
 from . import eager, reference
@@ -34,9 +34,10 @@ def _check(
     mean: Sequence[float],
     std: Sequence[float],
     patch_size: int,
+    rgb: Sequence[int] | None,
 ) -> None:
     channels = check_patches(crops, index, mean, std, patch_size)
-    check_colors(crops, order, factors, gray_mean)
+    check_colors(crops, order, factors, gray_mean, rgb)
     if not pred.is_floating_point():
         raise TypeError(f"pred must be floating point, got {pred.dtype}")
     shape = (index.shape[0] * index.shape[1], patch_size**2 * channels)
@@ -57,13 +58,14 @@ def pixel_loss(
     mean: Sequence[float],
     std: Sequence[float],
     patch_size: int,
+    rgb: Sequence[int] | None = None,
 ) -> Tensor:
     """Squared error of predicted patches: summed over a patch's values, mean over all rows.
 
     Args:
         pred: float [N*n, P*P*C], crop after crop in the order of `index`; elements in order (row, column, channel).
-        crops, index, order, factors, gray_mean, mean, std, patch_size: as `visible_patches` takes them, of the view
-            that is predicted (the student's) and the patches that are.
+        crops, index, order, factors, gray_mean, mean, std, patch_size, rgb: as `visible_patches` takes them, of the
+            view that is predicted (the student's) and the patches that are.
 
     Returns:
         float32 [] (float64 for float64 `pred`), accumulated in that precision; 0 with a gradient of zeros if there are
@@ -72,12 +74,12 @@ def pixel_loss(
     Raises:
         TypeError, ValueError: an argument of another type or shape; the message names it.
     """
-    _check(pred, crops, index, order, factors, gray_mean, mean, std, patch_size)
+    _check(pred, crops, index, order, factors, gray_mean, mean, std, patch_size, rgb)
     run = _implementation(pred, crops, patch_size)
-    gray_mean = _gray_mean(pred, crops, order, factors, gray_mean)
+    gray_mean = _gray_mean(pred, crops, order, factors, gray_mean, rgb)
     if run is not torch.ops.pera_native:
         check_index(crops, index, patch_size)
-    return run.pixel_loss(pred, crops, index, order, factors, gray_mean, mean, std, patch_size)
+    return run.pixel_loss(pred, crops, index, order, factors, gray_mean, mean, std, patch_size, **given(rgb))
 
 
 def _implementation(pred: Tensor, crops: Tensor, patch_size: int) -> Any:
@@ -96,17 +98,22 @@ def _implementation(pred: Tensor, crops: Tensor, patch_size: int) -> Any:
 
 
 def _gray_mean(
-    pred: Tensor, crops: Tensor, order: Tensor | None, factors: Tensor | None, gray_mean: Tensor | None
+    pred: Tensor,
+    crops: Tensor,
+    order: Tensor | None,
+    factors: Tensor | None,
+    gray_mean: Tensor | None,
+    rgb: Sequence[int] | None,
 ) -> Tensor | None:
     """gray_mean, computed where contrast may want it; in float64 the implementations compute their own."""
     if order is None or factors is None or gray_mean is not None or pred.dtype == torch.float64:
         return gray_mean
-    return torch.ops.pera.contrast_mean(crops, order, factors)
+    return torch.ops.pera.contrast_mean(crops, order, factors, rgb)
 
 
 @pixel_loss.register_fake
-def _(pred, crops, index, order, factors, gray_mean, mean, std, patch_size):
-    _check(pred, crops, index, order, factors, gray_mean, mean, std, patch_size)
+def _(pred, crops, index, order, factors, gray_mean, mean, std, patch_size, rgb=None):
+    _check(pred, crops, index, order, factors, gray_mean, mean, std, patch_size, rgb)
     return pred.new_empty((), dtype=compute_dtype(pred.dtype))
 
 
@@ -122,15 +129,17 @@ def pixel_loss_backward(
     mean: Sequence[float],
     std: Sequence[float],
     patch_size: int,
+    rgb: Sequence[int] | None = None,
 ) -> Tensor:
     """Gradient of `pixel_loss` for `pred`: [N*n, P*P*C] of its dtype; `grad` [] is the loss's own."""
     run = _implementation(pred, crops, patch_size)
-    gray_mean = _gray_mean(pred, crops, order, factors, gray_mean)
-    return run.pixel_loss_backward(grad, pred, crops, index, order, factors, gray_mean, mean, std, patch_size)
+    gray_mean = _gray_mean(pred, crops, order, factors, gray_mean, rgb)
+    where = (crops, index, order, factors, gray_mean, mean, std, patch_size)
+    return run.pixel_loss_backward(grad, pred, *where, **given(rgb))
 
 
 @pixel_loss_backward.register_fake
-def _(grad, pred, crops, index, order, factors, gray_mean, mean, std, patch_size):
+def _(grad, pred, crops, index, order, factors, gray_mean, mean, std, patch_size, rgb=None):
     return torch.empty_like(pred, memory_format=torch.contiguous_format)
 
 
@@ -141,7 +150,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     grad_pred = torch.ops.pera.pixel_loss_backward(grad, *ctx.saved_tensors, *ctx.constants)
-    return grad_pred, None, None, None, None, None, None, None, None
+    return grad_pred, None, None, None, None, None, None, None, None, None
 
 
 pixel_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace pera {
 
@@ -71,11 +72,20 @@ inline void shift_hue(float* __restrict__ r, float* __restrict__ g, float* __res
   }
 }
 
-// Mean over channels, or luma for three of them: out[i] of n pixels.
-inline void gray_plane(const float* __restrict__ x, int64_t channels, int64_t n, float* __restrict__ out) {
-  if (channels == 3) {
+// Which planes are red, green and blue, if any are.
+struct Rgb {
+  bool on = false;
+  int64_t red = 0, green = 1, blue = 2;
+};
+
+// Luma of images that are nothing but RGB, else the mean over channels: out[i] of n pixels.
+inline void gray_plane(const float* __restrict__ x, int64_t channels, const Rgb& rgb, int64_t n, float* __restrict__ out) {
+  if (rgb.on && channels == 3) {
+    const float* __restrict__ r = x + rgb.red * n;
+    const float* __restrict__ g = x + rgb.green * n;
+    const float* __restrict__ b = x + rgb.blue * n;
     for (int64_t i = 0; i < n; ++i) {
-      out[i] = luma(x[i], x[n + i], x[2 * n + i]);
+      out[i] = luma(r[i], g[i], b[i]);
     }
     return;
   }
@@ -95,12 +105,15 @@ inline void gray_plane(const float* __restrict__ x, int64_t channels, int64_t n,
 inline void apply_colors(
     float* x,
     int64_t channels,
+    const Rgb& rgb,
     int64_t n,
     const int32_t* order,
     int count,
     const float* factors,
     float mean_gray) {
-  const bool is_rgb = channels == 3;
+  float* const r = x + rgb.red * n; // read and written only if rgb.on
+  float* const g = x + rgb.green * n;
+  float* const b = x + rgb.blue * n;
   for (int step = 0; step < count; ++step) {
     switch (order[step]) {
       case kBrightness:
@@ -110,18 +123,18 @@ inline void apply_colors(
         scale_offset(x, channels * n, factors[kContrast], (1.0f - factors[kContrast]) * mean_gray);
         break;
       case kSaturation:
-        if (is_rgb) {
-          saturate(x, x + n, x + 2 * n, n, factors[kSaturation]);
+        if (rgb.on) {
+          saturate(r, g, b, n, factors[kSaturation]);
         }
         break;
       case kHue:
-        if (is_rgb) {
-          shift_hue(x, x + n, x + 2 * n, n, factors[kHue]);
+        if (rgb.on) {
+          shift_hue(r, g, b, n, factors[kHue]);
         }
         break;
       case kGrayscale:
-        if (is_rgb) {
-          saturate(x, x + n, x + 2 * n, n, 0.0f);
+        if (rgb.on) {
+          saturate(r, g, b, n, 0.0f);
         }
         break;
       default: // nothing
@@ -130,23 +143,24 @@ inline void apply_colors(
   }
 }
 
-// Interleaved bytes (n pixels of C channels) to planes of floats in [0, 1].
-inline void unpack_bytes(const uint8_t* __restrict__ bytes, int64_t channels, int64_t n, float* __restrict__ x) {
-  constexpr float unit = 1.0f / 255.0f;
+// Interleaved uint8 or uint16 (n pixels of C channels) to planes of floats in [0, 1].
+template <typename Pixel>
+inline void unpack(const Pixel* __restrict__ pixels, int64_t channels, int64_t n, float* __restrict__ x) {
+  constexpr float unit = 1.0f / static_cast<float>(std::numeric_limits<Pixel>::max());
   if (channels == 3) {
     float* __restrict__ r = x;
     float* __restrict__ g = x + n;
     float* __restrict__ b = x + 2 * n;
     for (int64_t i = 0; i < n; ++i) {
-      r[i] = unit * static_cast<float>(bytes[3 * i]);
-      g[i] = unit * static_cast<float>(bytes[3 * i + 1]);
-      b[i] = unit * static_cast<float>(bytes[3 * i + 2]);
+      r[i] = unit * static_cast<float>(pixels[3 * i]);
+      g[i] = unit * static_cast<float>(pixels[3 * i + 1]);
+      b[i] = unit * static_cast<float>(pixels[3 * i + 2]);
     }
     return;
   }
   for (int64_t c = 0; c < channels; ++c) {
     for (int64_t i = 0; i < n; ++i) {
-      x[c * n + i] = unit * static_cast<float>(bytes[channels * i + c]);
+      x[c * n + i] = unit * static_cast<float>(pixels[channels * i + c]);
     }
   }
 }

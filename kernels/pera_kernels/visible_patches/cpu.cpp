@@ -20,35 +20,46 @@ namespace {
 
 using pera::patches::Colors;
 using pera::patches::Grid;
+using pera::patches::color_channels;
 using pera::patches::copy_pixels;
+using pera::patches::dispatch_pixels;
+using pera::patches::is_raw;
 using pera::patches::store;
 using pera::patches::sum;
+using pera::Rgb;
 
 constexpr int64_t kTilePixels = 2048; // of contrast_mean: 24 KiB of planes
 
 // Sum of the gray of a few lines of one crop, after `steps` operations of its order.
+template <typename Pixel>
 float tile_gray(
-    const uint8_t* pixels,
+    const Pixel* pixels,
     int64_t rows,
     const at::Tensor& crops,
+    const Rgb& rgb,
     const int32_t* order,
     int steps,
     const float* factors,
-    std::vector<uint8_t>& bytes,
+    std::vector<Pixel>& packed,
     std::vector<float>& planes) {
   const int64_t columns = crops.size(2), channels = crops.size(3), n = rows * columns;
-  bytes.resize(n * channels);
+  packed.resize(n * channels);
   planes.resize(n * (channels + 1));
-  copy_pixels(pixels, rows, columns, channels, crops.strides(), bytes.data());
-  pera::unpack_bytes(bytes.data(), channels, n, planes.data());
-  pera::apply_colors(planes.data(), channels, n, order, steps, factors, 0.0f);
+  copy_pixels(pixels, rows, columns, channels, crops.strides(), packed.data());
+  pera::unpack(packed.data(), channels, n, planes.data());
+  pera::apply_colors(planes.data(), channels, rgb, n, order, steps, factors, 0.0f);
   float* gray = planes.data() + n * channels;
-  pera::gray_plane(planes.data(), channels, n, gray);
+  pera::gray_plane(planes.data(), channels, rgb, n, gray);
   return sum(gray, n);
 }
 
-at::Tensor contrast_mean(const at::Tensor& crops, const at::Tensor& order, const at::Tensor& factors) {
-  TORCH_CHECK_VALUE(crops.dim() == 4 && crops.scalar_type() == at::kByte, "crops must be uint8 [N, H, W, C]");
+at::Tensor contrast_mean(
+    const at::Tensor& crops,
+    const at::Tensor& order,
+    const at::Tensor& factors,
+    at::OptionalIntArrayRef rgb_channels) {
+  TORCH_CHECK_VALUE(crops.dim() == 4 && is_raw(crops), "crops must be uint8 or uint16 [N, H, W, C]");
+  const Rgb rgb = color_channels(crops.size(3), rgb_channels);
   const int64_t count = crops.size(0), height = crops.size(1), width = crops.size(2);
   const Colors colors(order, factors, at::Tensor());
   at::Tensor means = at::zeros({count}, crops.options().dtype(at::kFloat));
@@ -67,17 +78,19 @@ at::Tensor contrast_mean(const at::Tensor& crops, const at::Tensor& order, const
     }
   }
   std::vector<float> sums(wanted.size() * tiles);
-  const uint8_t* pixels = crops.const_data_ptr<uint8_t>();
-  at::parallel_for(0, static_cast<int64_t>(sums.size()), 4, [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> bytes;
-    std::vector<float> planes;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t crop = wanted[i / tiles], top = i % tiles * tile_rows;
-      const uint8_t* tile = pixels + crop * crops.stride(0) + top * crops.stride(1);
-      const int64_t rows = std::min(tile_rows, height - top);
-      sums[i] = tile_gray(
-          tile, rows, crops, colors.order(crop), steps[i / tiles], colors.factors(crop), bytes, planes);
-    }
+  dispatch_pixels(crops, [&]<typename Pixel>(Pixel) {
+    const Pixel* pixels = crops.const_data_ptr<Pixel>();
+    at::parallel_for(0, static_cast<int64_t>(sums.size()), 4, [&](int64_t begin, int64_t end) {
+      std::vector<Pixel> packed;
+      std::vector<float> planes;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t crop = wanted[i / tiles], top = i % tiles * tile_rows;
+        const Pixel* tile = pixels + crop * crops.stride(0) + top * crops.stride(1);
+        const int64_t rows = std::min(tile_rows, height - top);
+        sums[i] = tile_gray(
+            tile, rows, crops, rgb, colors.order(crop), steps[i / tiles], colors.factors(crop), packed, planes);
+      }
+    });
   });
   float* out = means.mutable_data_ptr<float>();
   for (size_t i = 0; i < wanted.size(); ++i) {
@@ -90,28 +103,30 @@ at::Tensor contrast_mean(const at::Tensor& crops, const at::Tensor& order, const
   return means;
 }
 
-template <typename Out>
-void rows_of_bytes(
-    const at::Tensor& crops, // uint8 [N, H, W, C]
+template <typename Pixel, typename Out>
+void rows_of_pixels(
+    const at::Tensor& crops, // [N, H, W, C]
     const Grid& grid,
+    const Rgb& rgb,
     const Colors& colors,
     at::ArrayRef<double> mean,
     at::ArrayRef<double> std,
     at::Tensor& rows) {
   const int64_t p = grid.patch_size, channels = crops.size(3), n = p * p;
-  const uint8_t* pixels = crops.const_data_ptr<uint8_t>();
+  const Pixel* pixels = crops.const_data_ptr<Pixel>();
   Out* result = rows.mutable_data_ptr<Out>();
   at::parallel_for(0, rows.size(0), 16, [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> bytes(n * channels);
+    std::vector<Pixel> packed(n * channels);
     std::vector<float> planes(n * channels);
     for (int64_t row = begin; row < end; ++row) {
       const auto [crop, y, x] = grid(row);
-      const uint8_t* patch = pixels + crop * crops.stride(0) + y * crops.stride(1) + x * crops.stride(2);
-      copy_pixels(patch, p, p, channels, crops.strides(), bytes.data());
-      pera::unpack_bytes(bytes.data(), channels, n, planes.data());
+      const Pixel* patch = pixels + crop * crops.stride(0) + y * crops.stride(1) + x * crops.stride(2);
+      copy_pixels(patch, p, p, channels, crops.strides(), packed.data());
+      pera::unpack(packed.data(), channels, n, planes.data());
       if (colors.on) {
         pera::apply_colors(
-            planes.data(), channels, n, colors.order(crop), pera::kColorOps, colors.factors(crop), colors.mean_gray(crop));
+            planes.data(), channels, rgb, n, colors.order(crop), pera::kColorOps, colors.factors(crop),
+            colors.mean_gray(crop));
       }
       for (int64_t c = 0; c < channels; ++c) {
         const float center = static_cast<float>(mean[c]), scale = static_cast<float>(1.0 / std[c]);
@@ -160,16 +175,17 @@ at::Tensor visible_patches(
     at::ArrayRef<double> mean,
     at::ArrayRef<double> std,
     int64_t patch_size,
-    at::ScalarType dtype) {
+    at::ScalarType dtype,
+    at::OptionalIntArrayRef rgb_channels) {
   TORCH_CHECK_VALUE(crops.dim() == 4 && index.dim() == 2 && index.size(0) == crops.size(0), "index must be [N, n]");
-  const bool is_bytes = crops.scalar_type() == at::kByte;
-  const int64_t height = crops.size(is_bytes ? 1 : 2), width = crops.size(is_bytes ? 2 : 3);
-  const int64_t channels = crops.size(is_bytes ? 3 : 1);
+  const bool raw = is_raw(crops);
+  const int64_t height = crops.size(raw ? 1 : 2), width = crops.size(raw ? 2 : 3);
+  const int64_t channels = crops.size(raw ? 3 : 1);
   TORCH_CHECK_VALUE(
       patch_size > 0 && height % patch_size == 0 && width % patch_size == 0, "crops must be whole patches");
   const Grid grid(index, height, width, patch_size);
   at::Tensor rows = at::empty({index.numel(), channels * patch_size * patch_size}, crops.options().dtype(dtype));
-  if (!is_bytes) {
+  if (!raw) {
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, crops.scalar_type(), "visible_patches", [&] {
       using In = scalar_t;
       AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "visible_patches", [&] {
@@ -181,10 +197,14 @@ at::Tensor visible_patches(
   const auto per_channel = static_cast<size_t>(channels);
   TORCH_CHECK_VALUE(mean.size() == per_channel && std.size() == per_channel, "mean and std must have a value a channel");
   const bool jitters = order.has_value() && factors.has_value();
-  const at::Tensor means = !jitters ? at::Tensor() : gray_mean ? *gray_mean : contrast_mean(crops, *order, *factors);
+  const at::Tensor means = !jitters ? at::Tensor() : gray_mean ? *gray_mean : contrast_mean(crops, *order, *factors, rgb_channels);
   const Colors colors(order, factors, means);
+  const Rgb rgb = color_channels(channels, rgb_channels);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "visible_patches", [&] {
-    rows_of_bytes<scalar_t>(crops, grid, colors, mean, std, rows);
+    using Out = scalar_t;
+    dispatch_pixels(crops, [&]<typename Pixel>(Pixel) {
+      rows_of_pixels<Pixel, Out>(crops, grid, rgb, colors, mean, std, rows);
+    });
   });
   return rows;
 }
@@ -192,10 +212,10 @@ at::Tensor visible_patches(
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(pera_native, m) {
-  m.def("contrast_mean(Tensor crops, Tensor order, Tensor factors) -> Tensor");
+  m.def("contrast_mean(Tensor crops, Tensor order, Tensor factors, int[]? rgb=None) -> Tensor");
   m.def(
       "visible_patches(Tensor crops, Tensor index, Tensor? order, Tensor? factors, Tensor? gray_mean, "
-      "float[] mean, float[] std, int patch_size, ScalarType dtype) -> Tensor");
+      "float[] mean, float[] std, int patch_size, ScalarType dtype, int[]? rgb=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(pera_native, CPU, m) {

@@ -1,14 +1,16 @@
 """Ops `pera::contrast_mean` and `pera::visible_patches`: schema, fake, autograd, dispatch.
 
-    rows = (color(crops / 255)[visible patches] - mean) / std
+    rows = (color(crops / largest)[visible patches] - mean) / std       largest: 255 for uint8 crops, 65535 for uint16
 
 Colours are torchvision's `adjust_*` on float images in [0, 1], applied in each crop's own order (METHOD.md, section 2).
 Only the pixels of visible patches are coloured; contrast needs one number of the whole crop: `contrast_mean`.
 
 Operation codes: 0 brightness, 1 contrast, 2 saturation, 3 hue, 4 grayscale; any other (-1) nothing. An order holds each
 at most once.
-Crops without exactly 3 channels: brightness acts on all channels, contrast takes the plain mean over channels as gray,
-saturation, hue and grayscale do nothing.
+Brightness and contrast act on all channels; saturation, hue and grayscale on the red, green and blue channel. `rgb`
+tells which these are: three distinct numbers, or [] for images without colours, which are then left alone; None: the
+three channels of three, else []. The gray that contrast blends with is luma if there is nothing but RGB, else the mean
+over all channels.
 """
 
 from collections.abc import Sequence
@@ -29,16 +31,26 @@ for _name in ("contrast_mean", "visible_patches"):
     backend.register(_name, "eager")
 
 
-def check_colors(crops: Tensor, order: Tensor | None, factors: Tensor | None, gray_mean: Tensor | None) -> None:
-    """Raises TypeError or ValueError, naming the argument, unless the colour arguments fit uint8 `crops`."""
+def check_colors(
+    crops: Tensor,
+    order: Tensor | None,
+    factors: Tensor | None,
+    gray_mean: Tensor | None,
+    rgb: Sequence[int] | None,
+) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless the colour arguments fit uint8 or uint16 `crops`."""
     count = crops.shape[0]
+    if rgb is not None and reference.is_raw(crops):
+        channels = crops.shape[3]
+        if len(rgb) not in (0, 3) or len(set(rgb)) != len(rgb) or not all(0 <= number < channels for number in rgb):
+            raise ValueError(f"rgb must be three distinct numbers below {channels} or [], got {list(rgb)}")
     if (order is None) != (factors is None):
         raise ValueError("order and factors come together: give both or neither")
     if order is None or factors is None:
         if gray_mean is not None:
             raise ValueError("gray_mean is of use only with order and factors")
         return
-    if crops.dtype != torch.uint8:
+    if not reference.is_raw(crops):
         raise ValueError(f"order must be None for {crops.dtype} crops: float crops are taken as normalised views")
     if order.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"order must be int32 or int64, got {order.dtype}")
@@ -61,8 +73,8 @@ def check_colors(crops: Tensor, order: Tensor | None, factors: Tensor | None, gr
 def check_patches(crops: Tensor, index: Tensor, mean: Sequence[float], std: Sequence[float], patch_size: int) -> int:
     """Raises TypeError or ValueError, naming the argument, unless these fit together; returns C."""
     if crops.dim() != 4:
-        raise ValueError(f"crops must be uint8 [N, H, W, C] or float [N, C, H, W], got {list(crops.shape)}")
-    if crops.dtype == torch.uint8:
+        raise ValueError(f"crops must be uint8 or uint16 [N, H, W, C] or float [N, C, H, W], got {list(crops.shape)}")
+    if reference.is_raw(crops):
         _, height, width, channels = crops.shape
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != channels:
@@ -72,7 +84,7 @@ def check_patches(crops: Tensor, index: Tensor, mean: Sequence[float], std: Sequ
     elif crops.is_floating_point():
         _, channels, height, width = crops.shape
     else:
-        raise TypeError(f"crops must be uint8 or floating point, got {crops.dtype}")
+        raise TypeError(f"crops must be uint8, uint16 or floating point, got {crops.dtype}")
     if patch_size < 1:
         raise ValueError(f"patch_size must be at least 1, got {patch_size}")
     if min(height, width, channels) < 1 or height % patch_size or width % patch_size:
@@ -93,29 +105,30 @@ def check_index(crops: Tensor, index: Tensor, patch_size: int) -> None:
     """
     if index.device.type != "cpu" or index.numel() == 0 or is_fake(index):
         return
-    height, width = crops.shape[1:3] if crops.dtype == torch.uint8 else crops.shape[2:4]
+    height, width = crops.shape[1:3] if reference.is_raw(crops) else crops.shape[2:4]
     patches = (height // patch_size) * (width // patch_size)
     low, high = (int(value) for value in index.aminmax())
     if low < 0 or high >= patches:
         raise ValueError(f"index must be in [0, {patches}), got values from {low} to {high}")
 
 
-def _check_whole_crops(crops: Tensor, order: Tensor, factors: Tensor) -> None:
-    if crops.dtype != torch.uint8:
-        raise TypeError(f"crops must be uint8, got {crops.dtype}")
+def _check_whole_crops(crops: Tensor, order: Tensor, factors: Tensor, rgb: Sequence[int] | None) -> None:
+    if not reference.is_raw(crops):
+        raise TypeError(f"crops must be uint8 or uint16, got {crops.dtype}")
     if crops.dim() != 4 or min(crops.shape[1:]) < 1:
         raise ValueError(f"crops must be [N, H, W, C] with pixels in it, got {list(crops.shape)}")
-    check_colors(crops, order, factors, None)
+    check_colors(crops, order, factors, None, rgb)
 
 
 @torch.library.custom_op("pera::contrast_mean", mutates_args=())
-def contrast_mean(crops: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+def contrast_mean(crops: Tensor, order: Tensor, factors: Tensor, rgb: Sequence[int] | None = None) -> Tensor:
     """Mean gray of each crop at the point of its order where contrast comes.
 
     Args:
-        crops: uint8 [N, H, W, C].
+        crops: uint8 or uint16 [N, H, W, C].
         order: int32 or int64 [N, 4], operation codes, applied left to right.
         factors: float [N, 4], the factor of operation code k at [:, k]: brightness, contrast, saturation, hue (turns).
+        rgb: numbers of the red, green and blue channel; see the top of this file.
 
     Returns:
         float32 [N], in [0, 1]; 0 for crops whose order does not hold contrast. No gradient. Deterministic.
@@ -123,23 +136,23 @@ def contrast_mean(crops: Tensor, order: Tensor, factors: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: an argument of another type or shape; the message names it.
     """
-    _check_whole_crops(crops, order, factors)
+    _check_whole_crops(crops, order, factors, rgb)
     match choose("contrast_mean", crops):
         case "triton":
             from . import triton
 
-            return triton.contrast_mean(crops, order, factors)
+            return triton.contrast_mean(crops, order, factors, rgb)
         case "native":
-            return torch.ops.pera_native.contrast_mean(crops, order, factors)
+            return torch.ops.pera_native.contrast_mean(crops, order, factors, **given(rgb))
         case "eager":
-            return eager.contrast_mean(crops, order, factors)
+            return eager.contrast_mean(crops, order, factors, rgb=rgb)
         case _:
-            return reference.contrast_mean(crops, order, factors)
+            return reference.contrast_mean(crops, order, factors, rgb=rgb)
 
 
 @contrast_mean.register_fake
-def _(crops: Tensor, order: Tensor, factors: Tensor) -> Tensor:
-    _check_whole_crops(crops, order, factors)
+def _(crops: Tensor, order: Tensor, factors: Tensor, rgb: Sequence[int] | None = None) -> Tensor:
+    _check_whole_crops(crops, order, factors, rgb)
     return crops.new_empty(crops.shape[0], dtype=torch.float32)
 
 
@@ -154,12 +167,14 @@ def visible_patches(
     std: Sequence[float],
     patch_size: int,
     dtype: torch.dtype,
+    rgb: Sequence[int] | None = None,
 ) -> Tensor:
     """Rows of the visible patches: coloured, normalised, unfolded.
 
     Args:
-        crops: uint8 [N, H, W, C], scaled by 1/255, coloured, normalised; or float [N, C, H, W], taken as views that are
-            normalised already (order, factors and gray_mean must be None; mean and std are not used). Any strides.
+        crops: uint8 or uint16 [N, H, W, C], scaled by 1/255 or 1/65535, coloured, normalised; or float [N, C, H, W],
+            taken as views that are normalised already (order, factors and gray_mean must be None; mean and std are not
+            used). Any strides.
         index: int32 or int64 [N, n], patch numbers in raster order. On the CPU numbers outside the grid raise; on other
             devices they are not looked at (that would wait for the device), and what comes of them is undefined.
         order: int32 or int64 [N, 4], operation codes; None: no colour.
@@ -168,6 +183,7 @@ def visible_patches(
         mean, std: a float for each channel.
         patch_size: P; H and W are multiples of it.
         dtype: of the rows; float64 computes in float64, all others in float32.
+        rgb: see `contrast_mean`.
 
     Returns:
         `dtype` [N*n, C*P*P], crop after crop in the order of `index`; elements in order (channel, row, column), as the
@@ -177,20 +193,20 @@ def visible_patches(
     Raises:
         TypeError, ValueError: an argument of another type or shape; the message names it.
     """
-    _check(crops, index, order, factors, gray_mean, mean, std, patch_size, dtype)
+    _check(crops, index, order, factors, gray_mean, mean, std, patch_size, dtype, rgb)
     chosen = choose("visible_patches", crops)
     if order is not None and factors is not None and gray_mean is None and dtype != torch.float64:
-        gray_mean = torch.ops.pera.contrast_mean(crops, order, factors)
+        gray_mean = torch.ops.pera.contrast_mean(crops, order, factors, rgb)
     args = (crops, index, order, factors, gray_mean, mean, std, patch_size, dtype)
     if chosen == "native" and runs_native(crops, dtype):
-        return torch.ops.pera_native.visible_patches(*args)
+        return torch.ops.pera_native.visible_patches(*args, **given(rgb))
     check_index(crops, index, patch_size)
     if chosen == "triton":
         from . import triton
 
         if triton.why_not(crops, patch_size, dtype) is None:
-            return triton.visible_patches(*args)
-    return (reference if chosen == "reference" else eager).visible_patches(*args)
+            return triton.visible_patches(*args, rgb)
+    return (reference if chosen == "reference" else eager).visible_patches(*args, rgb)
 
 
 def choose(op: str, crops: Tensor) -> str:
@@ -199,9 +215,14 @@ def choose(op: str, crops: Tensor) -> str:
     return "eager" if is_fake(crops) else chosen
 
 
+def given(rgb: Sequence[int] | None) -> dict[str, Sequence[int]]:
+    """`rgb` as an argument of the native ops, left out where it is not given: their default is the same."""
+    return {} if rgb is None else {"rgb": rgb}
+
+
 def runs_native(crops: Tensor, dtype: torch.dtype) -> bool:
     """Whether the native kernels take these crops and give rows of this dtype; eager PyTorch does the others."""
-    return dtype in NATIVE_DTYPES and (crops.dtype == torch.uint8 or crops.dtype in NATIVE_DTYPES)
+    return dtype in NATIVE_DTYPES and (reference.is_raw(crops) or crops.dtype in NATIVE_DTYPES)
 
 
 def _check(
@@ -214,17 +235,18 @@ def _check(
     std: Sequence[float],
     patch_size: int,
     dtype: torch.dtype,
+    rgb: Sequence[int] | None,
 ) -> int:
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}")
     channels = check_patches(crops, index, mean, std, patch_size)
-    check_colors(crops, order, factors, gray_mean)
+    check_colors(crops, order, factors, gray_mean, rgb)
     return channels
 
 
 @visible_patches.register_fake
-def _(crops, index, order, factors, gray_mean, mean, std, patch_size, dtype):
-    channels = _check(crops, index, order, factors, gray_mean, mean, std, patch_size, dtype)
+def _(crops, index, order, factors, gray_mean, mean, std, patch_size, dtype, rgb=None):
+    channels = _check(crops, index, order, factors, gray_mean, mean, std, patch_size, dtype, rgb)
     return crops.new_empty(index.shape[0] * index.shape[1], channels * patch_size**2, dtype=dtype)
 
 

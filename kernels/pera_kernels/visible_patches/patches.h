@@ -15,6 +15,36 @@ namespace pera::patches {
 
 constexpr int64_t kLanes = 16; // partial sums that a compiler may keep in vector registers
 
+// Whether crops are integer pixels [N, H, W, C]; else they are views [N, C, H, W] that are normalised already.
+inline bool is_raw(const at::Tensor& crops) {
+  return crops.scalar_type() == at::kByte || crops.scalar_type() == at::kUInt16;
+}
+
+// Calls `run` with a value of the crops' pixel type.
+template <typename Run>
+inline void dispatch_pixels(const at::Tensor& crops, const Run& run) {
+  if (crops.scalar_type() == at::kByte) {
+    run(uint8_t());
+  } else {
+    run(uint16_t());
+  }
+}
+
+// The argument `rgb` of the ops; without it the three channels of three are red, green and blue.
+inline Rgb color_channels(int64_t channels, at::OptionalIntArrayRef rgb) {
+  if (!rgb.has_value()) {
+    return {channels == 3};
+  }
+  if (rgb->empty()) {
+    return {};
+  }
+  TORCH_CHECK_VALUE(rgb->size() == 3, "rgb must be three numbers or []");
+  for (const int64_t channel : *rgb) {
+    TORCH_CHECK_VALUE(channel >= 0 && channel < channels, "rgb must be in [0, ", channels, ")");
+  }
+  return {true, (*rgb)[0], (*rgb)[1], (*rgb)[2]};
+}
+
 // Round to nearest even, as c10::BFloat16 does, in a form that vectorises.
 inline uint16_t to_bfloat16_bits(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
@@ -42,18 +72,19 @@ inline void store(Out* out, int64_t i, float x) {
   }
 }
 
-// `rows` lines of `columns` pixels of an NHWC image, wherever they lie, to packed bytes.
+// `rows` lines of `columns` pixels of an NHWC image, wherever they lie, to packed ones.
+template <typename Pixel>
 inline void copy_pixels(
-    const uint8_t* from,
+    const Pixel* from,
     int64_t rows,
     int64_t columns,
     int64_t channels,
     at::IntArrayRef strides, // of N, H, W, C
-    uint8_t* to) {
+    Pixel* to) {
   const bool is_packed = strides[3] == 1 && strides[2] == channels;
   for (int64_t y = 0; y < rows; ++y, from += strides[1]) {
     if (is_packed) {
-      std::memcpy(to, from, columns * channels);
+      std::memcpy(to, from, columns * channels * sizeof(Pixel));
       to += columns * channels;
       continue;
     }

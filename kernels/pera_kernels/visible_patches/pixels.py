@@ -15,6 +15,7 @@ from torch import Tensor
 PACKED = tl.constexpr(0)  # uint8 RGB in one block of memory, lines of whole words
 BYTES = tl.constexpr(1)  # uint8 with any strides
 VIEWS = tl.constexpr(2)  # floating point with any strides: normalised already
+SHORTS = tl.constexpr(3)  # uint16 with any strides
 
 TILE_PIXELS = 1024  # pixels of one program: 8 for each of 128 threads
 
@@ -76,7 +77,7 @@ def color_step(r, g, b, code, brightness, contrast, saturation, hue, mean_gray):
 
 @triton.jit
 def blend_step(x, code, brightness, contrast, mean_gray):
-    """``color_step`` for one channel of crops that are not RGB."""
+    """``color_step`` for a channel that is no colour."""
     if (code == 0) | (code == 1):
         factor = tl.where(code == 0, brightness, contrast)
         x = unit_clamp(factor * x + tl.where(code == 0, 0.0, (1.0 - contrast) * mean_gray))
@@ -153,6 +154,8 @@ def load_channel(crops_ptr, address, mask, KIND: tl.constexpr):
     x = tl.load(crops_ptr + address, mask=mask, other=0).to(tl.float32)
     if KIND == BYTES:
         x = x * (1.0 / 255.0)
+    elif KIND == SHORTS:
+        x = x * (1.0 / 65535.0)
     return x
 
 
@@ -177,7 +180,7 @@ def patch_address(
 
 @triton.jit
 def rgb_patches(
-    crops_ptr,  # (N, H, W, 3) uint8, as int64 words if PACKED; or float
+    crops_ptr,  # (N, H, W, C) uint8 or uint16, as int64 words if PACKED; or float
     order_ptr,  # (N, 4), read if COLOR
     factors_ptr,  # (N, 4) float32, read if COLOR
     gray_ptr,  # (N,) float32, read if COLOR
@@ -195,8 +198,11 @@ def rgb_patches(
     PIXELS: tl.constexpr,
     KIND: tl.constexpr,
     COLOR: tl.constexpr,
+    RED: tl.constexpr,
+    GREEN: tl.constexpr,
+    BLUE: tl.constexpr,
 ):
-    """Planes (PATCHES, PIXELS) of patches of one crop, coloured and normalised, float32."""
+    """Planes (PATCHES, PIXELS) of red, green and blue of patches of one crop, coloured and normalised, float32."""
     if KIND == PACKED:
         group = tl.arange(0, PIXELS // 8)
         line, word = group // (P // 8), (group % (P // 8)) * 3
@@ -206,9 +212,9 @@ def rgb_patches(
     else:
         address = patch_address(patch, crop, columns, stride_n, stride_y, stride_x, P, PIXELS)
         mask = seen[:, None] & (tl.arange(0, PIXELS) < P * P)[None, :]
-        r = load_channel(crops_ptr, address, mask, KIND)
-        g = load_channel(crops_ptr, address + stride_c, mask, KIND)
-        b = load_channel(crops_ptr, address + 2 * stride_c, mask, KIND)
+        r = load_channel(crops_ptr, address + RED * stride_c, mask, KIND)
+        g = load_channel(crops_ptr, address + GREEN * stride_c, mask, KIND)
+        b = load_channel(crops_ptr, address + BLUE * stride_c, mask, KIND)
     if COLOR:
         f0 = tl.load(factors_ptr + crop * 4)
         f1 = tl.load(factors_ptr + crop * 4 + 1)
@@ -220,7 +226,34 @@ def rgb_patches(
         r, g, b = color_step(r, g, b, tl.load(order_ptr + crop * 4 + 2), f0, f1, f2, f3, mean_gray)
         r, g, b = color_step(r, g, b, tl.load(order_ptr + crop * 4 + 3), f0, f1, f2, f3, mean_gray)
     if KIND != VIEWS:
-        r = (r - MEAN[0]) * INVERSE_STD[0]
-        g = (g - MEAN[1]) * INVERSE_STD[1]
-        b = (b - MEAN[2]) * INVERSE_STD[2]
+        r = (r - MEAN[RED]) * INVERSE_STD[RED]
+        g = (g - MEAN[GREEN]) * INVERSE_STD[GREEN]
+        b = (b - MEAN[BLUE]) * INVERSE_STD[BLUE]
     return r, g, b
+
+
+@triton.jit
+def band_patches(
+    crops_ptr,
+    order_ptr,
+    factors_ptr,
+    gray_ptr,
+    address,  # (PATCHES, PIXELS) int64, of the pixels in the first channel
+    mask,
+    crop,  # int64
+    stride_c,
+    MEAN: tl.constexpr,
+    INVERSE_STD: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    KIND: tl.constexpr,
+    COLOR: tl.constexpr,
+):
+    """``rgb_patches`` for a channel that is no colour: (PATCHES, PIXELS) float32."""
+    x = load_channel(crops_ptr, address + CHANNEL * stride_c, mask, KIND)
+    if COLOR:
+        f0, f1 = tl.load(factors_ptr + crop * 4), tl.load(factors_ptr + crop * 4 + 1)
+        for step in tl.static_range(4):
+            x = blend_step(x, tl.load(order_ptr + crop * 4 + step), f0, f1, tl.load(gray_ptr + crop))
+    if KIND != VIEWS:
+        x = (x - MEAN[CHANNEL]) * INVERSE_STD[CHANNEL]
+    return x

@@ -11,6 +11,10 @@ from torch import Tensor
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE, NOTHING = 0, 1, 2, 3, 4, -1
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # of red, green, blue; torchvision's, which sum to .9999
+LARGEST = {
+    torch.uint8: 255,
+    torch.uint16: 65535,
+}  # of the types that crops have before they are normalised: stands for 1
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -18,11 +22,22 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def gray(image: Tensor) -> Tensor:
-    """Luma of `image` [C, H, W] -> [H, W]; images that are not RGB have the plain mean over channels."""
-    if image.shape[0] != 3:
-        return image.mean(0)
-    return GRAY_WEIGHTS[0] * image[0] + GRAY_WEIGHTS[1] * image[1] + GRAY_WEIGHTS[2] * image[2]
+def color_channels(channels: int, rgb: Sequence[int] | None) -> list[int]:
+    """Which channels are red, green and blue; none of them: []. None means the first three of three, else none."""
+    if rgb is None:
+        return [0, 1, 2] if channels == 3 else []
+    return list(rgb)
+
+
+def luma(color: Tensor) -> Tensor:
+    """RGB [3, H, W] -> [H, W]."""
+    return GRAY_WEIGHTS[0] * color[0] + GRAY_WEIGHTS[1] * color[1] + GRAY_WEIGHTS[2] * color[2]
+
+
+def gray(image: Tensor, rgb: Sequence[int] | None = None) -> Tensor:
+    """Gray of `image` [C, H, W] -> [H, W]: luma if it is nothing but RGB, else the plain mean over all channels."""
+    color = color_channels(image.shape[0], rgb)
+    return luma(image[color]) if len(color) == image.shape[0] else image.mean(0)
 
 
 def blend(image: Tensor, other: Tensor | float, factor: float) -> Tensor:
@@ -57,16 +72,23 @@ def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
     return torch.stack([channel(5), channel(3), channel(1)])
 
 
-def apply_op(image: Tensor, code: int, factors: list[float], mean_gray: float | Tensor | None = None) -> Tensor:
+def apply_op(
+    image: Tensor,
+    code: int,
+    factors: list[float],
+    mean_gray: float | Tensor | None = None,
+    rgb: Sequence[int] | None = None,
+) -> Tensor:
     """One colour operation of torchvision's `adjust_*` on a float image.
 
     Args:
         image: [C, H, W] in [0, 1].
-        code: 0 brightness, 1 contrast, 2 saturation, 3 hue, 4 grayscale, anything else nothing. Saturation, hue and
-            grayscale leave images alone that do not have 3 channels.
+        code: 0 brightness, 1 contrast, 2 saturation, 3 hue, 4 grayscale, anything else nothing. Brightness and contrast
+            act on all channels; saturation, hue and grayscale on the red, green and blue ones.
         factors: of brightness, contrast, saturation, hue (a shift in turns); the factor of an operation stands at the
             index of its code.
         mean_gray: what contrast blends with; None: the mean gray of `image` (the definition).
+        rgb: numbers of the red, green and blue channel, or []; None: see `color_channels`.
 
     Returns:
         [C, H, W] in [0, 1].
@@ -74,32 +96,47 @@ def apply_op(image: Tensor, code: int, factors: list[float], mean_gray: float | 
     if code == BRIGHTNESS:
         return blend(image, 0.0, factors[BRIGHTNESS])
     if code == CONTRAST:
-        return blend(image, gray(image).mean() if mean_gray is None else mean_gray, factors[CONTRAST])
-    if image.shape[0] != 3:
+        return blend(image, gray(image, rgb).mean() if mean_gray is None else mean_gray, factors[CONTRAST])
+    if not (chosen := color_channels(image.shape[0], rgb)):
         return image
+    result = image.clone()
+    result[chosen] = _color_op(image[chosen], code, factors)
+    return result
+
+
+def _color_op(image: Tensor, code: int, factors: list[float]) -> Tensor:
+    """An operation that RGB images [3, H, W] have."""
     if code == SATURATION:
-        return blend(image, gray(image), factors[SATURATION])
+        return blend(image, luma(image), factors[SATURATION])
     if code == HUE:
         hue, saturation, value = rgb_to_hsv(image)
         return hsv_to_rgb((hue + factors[HUE]) % 1, saturation, value)
     if code == GRAYSCALE:
-        return gray(image).expand(3, -1, -1)
+        return luma(image).expand(3, -1, -1)
     return image
 
 
+def is_raw(crops: Tensor) -> bool:
+    """Whether crops are integer pixels [N, H, W, C], to be scaled and normalised; else they are views [N, C, H, W]."""
+    return crops.dtype in LARGEST
+
+
 def unit_images(crops: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 [N, H, W, C] -> [N, C, H, W] in [0, 1]."""
-    return crops.permute(0, 3, 1, 2).to(dtype) / 255
+    """uint8 or uint16 [N, H, W, C] -> [N, C, H, W] in [0, 1]."""
+    return crops.permute(0, 3, 1, 2).to(dtype) / LARGEST[crops.dtype]
 
 
-def contrast_mean(crops: Tensor, order: Tensor, factors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def contrast_mean(
+    crops: Tensor, order: Tensor, factors: Tensor, dtype: torch.dtype = torch.float32, rgb: Sequence[int] | None = None
+) -> Tensor:
     """Mean gray of each crop where contrast comes in its order; 0 for crops whose order does not hold contrast.
 
     Args:
-        crops: uint8 [N, H, W, C].
+        crops: uint8 or uint16 [N, H, W, C].
         order: integer [N, K], operation codes, applied left to right.
         factors: [N, 4].
         dtype: float32 or float64.
+        rgb: see `apply_op`.
 
     Returns:
         [N] of `dtype`.
@@ -110,13 +147,13 @@ def contrast_mean(crops: Tensor, order: Tensor, factors: Tensor, dtype: torch.dt
         if CONTRAST not in codes:
             continue
         for code in codes[: codes.index(CONTRAST)]:
-            image = apply_op(image, code, factors[crop].tolist())
-        means[crop] = gray(image).mean()
+            image = apply_op(image, code, factors[crop].tolist(), rgb=rgb)
+        means[crop] = gray(image, rgb).mean()
     return means
 
 
 def visible_patches(
-    crops: Tensor,  # uint8 [N, H, W, C] or float [N, C, H, W]
+    crops: Tensor,  # uint8 or uint16 [N, H, W, C], or float [N, C, H, W]
     index: Tensor,  # [N, n]
     order: Tensor | None,  # [N, K]
     factors: Tensor | None,  # [N, 4]
@@ -125,17 +162,18 @@ def visible_patches(
     std: Sequence[float],
     patch_size: int,
     dtype: torch.dtype,
+    rgb: Sequence[int] | None = None,
 ) -> Tensor:  # [N*n, C*P*P]
     """Rows of the visible patches, see `op.visible_patches`. Colours whole crops, then takes the patches."""
     compute = compute_dtype(dtype)
-    if crops.dtype == torch.uint8:
+    if is_raw(crops):
         images = unit_images(crops, compute)
         if order is not None and factors is not None:
             images = images.clone()
             for crop in range(len(images)):
                 mean_gray = None if gray_mean is None else gray_mean[crop].to(compute)
                 for code in order[crop].tolist():
-                    images[crop] = apply_op(images[crop], code, factors[crop].tolist(), mean_gray)
+                    images[crop] = apply_op(images[crop], code, factors[crop].tolist(), mean_gray, rgb)
         shape = (1, len(mean), 1, 1)
         images = images - torch.tensor(mean, dtype=compute, device=crops.device).view(shape)
         images = images / torch.tensor(std, dtype=compute, device=crops.device).view(shape)

@@ -16,8 +16,10 @@ from ..aot import Variant
 from .pixels import (
     BYTES,
     PACKED,
+    SHORTS,
     TILE_PIXELS,
     VIEWS,
+    band_patches,
     blend_step,
     color_step,
     is_packed,
@@ -27,6 +29,7 @@ from .pixels import (
     patch_address,
     rgb_patches,
 )
+from .reference import color_channels, is_raw
 
 MAX_PATCH = 128  # a patch has to fit one program's registers
 MEAN_PIXELS = 2048  # of one program of contrast_mean: 8 for each of 256 threads
@@ -43,7 +46,7 @@ def contrast_place(order_ptr, crop):
 
 @triton.jit
 def contrast_mean_fwd_kernel(
-    crops_ptr,  # (N, H, W, C) uint8, as int64 words if PACKED
+    crops_ptr,  # (N, H, W, C) uint8 or uint16, as int64 words if PACKED
     order_ptr,  # (N, 4)
     factors_ptr,  # (N, 4) float32
     partial_ptr,  # (N, tiles) float32, written where the crop has contrast
@@ -56,6 +59,9 @@ def contrast_mean_fwd_kernel(
     stride_c,
     C: tl.constexpr,
     KIND: tl.constexpr,
+    RED: tl.constexpr,  # -1 if there are no colours
+    GREEN: tl.constexpr,
+    BLUE: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -72,26 +78,27 @@ def contrast_mean_fwd_kernel(
         pixel = tile * PIXELS + tl.arange(0, PIXELS)
         mask = pixel < pixels
         address = crop * stride_n + (pixel // width) * stride_y + (pixel % width) * stride_x
-        if C == 3:
+        gray = tl.zeros((PIXELS,), tl.float32)
+        if RED >= 0:
             if KIND == PACKED:
                 group = tile * (PIXELS // 8) + tl.arange(0, PIXELS // 8)
                 r, g, b = load_packed(crops_ptr, crop * stride_n + group * 3, group * 8 < pixels)
             else:
-                r = load_channel(crops_ptr, address, mask, KIND)
-                g = load_channel(crops_ptr, address + stride_c, mask, KIND)
-                b = load_channel(crops_ptr, address + 2 * stride_c, mask, KIND)
+                r = load_channel(crops_ptr, address + RED * stride_c, mask, KIND)
+                g = load_channel(crops_ptr, address + GREEN * stride_c, mask, KIND)
+                b = load_channel(crops_ptr, address + BLUE * stride_c, mask, KIND)
             r, g, b = color_step(r, g, b, code0, f0, 1.0, f2, f3, 0.0)
             r, g, b = color_step(r, g, b, code1, f0, 1.0, f2, f3, 0.0)
             r, g, b = color_step(r, g, b, code2, f0, 1.0, f2, f3, 0.0)
-            gray = luma(r, g, b)
-        else:
-            gray = tl.zeros((PIXELS,), tl.float32)
+            gray = luma(r, g, b) if C == 3 else r + g + b
+        if C != 3 or RED < 0:
             for c in range(C):
-                x = load_channel(crops_ptr, address + c * stride_c, mask, KIND)
-                x = blend_step(x, code0, f0, 1.0, 0.0)
-                x = blend_step(x, code1, f0, 1.0, 0.0)
-                x = blend_step(x, code2, f0, 1.0, 0.0)
-                gray += x
+                if (c != RED) & (c != GREEN) & (c != BLUE):
+                    x = load_channel(crops_ptr, address + c * stride_c, mask, KIND)
+                    x = blend_step(x, code0, f0, 1.0, 0.0)
+                    x = blend_step(x, code1, f0, 1.0, 0.0)
+                    x = blend_step(x, code2, f0, 1.0, 0.0)
+                    gray += x
             gray = gray / C
         tl.store(partial_ptr + program, tl.sum(tl.where(mask, gray, 0.0), 0))
 
@@ -116,7 +123,7 @@ def contrast_mean_sum_fwd_kernel(
 
 @triton.jit
 def visible_patches_fwd_kernel(
-    crops_ptr,  # (N, H, W, C) uint8, as int64 words if PACKED; or float (N, C, H, W)
+    crops_ptr,  # (N, H, W, C) uint8 or uint16, as int64 words if PACKED; or float (N, C, H, W)
     index_ptr,  # (N, n)
     order_ptr,  # (N, 4), read if COLOR
     factors_ptr,  # (N, 4) float32, read if COLOR
@@ -135,6 +142,9 @@ def visible_patches_fwd_kernel(
     C: tl.constexpr,
     KIND: tl.constexpr,
     COLOR: tl.constexpr,
+    RED: tl.constexpr,  # -1 if there are no colours
+    GREEN: tl.constexpr,
+    BLUE: tl.constexpr,
     PATCHES: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
@@ -148,26 +158,23 @@ def visible_patches_fwd_kernel(
     mask = seen[:, None] & (pixel < P * P)[None, :]
     to = rows_ptr + (row * (C * P * P))[:, None] + pixel[None, :]
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
-    if C == 3:
+    if RED >= 0:
         r, g, b = rgb_patches(
             crops_ptr, order_ptr, factors_ptr, gray_ptr, patch, seen, crop, columns, stride_n, stride_y, stride_x,
-            stride_c, MEAN, INVERSE_STD, P, PIXELS, KIND, COLOR,
+            stride_c, MEAN, INVERSE_STD, P, PIXELS, KIND, COLOR, RED, GREEN, BLUE,
         )  # fmt: skip
-        tl.store(to, r.to(dtype), mask=mask)
-        tl.store(to + P * P, g.to(dtype), mask=mask)
-        tl.store(to + 2 * P * P, b.to(dtype), mask=mask)
-    else:
+        tl.store(to + RED * P * P, r.to(dtype), mask=mask)
+        tl.store(to + GREEN * P * P, g.to(dtype), mask=mask)
+        tl.store(to + BLUE * P * P, b.to(dtype), mask=mask)
+    if C != 3 or RED < 0:
         address = patch_address(patch, crop, columns, stride_n, stride_y, stride_x, P, PIXELS)
         for c in tl.static_range(C):
-            x = load_channel(crops_ptr, address + c * stride_c, mask, KIND)
-            if COLOR:
-                f0, f1 = tl.load(factors_ptr + crop * 4), tl.load(factors_ptr + crop * 4 + 1)
-                for step in tl.static_range(4):
-                    code = tl.load(order_ptr + crop * 4 + step)
-                    x = blend_step(x, code, f0, f1, tl.load(gray_ptr + crop))
-            if KIND != VIEWS:
-                x = (x - MEAN[c]) * INVERSE_STD[c]
-            tl.store(to + c * P * P, x.to(dtype), mask=mask)
+            if c != RED and c != GREEN and c != BLUE:
+                x = band_patches(
+                    crops_ptr, order_ptr, factors_ptr, gray_ptr, address, mask, crop, stride_c, MEAN, INVERSE_STD, c,
+                    KIND, COLOR,
+                )  # fmt: skip
+                tl.store(to + c * P * P, x.to(dtype), mask=mask)
 
 
 def why_not(crops: Tensor, patch_size: int, dtype: torch.dtype) -> str | None:
@@ -179,15 +186,25 @@ def why_not(crops: Tensor, patch_size: int, dtype: torch.dtype) -> str | None:
     return None
 
 
-def source(crops: Tensor, patch_size: int) -> tuple[Tensor, tuple[int, int, int, int], dict[str, object]]:
-    """What the kernels read: tensor, strides (N, H, W, C) in its elements, and the constants KIND and C."""
-    if crops.dtype != torch.uint8:
+def source(
+    crops: Tensor, patch_size: int, rgb: Sequence[int] | None
+) -> tuple[Tensor, tuple[int, int, int, int], dict[str, int]]:
+    """What the kernels read: tensor, strides (N, H, W, C) in its elements, and constants: KIND, C, and of `colors`."""
+    if not is_raw(crops):
         n, c, h, w = crops.stride()
-        return crops, (n, h, w, c), {"KIND": VIEWS.value, "C": crops.shape[1]}
-    if is_packed(crops, patch_size):
+        return crops, (n, h, w, c), {"KIND": VIEWS.value, "C": crops.shape[1], **colors(crops.shape[1], None)}
+    constants = {"C": crops.shape[3], **colors(crops.shape[3], rgb)}
+    if crops.dtype == torch.uint16:
+        return crops, crops.stride(), {"KIND": SHORTS.value, **constants}  # type: ignore[return-value]
+    if is_packed(crops, patch_size) and color_channels(3, rgb) == [0, 1, 2]:
         words = crops.view(-1).view(torch.int64)
-        return words, (crops.stride(0) // 8, crops.stride(1) // 8, 0, 0), {"KIND": PACKED.value, "C": 3}
-    return crops, crops.stride(), {"KIND": BYTES.value, "C": crops.shape[3]}  # type: ignore[return-value]
+        return words, (crops.stride(0) // 8, crops.stride(1) // 8, 0, 0), {"KIND": PACKED.value, **constants}
+    return crops, crops.stride(), {"KIND": BYTES.value, **constants}  # type: ignore[return-value]
+
+
+def colors(channels: int, rgb: Sequence[int] | None) -> dict[str, int]:
+    """The constants RED, GREEN and BLUE; -1 if there are no colours."""
+    return dict(zip(("RED", "GREEN", "BLUE"), color_channels(channels, rgb) or [-1] * 3, strict=True))
 
 
 def color_args(order: Tensor | None, factors: Tensor | None, gray_mean: Tensor | None, other: Tensor) -> list[Tensor]:
@@ -210,9 +227,10 @@ def normalisation(mean: Sequence[float], std: Sequence[float]) -> dict[str, tupl
 
 
 def contrast_mean(
-    crops: Tensor,  # (N, H, W, C) uint8
+    crops: Tensor,  # (N, H, W, C) uint8 or uint16
     order: Tensor,  # (N, 4)
     factors: Tensor,  # (N, 4)
+    rgb: Sequence[int] | None = None,
 ) -> Tensor:
     """Mean gray (N,) float32 of each crop where contrast comes, 0 where it does not."""
     count, height, width, _ = crops.shape
@@ -221,7 +239,7 @@ def contrast_mean(
         return means
     tiles = triton.cdiv(height * width, MEAN_PIXELS)
     partial = torch.empty(count, tiles, dtype=torch.float32, device=crops.device)
-    read, strides, constants = source(crops, 8)
+    read, strides, constants = source(crops, 8, rgb)
     order, factors = order.contiguous(), factors.float().contiguous()
     contrast_mean_fwd_kernel[(count * tiles,)](
         read, order, factors, partial, height * width, width, tiles, *strides,
@@ -232,7 +250,7 @@ def contrast_mean(
 
 
 def visible_patches(
-    crops: Tensor,  # (N, H, W, C) uint8 or (N, C, H, W) float
+    crops: Tensor,  # (N, H, W, C) uint8 or uint16, or (N, C, H, W) float
     index: Tensor,  # (N, n)
     order: Tensor | None,  # (N, 4)
     factors: Tensor | None,  # (N, 4)
@@ -241,11 +259,12 @@ def visible_patches(
     std: Sequence[float],
     patch_size: int,
     dtype: torch.dtype,
+    rgb: Sequence[int] | None = None,
 ) -> Tensor:
     """Rows (N * n, C * P * P) of ``dtype``."""
-    read, strides, constants = source(crops, patch_size)
-    mean, std = (mean, std) if crops.dtype == torch.uint8 else ([], [])  # not used: one compiled kernel for all
-    width = crops.shape[2] if crops.dtype == torch.uint8 else crops.shape[3]
+    read, strides, constants = source(crops, patch_size, rgb)
+    mean, std = (mean, std) if is_raw(crops) else ([], [])  # not used: one compiled kernel for all
+    width = crops.shape[2 if is_raw(crops) else 3]
     rows = torch.empty(index.numel(), constants["C"] * patch_size**2, dtype=dtype, device=crops.device)
     if rows.numel() == 0:
         return rows
@@ -262,30 +281,46 @@ def visible_patches(
 
 def signature(kernel, kind: tl.constexpr, **types: str) -> dict[str, str]:
     """Types of a kernel's runtime arguments for ahead-of-time compilation, int32 where nothing else is said."""
-    crops = {PACKED.value: "*i64", BYTES.value: "*u8", VIEWS.value: "*fp32"}[kind.value]
+    crops = {PACKED.value: "*i64", BYTES.value: "*u8", SHORTS.value: "*u16", VIEWS.value: "*fp32"}[kind.value]
     known = {"crops_ptr": crops, "index_ptr": "*i32", "order_ptr": "*i32", "factors_ptr": "*fp32", "gray_ptr": "*fp32"}
     return dict.fromkeys(kernel.arg_names, "i32") | known | types
+
+
+THREE, EIGHT = {"C": 3, **colors(3, None)}, {"C": 8, **colors(8, [4, 2, 1])}
+PIXEL_VARIANTS = (
+    (PACKED, THREE, True, "packed, colour"),
+    (PACKED, THREE, False, "packed"),
+    (BYTES, THREE, True, "bytes, colour"),
+    (SHORTS, THREE, True, "uint16, colour"),
+    (SHORTS, EIGHT, True, "uint16, 8 bands, colour"),
+    (VIEWS, THREE, False, "views"),
+)
+
+
+def normalised(bands: dict[str, int]) -> dict[str, tuple[float, ...]]:
+    """``normalisation`` of as many channels, for ahead-of-time compilation."""
+    return normalisation([0.4] * bands["C"], [0.2] * bands["C"])
 
 
 def _variants() -> list[Variant]:
     recipes = "vit_s16, vit_b16, vit_g16"  # they differ in the width of their tokens, not in their pixels
     patches, pixels, warps = tile_shape(157, 16)
-    constants = {"P": 16, "C": 3, "PATCHES": patches, "PIXELS": pixels, **normalisation([0.4] * 3, [0.2] * 3)}
+    constants = {"P": 16, "PATCHES": patches, "PIXELS": pixels}
     result = []
-    for kind, name in ((PACKED, "packed"), (BYTES, "bytes")):
+    for kind, bands, name in (
+        (PACKED, THREE, "packed"),
+        (BYTES, THREE, "bytes"),
+        (SHORTS, THREE, "uint16"),
+        (SHORTS, EIGHT, "uint16, 8 bands"),
+    ):
         types = signature(contrast_mean_fwd_kernel, kind, partial_ptr="*fp32")
-        sizes = {"C": 3, "KIND": kind.value, "PIXELS": MEAN_PIXELS}
+        sizes = {**bands, "KIND": kind.value, "PIXELS": MEAN_PIXELS}
         result.append(Variant(f"{recipes} {name}", contrast_mean_fwd_kernel, types, sizes, 8))
     types = signature(contrast_mean_sum_fwd_kernel, PACKED, partial_ptr="*fp32", means_ptr="*fp32")
     result.append(Variant(recipes, contrast_mean_sum_fwd_kernel, types, {"BLOCK": 128}, 1))
-    for kind, color, name in (
-        (PACKED, True, "packed, colour"),
-        (PACKED, False, "packed"),
-        (BYTES, True, "bytes, colour"),
-        (VIEWS, False, "views"),
-    ):
+    for kind, bands, color, name in PIXEL_VARIANTS:
         types = signature(visible_patches_fwd_kernel, kind, rows_ptr="*bf16")
-        chosen = {**constants, "KIND": kind.value, "COLOR": color}
+        chosen = {**constants, **bands, **normalised(bands), "KIND": kind.value, "COLOR": color}
         result.append(Variant(f"{recipes} bf16 {name}", visible_patches_fwd_kernel, types, chosen, warps))
     return result
 
