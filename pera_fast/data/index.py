@@ -8,20 +8,26 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
-from pera_fast.data.manifest import Manifest, not_writable
-from pera_fast.data.probe import MAX_FILES, ProbeResult, ProbeSettings
-from pera_fast.data.sandbox import Sandbox
-from pera_fast.data.scan import Entry, Listing, scan
-from pera_fast.data.shards import list_shards, locate
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+
+from pera_fast.data.bars import Bars, bars
+from pera_fast.data.checks import Batch, Checks, batches
+from pera_fast.data.journal import Journal
+from pera_fast.data.manifest import SCHEMA, Manifest, ManifestWriter, StoredManifest, not_writable
+from pera_fast.data.probe import ProbeSettings
+from pera_fast.data.scan import LISTED, Listing, scan
+from pera_fast.data.shards import list_shards
+from pera_fast.data.sorted_parts import SortedParts, Tables, side_by_side
 from pera_fast.errors import UserError
 
+pc: Any = pyarrow.compute  # made when it is imported: type checkers see none of its functions
 _log = logging.getLogger("pera_fast")
-_BATCH_BYTES = 2**26  # read together by one worker
 _FIRST_REASONS = 3
 
 
@@ -64,6 +70,9 @@ def build_index(
 ) -> Manifest:
     """Lists a folder, checks what is new or changed since the manifest was written, writes it.
 
+    Nothing here grows with the number of files but the manifest that is returned. What was checked before the process
+    was killed is not checked again.
+
     Args:
         root: the data folder.
         out: the Parquet file; None: `default_index_path`.
@@ -84,136 +93,164 @@ def build_index(
         raise UserError(f"data {root} is not a folder")
     settings = ProbeSettings(channels, max_pixels, verify)
     target = Path(out) if out is not None else default_index_path(root)
-    with _locked(target), _bars(progress) as bars:
-        manifest = _update(folder, target, settings, workers or _cores(), timeout, bars)
+    with _locked(target), bars(progress) as shown:
+        manifest = _update(folder, target, settings, workers or _cores(), timeout, shown)
     _log.info("%s", manifest.summary)
     return manifest
 
 
 def _update(
-    folder: Path, target: Path, settings: ProbeSettings, workers: int, timeout: float, bars: "_Bars"
+    folder: Path, target: Path, settings: ProbeSettings, workers: int, timeout: float, bars: "Bars"
 ) -> Manifest:
     version = _dali_version()
-    listing = _list(os.fspath(folder), bars)
-    for path, reason in listing.unreadable:
-        _log.warning("cannot read the folder %s: %s", folder / path, reason)
-    known = _reusable(target, settings, version, replace=target == default_index_path(folder))
-    kept, unchecked = [], []
-    for entry in listing.entries:
-        old = known.get(entry.path)
-        if (
-            old is not None
-            and (old.size, old.mtime_ns, old.offset) == (entry.size, entry.mtime_ns, entry.offset)
-            and not entry.reason
-        ):
-            kept.append(old)
-        else:
-            unchecked.append(entry)
-    checked = _check(folder, unchecked, settings, workers, timeout, bars)
-    manifest = Manifest.from_results(folder, kept + checked, settings, version)
-    gone = len(known) - sum(entry.path in known for entry in listing.entries)
-    if not len(manifest.readable):
-        raise UserError(_nothing_readable(folder, manifest, listing))
-    if checked or gone or not target.exists():
-        manifest.save(target)
-    manifest.path = target
+    counts = _Counts()
+    known = _Known(settings, version)
+    old = known.manifest(target, replace=target == default_index_path(folder))
+    with (
+        Journal(target, folder, settings, version) as journal,
+        ManifestWriter(target, folder, settings, version) as writer,
+        Checks(folder, settings, workers, timeout) as checks,
+    ):
+        listed = SortedParts(journal.folder, LISTED)
+        try:
+            where = os.fspath(folder), listed.add, bars.scanned
+            listing = list_shards(*where) or scan(*where)  # the images in its shards, or its image files
+            for path, reason in listing.unreadable:
+                _log.warning("cannot read the folder %s: %s", folder / path, reason)
+            bars.start_check(listing.files)
+            streams = [*(known.parts(parts) for parts in journal.earlier()), *old]
+            tasks = _tasks(side_by_side(listed.streams(), streams), counts)
+            pieces: list[pa.Table] = []
+            for checked, rows in checks.run(tasks):
+                pieces.append(rows)
+                counts.add(rows, checked)
+                bars.done(rows.num_rows, counts.failed)
+                if checked:
+                    journal.add(rows)
+                else:  # the end of a range of paths
+                    writer.write(pa.concat_tables(pieces).sort_by("path"))
+                    pieces = []
+        except OSError as error:
+            raise UserError(not_writable(target, error)) from error
+        finally:
+            listed.delete()
+        if counts.readable and (counts.checked or counts.gone or not target.exists()):
+            writer.commit()
+        journal.delete()
+    if not counts.readable:
+        raise UserError(_nothing_readable(folder, counts, listing))
+    manifest = Manifest.load(target)
+    manifest.root = folder
     manifest.summary = (
-        f"index of {folder}: {len(manifest.readable)} of {manifest.table.num_rows} image files are readable"
-        f" ({len(kept)} known, {len(checked)} checked, {gone} gone; {target})"
+        f"index of {folder}: {counts.readable} of {listing.files} image files are readable"
+        f" ({counts.kept} known, {counts.checked} checked, {counts.gone} gone; {target})"
     )
     return manifest
 
 
-def _list(root: str, bars: "_Bars") -> Listing:
-    """The images in a folder's shards, or its image files."""
-    return list_shards(root, bars.scanned) or scan(root, bars.scanned)
+@dataclass
+class _Counts:
+    kept: int = 0
+    checked: int = 0
+    gone: int = 0
+    readable: int = 0
+    failed: int = 0
+    reasons: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of the first that are not readable
+
+    def add(self, rows: pa.Table, checked: bool) -> None:
+        readable = pc.sum(rows["ok"]).as_py() or 0
+        self.readable += readable
+        self.failed += rows.num_rows - readable
+        if checked:
+            self.checked += rows.num_rows
+        else:
+            self.kept += rows.num_rows
+        if readable < rows.num_rows and len(self.reasons) <= _FIRST_REASONS:
+            bad = rows.filter(pc.invert(rows["ok"])).slice(0, _FIRST_REASONS + 1)
+            self.reasons += zip(bad["path"].to_pylist(), bad["reason"].to_pylist(), strict=True)
 
 
-def _reusable(target: Path, settings: ProbeSettings, version: str, replace: bool) -> dict[str, ProbeResult]:
-    """Rows of the last manifest that need no new check while size and mtime stay.
-
-    What is no manifest is overwritten only if told so: the path may be a slip.
-    """
-    if not target.exists():
-        return {}
-    try:
-        old = Manifest.load(target)
-    except UserError as error:
-        if not replace:
-            raise UserError(f"{error}; delete it or give another data.index") from error
-        _log.warning("%s; it is written anew", error)
-        return {}
-    same = (old.settings.channels, old.settings.max_pixels, old.dali) == (
-        settings.channels,
-        settings.max_pixels,
-        version,
-    )
-    if not same:
-        return {}
-    # A header is not enough where a full check is asked for; a file that was not readable at all may have become so.
-    return {
-        row.path: row for row in old.results() if row.size >= 0 and (row.decoder or not row.ok or not settings.verify)
-    }
+def _tasks(ranges: Iterator[list[pa.Table | None]], counts: _Counts) -> Iterator[Batch | pa.Table]:
+    """Per range of paths: batches to check, then the rows of what need not be, perhaps none."""
+    for listed, known in ranges:
+        if known is not None:
+            known = _without_repeats(known)
+        if listed is None:
+            counts.gone += known.num_rows if known is not None else 0
+            continue
+        if known is None:
+            yield from batches(listed)
+            yield SCHEMA.empty_table()
+            continue
+        at = pc.index_in(listed["path"], value_set=known["path"])
+        counts.gone += known.num_rows - (len(at) - at.null_count)
+        old = known.take(at)
+        same = pc.equal(listed["reason"], "")
+        for name in ("size", "mtime_ns", "offset"):
+            same = pc.and_(same, pc.equal(old[name], listed[name]))
+        same = pc.fill_null(same, False)
+        yield from batches(listed.filter(pc.invert(same)))
+        yield old.filter(same)
 
 
-def _check(
-    folder: Path, entries: Sequence[Entry], settings: ProbeSettings, workers: int, timeout: float, bars: "_Bars"
-) -> list[ProbeResult]:
-    results = [ProbeResult(entry.path, reason=entry.reason, offset=entry.offset) for entry in entries if entry.reason]
-    batches = _batches([entry for entry in entries if not entry.reason])
-    bars.start_check(sum(map(len, batches)))
-    workers = max(1, min(workers, len(batches)))
-    root = os.fspath(folder)
-    idle: SimpleQueue[Sandbox] = SimpleQueue()
-    sandboxes = [Sandbox(timeout) for _ in range(workers)]
-    for sandbox in sandboxes:
-        idle.put(sandbox)
+def _without_repeats(rows: pa.Table) -> pa.Table:
+    """Of rows with equal paths, which lie together, the first."""
+    paths = rows["path"].combine_chunks()
+    if len(paths) < 2:
+        return rows
+    new = np.ones(len(paths), np.bool_)
+    new[1:] = pc.not_equal(paths[1:], paths[:-1]).to_numpy(zero_copy_only=False)
+    return rows if new.all() else rows.filter(pa.array(new))
 
-    def check(batch: list[Entry]) -> list[ProbeResult]:
-        sandbox = idle.get()
+
+class _Known:
+    """Rows of earlier manifests that need no new check while size and mtime stay."""
+
+    def __init__(self, settings: ProbeSettings, version: str):
+        self._settings, self._version = settings, version
+
+    def manifest(self, target: Path, replace: bool) -> list[Tables]:
+        """The last manifest's rows. What is no manifest is overwritten only if told so: the path may be a slip."""
+        if not target.exists():
+            return []
         try:
-            found = sandbox.probe([locate(root, entry.path, entry.offset, entry.size) for entry in batch], settings)
-        finally:
-            idle.put(sandbox)
-        for result, entry in zip(found, batch, strict=True):
-            result.path, result.offset = entry.path, entry.offset
-        return found
+            StoredManifest(target).__exit__()
+        except UserError as error:
+            if not replace:
+                raise UserError(f"{error}; delete it or give another data.index") from error
+            _log.warning("%s; it is written anew", error)
+            return []
+        return [self._rows(target)]
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="pera-index")
-    try:
-        for future in as_completed([pool.submit(check, batch) for batch in batches]):
-            found = future.result()
-            results += found
-            bars.checked(found)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for sandbox in sandboxes:
-            sandbox.close()
-        pool.shutdown()
-    return results
+    def parts(self, paths: Sequence[Path]) -> Tables:
+        """The rows of an attempt that was not finished. What is damaged is passed over: it is checked again."""
+        for path in paths:
+            with contextlib.suppress(UserError):
+                yield from self._rows(path)
 
+    def _rows(self, path: Path) -> Tables:
+        with StoredManifest(path) as stored:
+            same = replace(stored.settings, verify=True) == replace(self._settings, verify=True)
+            if same and stored.dali == self._version:
+                for rows in stored.stream():
+                    yield rows.filter(self._reusable(rows))
 
-def _batches(entries: Sequence[Entry]) -> list[list[Entry]]:
-    batches: list[list[Entry]] = []
-    volume = 0
-    for entry in entries:
-        if not batches or len(batches[-1]) == MAX_FILES or volume + entry.size > _BATCH_BYTES:
-            batches.append([])
-            volume = 0
-        batches[-1].append(entry)
-        volume += entry.size
-    return batches
+    def _reusable(self, rows: pa.Table) -> pa.ChunkedArray:
+        """A header is not enough where a full check is asked for; what could not be opened may have become readable."""
+        opened = pc.greater_equal(rows["size"], 0)
+        if not self._settings.verify:
+            return opened
+        return pc.and_(opened, pc.or_(pc.not_equal(rows["decoder"], ""), pc.invert(rows["ok"])))
 
 
-def _nothing_readable(folder: Path, manifest: Manifest, listing: Listing) -> str:
-    files = len(listing.entries) + listing.other_files
+def _nothing_readable(folder: Path, counts: _Counts, listing: Listing) -> str:
+    files = listing.files + listing.other_files
     if not files:
         told = "; ".join(f"{path or '.'}: {reason}" for path, reason in listing.unreadable[:_FIRST_REASONS])
         return f"data folder {folder} holds no files" + (f" ({told})" if told else "")
-    failed = manifest.unreadable()
-    told = "; ".join(f"{path}: {reason}" for path, reason in failed[:_FIRST_REASONS])
+    told = "; ".join(f"{path}: {reason}" for path, reason in counts.reasons[:_FIRST_REASONS])
     return f"no readable image among the {files} file(s) in {folder}" + (
-        f": {told}" + ("; ..." if len(failed) > _FIRST_REASONS else "") if told else ": none is an image"
+        f": {told}" + ("; ..." if counts.failed > _FIRST_REASONS else "") if told else ": none is an image"
     )
 
 
@@ -240,42 +277,3 @@ def _locked(target: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # no locks on some network disks: the check is then done more than once
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-class _Bars:
-    """Progress on a terminal."""
-
-    def __init__(self, display: Any = None):
-        self._display = display
-        self._scan = self._check = None
-        self._failed = 0
-        if display is not None:
-            self._scan = display.add_task("listing", total=None)
-
-    def scanned(self, found: int) -> None:
-        if self._display is not None:
-            self._display.update(self._scan, completed=found)
-
-    def start_check(self, total: int) -> None:
-        if self._display is not None and total:
-            self._check = self._display.add_task("checking", total=total)
-
-    def checked(self, results: list[ProbeResult]) -> None:
-        self._failed += sum(not result.ok for result in results)
-        if self._display is not None and self._check is not None:
-            told = f"checking ({self._failed} not readable)" if self._failed else "checking"
-            self._display.update(self._check, advance=len(results), description=told)
-
-
-@contextlib.contextmanager
-def _bars(wanted: bool) -> Iterator[_Bars]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not wanted or not console.is_terminal:
-        yield _Bars()
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as display:
-        yield _Bars(display)

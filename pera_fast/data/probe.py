@@ -170,15 +170,17 @@ class Prober:
         decoder = self._dali.get(settings.channels)
         if decoder is None:
             decoder = self._dali[settings.channels] = DaliDecoder(settings.channels, MAX_FILES)
-        for batch in _batches(files):
+        known = [file for file in files if file.result.width]  # one bad file fails its batch: suspects come alone
+        for batch in [*_batches(known), *([file] for file in files if not file.result.width)]:
             try:
                 shapes = decoder.shapes([np.frombuffer(file.data, np.uint8) for file in batch])
             except Exception as error:  # the whole batch fails with one file, and not every error says which
                 if len(batch) == 1:
                     batch[0].failures.append(f"DALI: {error_reason(error)}")
                 else:
-                    for file in batch:
-                        self._try_dali([file], settings)
+                    middle = len(batch) // 2
+                    self._try_dali(batch[:middle], settings)
+                    self._try_dali(batch[middle:], settings)
                 continue
             for file, (height, width) in zip(batch, shapes, strict=True):
                 file.accept("dali", height, width, settings.max_pixels)

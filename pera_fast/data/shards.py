@@ -6,11 +6,14 @@ image is a sample, also where several share a key; the other members (labels, JS
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow as pa
+
 from pera_fast.data.formats import has_image_suffix
-from pera_fast.data.scan import Entry, Listing
+from pera_fast.data.scan import BATCH_ROWS, Listing, Rows, is_dir
 from pera_fast.data.tar import Member, TarDamageError, list_members
 
 _log = logging.getLogger("pera_fast")
@@ -37,55 +40,82 @@ def file_of(path: str, offset: int) -> str:
     return path if offset < 0 else split_path(path)[0]
 
 
-def list_shards(root: str, report: Callable[[int], None] = lambda found: None) -> Listing | None:
+def list_shards(
+    root: str, emit: Callable[[pa.RecordBatch], None], report: Callable[[int], None] = lambda found: None
+) -> Listing | None:
     """All images in the shards below `root`; None if it is not a folder of shards.
 
     What is wrong with a shard is an entry of its own, under the shard's name.
+
+    Args:
+        root: the folder.
+        emit: takes record batches (scan.LISTED), in no order; called by one thread at a time.
+        report: told now and then how many images there are so far.
     """
     listing = Listing()
     shards = _find(root, listing.unreadable)
     if not shards:
         return None
+    lock = threading.Lock()
+
+    def take(rows: Rows) -> None:
+        if not len(rows):
+            return
+        with lock:
+            listing.files += len(rows)
+            emit(rows.batch())
+            report(listing.files)
+
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="pera-scan") as pool:  # on a network disk it is all waiting
-        for entries, others in pool.map(lambda shard: _list_shard(root, shard), shards):
-            listing.entries += entries
-            listing.other_files += others
-            report(len(listing.entries))
-    listing.entries.sort(key=lambda entry: (entry.path, entry.offset))
+        listing.other_files = sum(pool.map(lambda shard: _list_shard(root, shard, take), shards))
     return listing
 
 
 def _find(root: str, unreadable: list[tuple[str, str]]) -> list[str]:
     """Paths of the tar files, relative to `root` and sorted; none if there is an image file."""
-
-    def note(error: OSError) -> None:
-        unreadable.append((os.path.relpath(error.filename or root, root), error.strerror or str(error)))
-
     shards: list[str] = []
     seen: set[tuple[int, int]] = set()
-    for folder, folders, names in os.walk(root, onerror=note, followlinks=True):
+    folders = [""]
+    while folders:
+        folder = folders.pop()
         try:
-            state = os.stat(folder)
+            state = os.stat(os.path.join(root, folder))
+            if (state.st_dev, state.st_ino) in seen:  # links that lead in circles
+                continue
+            seen.add((state.st_dev, state.st_ino))
+            below, tars, images = _look(root, folder)
         except OSError as error:
-            note(error)
+            unreadable.append((folder or ".", error.strerror or str(error)))
             continue
-        if (state.st_dev, state.st_ino) in seen:  # links that lead in circles
-            folders.clear()
-            continue
-        seen.add((state.st_dev, state.st_ino))
-        here = [name for name in names if name.endswith(SUFFIX) and not name.startswith(".")]
-        shards += [os.path.relpath(os.path.join(folder, name), root) for name in here]
-        if any(has_image_suffix(name) for name in names):
+        shards += tars
+        if images:
             if shards:
                 _log.warning("%s holds image files and tar files: the tar files are left alone", root)
             return []
-        folders[:] = sorted(name for name in folders if not name.endswith(SUFFIX))
+        folders += sorted(below, reverse=True)
     return sorted(shards)
 
 
-def _list_shard(root: str, shard: str) -> tuple[list[Entry], int]:
-    """Entries of one shard, and the number of its other members."""
-    entries: list[Entry] = []
+def _look(root: str, folder: str) -> tuple[list[str], list[str], bool]:
+    """(folders, tar files, whether there is an image file) in a folder, of however many files."""
+    folders: list[str] = []
+    tars: list[str] = []
+    images = False
+    with os.scandir(os.path.join(root, folder)) as items:
+        for item in items:
+            tar = item.name.endswith(SUFFIX)
+            if is_dir(item):
+                folders += [] if tar else [os.path.join(folder, item.name)]
+            elif tar and not item.name.startswith("."):
+                tars.append(os.path.join(folder, item.name))
+            else:
+                images = images or has_image_suffix(item.name)
+    return folders, tars, images
+
+
+def _list_shard(root: str, shard: str, take: Callable[[Rows], None]) -> int:
+    """Hands on the images of one shard; returns the number of its other members."""
+    rows = Rows()
     names: set[str] = set()
     others = 0
     try:
@@ -100,12 +130,15 @@ def _list_shard(root: str, shard: str) -> tuple[list[Entry], int]:
             if path in names:
                 path, reason = f"{path} (at byte {found.offset})", "the shard has this name twice: the first is used"
             names.add(path)
-            entries.append(Entry(path, found.size, mtime_ns, reason=reason, offset=found.offset))
+            rows.add(path, found.size, mtime_ns, reason, found.offset)
+            if len(rows) >= BATCH_ROWS:
+                take(rows)
     except OSError as error:
-        entries.append(Entry(_shown(shard), reason=f"cannot read: {error.strerror or error}"))
+        rows.add(_shown(shard), reason=f"cannot read: {error.strerror or error}")
     except TarDamageError as error:
-        entries.append(Entry(_shown(shard), reason=f"{error}; {len(entries)} image(s) stand before that"))
-    return entries, others
+        rows.add(_shown(shard), reason=f"{error}; {len(names)} image(s) stand before that")
+    take(rows)
+    return others
 
 
 def _shown(path: str) -> str:

@@ -10,7 +10,7 @@ import threading
 import pytest
 from data_support import IGNORED, bad_files, good_files, shared_data, small_config, write_scenes
 
-from pera_fast.data import index as index_module
+from pera_fast.data import checks
 from pera_fast.data.index import build_index, default_index_path, load_index, open_or_build
 from pera_fast.data.manifest import SCHEMA
 from pera_fast.data.sandbox import Sandbox
@@ -151,7 +151,7 @@ def test_a_decoder_that_dies_or_hangs_costs_one_file(tmp_path, monkeypatch):
     write_scenes(root, 8)
     for name in ("kills-all.png", "kills-dali.png", "hangs-all-not.png"):
         shutil.copy(root / "000.png", root / name)
-    monkeypatch.setattr(index_module, "Sandbox", lambda timeout: Sandbox(timeout, module="dying_worker"))
+    monkeypatch.setattr(checks, "Sandbox", lambda timeout: Sandbox(timeout, module="dying_worker"))
     manifest = build(root)
     rows = rows_of(manifest)
     assert [name for name, row in rows.items() if not row["ok"]] == ["kills-all.png"]

@@ -165,7 +165,7 @@ def test_images_beside_tars_are_what_is_trained_on(tmp_path, caplog):
     write_scenes(tmp_path / "data" / "unpacked", 2)
     assert list(rows_of(index(tmp_path / "data", tmp_path))) == ["unpacked/000.png", "unpacked/001.png"]
     assert "the tar files are left alone" in caplog.text
-    assert list_shards(str(tmp_path / "data" / "unpacked")) is None
+    assert list_shards(str(tmp_path / "data" / "unpacked"), lambda batch: None) is None
 
 
 def spoil_cut(path):

@@ -1,0 +1,43 @@
+"""Progress of an index on a terminal; nothing elsewhere."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+
+class Bars:
+    """Progress on a terminal."""
+
+    def __init__(self, display: Any = None):
+        self._display = display
+        self._scan = self._check = None
+        if display is not None:
+            self._scan = display.add_task("listing", total=None)
+
+    def scanned(self, found: int) -> None:
+        if self._display is not None:
+            self._display.update(self._scan, completed=found)
+
+    def start_check(self, total: int) -> None:
+        if self._display is not None and total:
+            self._check = self._display.add_task("checking", total=total)
+
+    def done(self, files: int, failed: int) -> None:
+        """So many more files are dealt with, so many in all cannot be read."""
+        if self._display is not None and self._check is not None:
+            told = f"checking ({failed} not readable)" if failed else "checking"
+            self._display.update(self._check, advance=files, description=told)
+
+
+@contextlib.contextmanager
+def bars(wanted: bool) -> Iterator[Bars]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not wanted or not console.is_terminal:
+        yield Bars()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as display:
+        yield Bars(display)
