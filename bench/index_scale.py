@@ -2,7 +2,7 @@
 
     python bench/index_scale.py --files 1000000 --folder SCRATCH [--no-verify] [--again] [--startup]
 
-Makes the files (1000 a folder; 8 x 8 pixel JPEG and PNG files, hard-linked from 64 different ones, and one that is no
+Makes the files (1000 a folder; 8 x 8 pixel JPEG and PNG files, hard-linked from some different ones, and one that is no
 image in every 1000) unless the folder holds them already, indexes them in a process of its own, and prints one line.
 Memory is sampled every 20 ms: VmHWM of the main process, and the greatest sum of PSS over it and its workers.
 """
@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 FOLDER_FILES = 1000
-ORIGINALS = 64
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -32,7 +31,7 @@ def generate(folder: Path, files: int) -> None:
     originals.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     sources = []
-    for number in range(ORIGINALS):
+    for number in range(max(64, files // 20_000)):  # file systems bound the names of a file (ext4: 65,000)
         kind, suffix = (("JPEG", "jpg"), ("PNG", "png"))[number % 2]
         sources.append((originals / f"{number}.{suffix}-original", suffix))
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(sources[-1][0], kind)
@@ -42,7 +41,7 @@ def generate(folder: Path, files: int) -> None:
         below = folder / "data" / f"scene-{start // FOLDER_FILES:05d}"
         below.mkdir(parents=True, exist_ok=True)
         for number in range(start, min(start + FOLDER_FILES, files)):
-            source, suffix = (bad, "jpg") if number % FOLDER_FILES == 7 else sources[number % ORIGINALS]
+            source, suffix = (bad, "jpg") if number % FOLDER_FILES == 7 else sources[number % len(sources)]
             target = below / f"tile_{number:07d}.{suffix}"
             if not target.exists():
                 os.link(source, target)
@@ -88,11 +87,14 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path, required=True, help="scratch folder for the files and the manifest")
     parser.add_argument("--no-verify", action="store_true", help="headers only")
+    parser.add_argument("--only-make", action="store_true", help="make the files and stop")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--again", action="store_true", help="also measure the index of a folder that did not change")
     parser.add_argument("--startup", action="store_true", help="also measure what a training does with the manifest")
     args = parser.parse_args()
     generate(args.folder, args.files)
+    if args.only_make:
+        return
     manifest = args.folder / "index.parquet"
     manifest.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pera_fast", "data", "index", str(args.folder / "data"), "--out", str(manifest)]
