@@ -154,7 +154,7 @@ class TrainConfig:
     keep_checkpoints: int = _count(3)
     max_nonfinite: int = _count(10)  # steps with a non-finite loss in a row that end the run
     device: str = _key("auto", choices=("auto", "cpu", "cuda"))
-    compile: bool = False
+    compile: bool = False  # the transformer's blocks, by torch.compile
 
     def resolve_batch(self, world_size: int) -> BatchPlan:
         """The batch for `world_size` devices; whatever is null follows from the rest. Raises UserError if it cannot."""

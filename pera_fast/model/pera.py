@@ -177,6 +177,19 @@ class PerA(nn.Module):
         mean, std = self.cfg.views.mean, self.cfg.views.std
         return pixel_loss(pred, group.crops, group.predicted_index, *colour, mean, std, self.cfg.model.patch_size)
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compiles the transformer blocks of both networks, each as one graph, with the ops as its opaque parts.
+
+        What is between the blocks is a few ops that have their own kernels. Blocks share their code, so there are
+        three graphs: the teacher's, and the student's before and after the mask tokens.
+
+        Args:
+            backend: of ``torch.compile``.
+        """
+        for branch in (self.student, self.teacher):
+            for block in branch.backbone.blocks:
+                block.compile(fullgraph=True, dynamic=False, backend=backend)
+
     @torch.no_grad()
     def update_center(self, teacher_mean: Tensor) -> None:
         """Move the center towards the mean teacher logits; call before update_teacher.

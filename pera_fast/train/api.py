@@ -156,7 +156,7 @@ def make_model(cfg: Config) -> PerA:
         model = PerA(cfg)
     model.compute_dtype = DTYPES[cfg.train.precision]
     if cfg.train.compile:
-        model.compile()
+        model.compile_blocks()
     return model
 
 

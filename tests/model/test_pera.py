@@ -122,6 +122,25 @@ def test_recomputation_changes_no_gradient(policy: str) -> None:
         assert (grad - got).norm() <= 2e-6 * grad.norm() + 1e-12, name
 
 
+@pytest.mark.parametrize(
+    ("policy", "backend"), [("none", "aot_eager"), ("block", "aot_eager"), ("cheap", "aot_eager"), ("cheap", "inductor")]
+)
+def test_blocks_compile_as_one_graph(policy: str, backend: str) -> None:
+    cfg = config(f"model.recompute={policy}", "model.depth=2")
+    model, out = step(cfg)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    compiled = PerA(cfg)
+    compiled.compile_blocks(backend)
+    compiled_out = compiled(make_inputs(batch_of(cfg), cfg), 0.04)
+    compiled_out["loss"].backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    torch.testing.assert_close(compiled_out["loss"], out["loss"], rtol=1e-6, atol=0)
+    for (name, grad), got in zip(gradients(model).items(), gradients(compiled).values(), strict=True):
+        assert (grad - got).norm() <= 1e-5 * grad.norm() + 1e-12, name
+
+
 def test_steps_repeat_to_the_bit() -> None:
     first, second = step(config())[0], step(config())[0]
     for a, b in zip(gradients(first).values(), gradients(second).values(), strict=True):
