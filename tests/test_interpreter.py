@@ -27,6 +27,7 @@ SELECTIONS = {
     "mask_tokens": [*PACKED, "mask_tokens and triton and not opcheck"],
     "sequence_add": [*PACKED, "sequence_add and triton and not opcheck"],
     "sequence_norm": [*PACKED, "sequence_norm and triton and not opcheck"],
+    "a whole training step": ["tests/test_official_parity.py", "-k", "every_backend and triton"],
 }
 
 

@@ -21,6 +21,7 @@ from pera_fast.model.masking import indices_from_ranks
 from pera_fast.model.pera import PerA
 from pera_fast.train.optim import apply_gradients, make_optimizer, make_scaler
 from pera_fast.train.schedules import StepValues, make_schedules
+from pera_kernels import backend
 from pera_kernels.visible_patches import contrast_mean, visible_patches
 
 GOLDEN = Path(os.environ.get("PERA_GOLDEN_DIR") or Path(__file__).parent / "golden")
@@ -145,6 +146,23 @@ def test_pixel_target_is_the_normalised_student_view(golden: Golden) -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
 def test_training_steps(golden: Golden, recompute: str) -> None:
+    check_training_steps(golden, recompute, golden.meta["steps"])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "native", "triton"])
+def test_training_steps_with_every_backend(golden: Golden, implementation: str) -> None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if (implementation == "triton") != interpreted:
+        pytest.skip("Triton runs here in its interpreter only, and nothing else runs there")
+    with backend.use(implementation):
+        if implementation == "native" and backend.native() is None:
+            pytest.skip("the native library was not built")
+        chosen = {row.op: row.runs for row in backend.report("cpu")}
+        assert list(chosen.values()).count(implementation) >= 6, chosen
+        check_training_steps(golden, "cheap", 1 if interpreted else golden.meta["steps"])
+
+
+def check_training_steps(golden: Golden, recompute: str, steps: int) -> None:
     meta = golden.meta
     model = model_of(golden, recompute)
     cfg = model.cfg
@@ -152,7 +170,7 @@ def test_training_steps(golden: Golden, recompute: str) -> None:
     values = StepValues(
         lr=meta["lr"], weight_decay=meta["wd"], momentum=meta["momentum"], teacher_temp=meta["teacher_temp"]
     )
-    for step in range(meta["steps"]):
+    for step in range(steps):
         out = model(golden.inputs(step), meta["teacher_temp"])
         check_losses(golden, step, out)
         optimizer.zero_grad()

@@ -123,7 +123,8 @@ def test_recomputation_changes_no_gradient(policy: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "backend"), [("none", "aot_eager"), ("block", "aot_eager"), ("cheap", "aot_eager"), ("cheap", "inductor")]
+    ("policy", "backend"),
+    [("none", "aot_eager"), ("block", "aot_eager"), ("cheap", "aot_eager"), ("cheap", "inductor")],
 )
 def test_blocks_compile_as_one_graph(policy: str, backend: str) -> None:
     cfg = config(f"model.recompute={policy}", "model.depth=2")
