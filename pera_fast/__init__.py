@@ -1,13 +1,8 @@
 """pera-fast: the fastest way to pretrain a vision transformer on remote-sensing images with PerA (arXiv 2505.19447)."""
 
-import os
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
-
-# PyTorch reads this at its first allocation: large CPU tensors lie in huge pages where the system grants them. A step
-# allocates gigabytes anew each time, and in pages of 4 KiB a tenth of it goes into page faults.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "pretrain"]

@@ -22,6 +22,7 @@ from pera_fast.model.export import export_teacher
 from pera_fast.model.pera import PerA
 from pera_fast.train.console import RunLog
 from pera_fast.train.distributed import World, let_main_speak, world
+from pera_fast.train.host_memory import reuse_freed_memory
 from pera_fast.train.inputs import make_inputs
 from pera_fast.train.loop import Run, fit
 from pera_fast.train.optim import DTYPES, make_optimizer, make_scaler
@@ -122,6 +123,8 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
 def _build(folder: RunFolder, start: Start, here: World, manifest: Manifest, loader: Loader[Any]) -> Run:
     """The run with its model and optimiser, continued from the checkpoint if there is one."""
     cfg = start.cfg
+    if here.device.type == "cpu":
+        reuse_freed_memory()
     pera = make_model(cfg).to(here.device)  # while the first batches are read
     run = Run(
         cfg=cfg,
