@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.init import normal_
 
 from pera_fast.config import Config
+from pera_fast.ranges import span
 from pera_kernels.distillation_loss import distillation_loss, prototype_logits_mean, sinkhorn_center
 from pera_kernels.koleo import koleo, koleo_rows
 from pera_kernels.mask_tokens import mask_tokens
@@ -76,10 +77,18 @@ class PerA(nn.Module):
             ``local_cls_loss``, ``koleo_loss`` and ``pixel_loss`` (the logged values: koleo_sum / num_global and
             pixel / (100 * num_global)), ``teacher_mean`` (float32 [bottleneck], mean teacher row for the center).
         """
-        cfg = self.cfg
-        teacher_rows = self.teacher_rows(inputs)
-        student_rows, pixel = self.student_rows(inputs)
-        center = self.center[0]
+        with span("teacher"):
+            teacher_rows = self.teacher_rows(inputs)
+        with span("student"):
+            student_rows, pixel = self.student_rows(inputs)
+        with span("loss"):
+            return self._loss(student_rows, teacher_rows, pixel, inputs.global_.crops.shape[0], teacher_temp)
+
+    def _loss(
+        self, student_rows: Tensor, teacher_rows: Tensor, pixel: Tensor, num_global: int, teacher_temp: float
+    ) -> dict[str, Tensor]:
+        """What ``forward`` returns, from both networks' rows [crops * B, bottleneck] and the pixel loss."""
+        cfg, center = self.cfg, self.center[0]
         prototypes = self.teacher.cls_head.last_layer
         if cfg.loss.centering == "sinkhorn":
             center = sinkhorn_center(_all_ranks(teacher_rows), prototypes.weight_v, prototypes.weight_g, teacher_temp)
@@ -90,7 +99,6 @@ class PerA(nn.Module):
             *(center, cfg.loss.student_temp, teacher_temp),
         )
         # The sum over pairs of batch means, over the number of pairs, is the mean over all rows.
-        num_global = inputs.global_.crops.shape[0]
         global_cls = entropies[:num_global].sum() / entropies.shape[0]
         local_cls = entropies[num_global:].sum() / entropies.shape[0]
         koleo_sum = self._koleo(student_rows[:num_global])
@@ -120,19 +128,22 @@ class PerA(nn.Module):
         tokens, groups = [], []
         for group in (inputs.global_, inputs.local):
             crops = group.crops if group.teacher_crops is None else group.teacher_crops
-            rows = self._patches(crops, group.teacher_index, group.teacher_order, group.teacher_factors)[0]
-            tokens.append(self._embed(backbone, rows, group.teacher_index, crops))
+            with span("embed"):
+                rows = self._patches(crops, group.teacher_index, group.teacher_order, group.teacher_factors)[0]
+                tokens.append(self._embed(backbone, rows, group.teacher_index, crops))
             groups += [group.teacher_index.shape[0], 1 + group.teacher_index.shape[1]]
         x = backbone.forward_blocks(torch.cat(tokens), groups)
-        return self.teacher.cls_head(backbone.final_norm(sequence_starts(x, groups)))
+        with span("cls head"):
+            return self.teacher.cls_head(backbone.final_norm(sequence_starts(x, groups)))
 
     def student_rows(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """Unit bottleneck rows of the student [crops * B, bottleneck], and the pixel loss (scalar)."""
         backbone, recompute = self.student.backbone, self.cfg.model.recompute
         tokens, groups, means = [], [], []
         for group in (inputs.global_, inputs.local):
-            rows, mean = self._patches(group.crops, group.student_index, group.student_order, group.student_factors)
-            tokens.append(self._embed(backbone, rows, group.student_index, group.crops))
+            with span("embed"):
+                rows, mean = self._patches(group.crops, group.student_index, group.student_order, group.student_factors)
+                tokens.append(self._embed(backbone, rows, group.student_index, group.crops))
             groups += [group.student_index.shape[0], 1 + group.student_index.shape[1]]
             means.append(mean)
         x = torch.cat(tokens)
@@ -142,8 +153,10 @@ class PerA(nn.Module):
         x = backbone.forward_blocks(x, groups, 0, middle, inputs.keep, kept, recompute)
         x, groups = self._grow(x, groups, inputs.global_.predicted_index)
         x = backbone.forward_blocks(x, groups, middle, None, inputs.keep, kept, recompute)
-        rows = self.student.cls_head(backbone.final_norm(sequence_starts(x, groups)))
-        return rows, self._pixel_loss(x, groups, inputs.global_, means[0])
+        with span("cls head"):
+            rows = self.student.cls_head(backbone.final_norm(sequence_starts(x, groups)))
+        with span("pixel head"):
+            return rows, self._pixel_loss(x, groups, inputs.global_, means[0])
 
     def _patches(
         self, crops: Tensor, index: Tensor, order: Tensor | None, factors: Tensor | None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.init import normal_, trunc_normal_, zeros_
 from torch.utils.checkpoint import checkpoint
 
+from pera_fast.ranges import span
 from pera_kernels.attention import attention
 from pera_kernels.embed_tokens import embed_tokens
 from pera_kernels.packing import kept_groups, pairs
@@ -79,15 +80,17 @@ class Block(nn.Module):
         recorded = torch.is_grad_enabled()
         cheap = recompute == "cheap" or not recorded
         branch_groups = kept_groups(groups, None if keep is None else kept)
-        qkv = _norm_linear(x, self.norm1, groups, keep_attn, kept, self.attn.qkv, cheap)
-        y = attention(qkv, self.attn.num_heads, branch_groups)
-        x = sequence_add(x, linear(y, self.attn.proj.weight, self.attn.proj.bias), groups, keep_attn, kept)
-        hidden = _norm_linear(x, self.norm2, groups, keep_mlp, kept, self.mlp.fc1, cheap)
-        fc2 = self.mlp.fc2
-        y = gelu_linear(hidden, fc2.weight, fc2.bias) if cheap else linear(F.gelu(hidden), fc2.weight, fc2.bias)
-        if not recorded and keep_mlp is None:
-            return x.add_(y)  # x is this call's own sum, and nobody keeps it
-        return sequence_add(x, y, groups, keep_mlp, kept)
+        with span("attention"):
+            qkv = _norm_linear(x, self.norm1, groups, keep_attn, kept, self.attn.qkv, cheap)
+            y = attention(qkv, self.attn.num_heads, branch_groups)
+            x = sequence_add(x, linear(y, self.attn.proj.weight, self.attn.proj.bias), groups, keep_attn, kept)
+        with span("mlp"):
+            hidden = _norm_linear(x, self.norm2, groups, keep_mlp, kept, self.mlp.fc1, cheap)
+            fc2 = self.mlp.fc2
+            y = gelu_linear(hidden, fc2.weight, fc2.bias) if cheap else linear(F.gelu(hidden), fc2.weight, fc2.bias)
+            if not recorded and keep_mlp is None:
+                return x.add_(y)  # x is this call's own sum, and nobody keeps it
+            return sequence_add(x, y, groups, keep_mlp, kept)
 
 
 def _norm_linear(

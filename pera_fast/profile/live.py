@@ -1,210 +1,168 @@
-"""Live memory of a training step, without running it: FakeTensor storages counted from birth to death.
+"""Live memory of a program, without running it: FakeTensor storages counted from birth to death.
 
 A fake tensor has a shape, a dtype and a storage that holds no bytes but dies when the last tensor on it dies. Counting
-storages by lifetime gives the memory that the step's tensors need, with no allocator's rounding, no workspace of a
+storages by lifetime gives the memory that the program's tensors need, with no allocator's rounding, no workspace of a
 library and no CUDA context. Ops of ``pera_kernels`` are opened: the temporaries of their PyTorch implementation count.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pera_fast.config import Config
-from pera_fast.data.batch import Batch, ColorParams, CropGroup
-from pera_fast.model.inputs import StepInputs
-from pera_fast.model.pera import PerA
-from pera_fast.train.inputs import make_inputs
-from pera_fast.train.optim import make_optimizer
-from pera_kernels import backend
+from pera_fast.profile.batches import blank_batch  # noqa: F401 - where bench/step.py looks for it
 
-MIB = 2**20
+Label = tuple[str, ...]
+
+# Not opened: both their kernels and their PyTorch implementations walk over the pixels in pieces that fit the caches, a
+# few MiB whatever the batch (a test opens them), and opening the walks would take most of the time.
+PIECEWISE = frozenset(
+    f"pera::{name}" for name in ("contrast_mean", "visible_patches", "pixel_loss", "pixel_loss_backward")
+)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that ops return, by the phase in which each was born.
+    """Keeps a diary of all storages that ops return: size, label at birth, birth and death.
 
     Attributes:
         live: bytes alive now.
-        peak: the most that were alive at once since the last ``reset_peak``.
-        by_phase: bytes alive now by phase of birth.
-        peak_by_phase: the same at the peak.
+        births: (size, label) of each storage, in order of birth; its place is the storage's number.
+        events: numbers of storages, at birth as they are and at death as ~number.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        opened: dict[Hashable, int] | None = None,
+        skip: frozenset[str] = PIECEWISE,
+        foreign: frozenset[int] = frozenset(),
+    ) -> None:
+        """Nothing has been born yet.
+
+        Args:
+            opened: temporaries of ops by their arguments' shapes, kept from call to call.
+            skip: ops that are not opened.
+            foreign: ids of storages that are another's to count.
+        """
         super().__init__()
-        self.live = self.peak = 0
-        self.by_phase: dict[str, int] = {}
-        self.peak_by_phase: dict[str, int] = {}
-        self._phase = "other"
-        self._alive: dict[int, weakref.ref] = {}
+        self.live = 0
+        self.births: list[tuple[int, Label]] = []
+        self.events: list[int] = []
+        self._label: Label = ()
+        self._alive: dict[int, tuple[weakref.ref, int]] = {}  # by the storage's id
+        self._opened = {} if opened is None else opened
+        self._skip, self._foreign = skip, foreign
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Storages born inside are counted under this name."""
-        before, self._phase = self._phase, name
+    def label(self, name: str) -> Iterator[None]:
+        """Storages born inside carry this name behind those of the labels around it."""
+        before, self._label = self._label, (*self._label, name)
         try:
             yield
         finally:
-            self._phase = before
+            self._label = before
 
-    def reset_peak(self) -> None:
-        """Forget the peak so far."""
-        self.peak, self.peak_by_phase = self.live, dict(self.by_phase)
+    def number(self, tensor: Tensor) -> int | None:
+        """The number of a tensor's storage, None if no op that was watched has made it."""
+        known = self._alive.get(id(tensor.untyped_storage()))
+        return None if known is None else known[1]
+
+    def peak(self, since: int = 0) -> tuple[int, list[int]]:
+        """The most bytes that were alive at once and the numbers of those storages.
+
+        Args:
+            since: only events from here on count for the peak.
+        """
+        live, most, at = 0, -1, 0
+        for place, event in enumerate(self.events):
+            live += self.births[event][0] if event >= 0 else -self.births[~event][0]
+            if place >= since - 1 and live > most:
+                most, at = live, place
+        alive: dict[int, None] = {}
+        for event in self.events[: at + 1]:
+            if event >= 0:
+                alive[event] = None
+            else:
+                del alive[~event]
+        return max(most, 0), list(alive)
+
+    def by_label(self, numbers: list[int], renamed: Mapping[int, Label] = {}) -> dict[Label, int]:
+        """Bytes of some storages by label; ``renamed`` gives other labels to single storages."""
+        sums: dict[Label, int] = {}
+        for number in numbers:
+            size, label = self.births[number]
+            label = renamed.get(number, label)
+            sums[label] = sums.get(label, 0) + size
+        return sums
+
+    def _born(self, size: int, label: Label) -> int:
+        number = len(self.births)
+        self.births.append((size, label))
+        self.events.append(number)
+        self.live += size
+        return number
+
+    def _died(self, number: int) -> None:
+        self.events.append(~number)
+        self.live -= self.births[number][0]
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, size, phase = id(storage), storage.nbytes(), self._phase
-        if key in self._alive:
+        key = id(storage)
+        if key in self._alive or key in self._foreign:
             return
+        number = self._born(storage.nbytes(), self._label)
 
         def died(_: Any) -> None:
-            self.live -= size
-            self.by_phase[phase] -= size
             del self._alive[key]
+            self._died(number)
 
-        self._alive[key] = weakref.ref(storage, died)
-        self.live += size
-        self.by_phase[phase] = self.by_phase.get(phase, 0) + size
-        if self.live > self.peak:
-            self.peak, self.peak_by_phase = self.live, dict(self.by_phase)
+        self._alive[key] = weakref.ref(storage, died), number
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = self._run(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        if func.namespace == "pera" and func._schema.name not in self._skip:
+            self._died(self._born(self._temporaries(func, args, kwargs), (*self._label, func._schema.name[6:])))
+        out = func(*args, **kwargs)
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
                 self._count(value)
         return out
 
-    def _run(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        definition = OPDEFS.get(func._schema.name) if func.namespace == "pera" else None
-        if definition is None:
-            return func(*args, **kwargs)
-        try:
-            with self:
-                return definition._init_fn(*args, **kwargs)
-        except DataDependentOutputException:  # checks of values: then the op's result counts, its temporaries do not
-            return func(*args, **kwargs)
+    def _temporaries(self, func: Any, args: tuple, kwargs: dict) -> int:
+        """The most bytes, its results among them, that an op's PyTorch implementation holds of its own at once."""
+        key = _signature(func, args, kwargs)
+        if key not in self._opened:
+            definition, tensors = OPDEFS.get(func._schema.name), tree_leaves((args, kwargs))
+            given = frozenset(id(t.untyped_storage()) for t in tensors if isinstance(t, Tensor)) | self._foreign
+            inside = LiveBytes(self._opened, self._skip, given)
+            try:
+                with inside:
+                    kept = definition and definition._init_fn(*args, **kwargs)
+                self._opened[key] = inside.peak()[0]
+                del kept
+            except DataDependentOutputException:  # it looks at values: then only the op's result counts
+                self._opened[key] = 0
+        return self._opened[key]
 
 
-@dataclass
-class StepMemory:
-    """Memory of one training step after the first, in bytes.
-
-    Attributes:
-        batch_size: images.
-        peak: most bytes alive at once.
-        between_steps: bytes that stay alive between steps: weights, optimiser state, center, inputs.
-        at_peak: bytes alive at the peak by what they belong to.
-    """
-
-    batch_size: int
-    peak: int
-    between_steps: int
-    at_peak: dict[str, int] = field(default_factory=dict)
+def _signature(func: Any, args: tuple, kwargs: dict) -> Hashable:
+    """Equal for two calls whose tensors have equal shapes and dtypes and whose other arguments are equal."""
+    parts: list[Hashable] = [func._schema.name]
+    for value in tree_leaves((args, kwargs)):
+        is_tensor = isinstance(value, Tensor)
+        parts.append((value.shape, value.stride(), value.dtype, value.requires_grad) if is_tensor else value)
+    return tuple(parts)
 
 
-def simulate_step(cfg: Config) -> StepMemory:
-    """Peak live bytes of a training step of a configuration, on fake CPU tensors.
-
-    Args:
-        cfg: resolved configuration; the batch is that of one device and micro-batch.
-
-    Returns:
-        The memory of any step but a run's first, which begins without AdamW's state.
-    """
-    batch_size = cfg.train.resolve_batch(1).per_device
-    real = make_inputs(blank_batch(cfg, batch_size), cfg)
-    with torch.device("meta"):
-        model = PerA(cfg)
-    # allow_non_fake_inputs: scalars that ops make of Python numbers, and the meta parameters on their way here
-    fake, count = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
-    # Compiled kernels cannot run on fake tensors; what they hold is at most what the PyTorch implementations hold.
-    with backend.without("native", "triton"), fake, count:
-        with count.phase("weights"):
-            model = model.to_empty(device="cpu")
-        optimizer = make_optimizer(model.parameters(), cfg)
-        with count.phase("inputs"):
-            inputs = _copies(real, fake)
-        with count.phase("optimizer state"):
-            _make_state(optimizer)
-        between = count.live
-        count.reset_peak()
-        _fake_step(model, optimizer, inputs, count, cfg.optim.clip)
-    return StepMemory(batch_size, count.peak, between, count.peak_by_phase)
-
-
-def _make_state(optimizer: torch.optim.AdamW) -> None:
-    """AdamW makes its state in the first step."""
-    for parameter in optimizer.param_groups[0]["params"]:
-        parameter.grad = torch.empty_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def _fake_step(model: PerA, optimizer: torch.optim.AdamW, inputs: StepInputs, count: LiveBytes, clip: float) -> None:
-    """The order of ``pera_fast.train.step``, without its read of the losses."""
-    with count.phase("activations"):
-        out = model(inputs, 0.05)
-    with count.phase("gradients"):
-        out["loss"].backward()
-    teacher_mean = out["teacher_mean"]
-    del out
-    with count.phase("update"):
-        trained = optimizer.param_groups[0]["params"]
-        torch.nn.utils.clip_grad_norm_(trained, clip, foreach=True)
-        optimizer.step()
-        model.update_center(teacher_mean)
-        model.update_teacher(0.99)
-    optimizer.zero_grad(set_to_none=True)
-
-
-def _copies(inputs: StepInputs, fake: FakeTensorMode) -> StepInputs:
-    def copy(tensor: Tensor) -> Tensor:
-        return torch.empty_like(fake.from_tensor(tensor))  # an op, so that it is counted
-
-    keep = None if inputs.keep is None else copy(inputs.keep)
-    return StepInputs(inputs.global_.apply(copy), inputs.local.apply(copy), keep)
-
-
-def blank_batch(cfg: Config, batch_size: int) -> Batch:
-    """A batch of black crops whose colour parameters change nothing, in the shapes of a configuration."""
-    views = cfg.views
-    groups = []
-    for crops, size in ((views.num_global, views.global_size), (views.num_local, views.local_size)):
-        n = crops * batch_size
-        pixels = torch.zeros(n, size, size, cfg.model.in_chans, dtype=torch.uint8)
-        colours = ColorParams(
-            torch.full((n, 4), -1, dtype=torch.int32), torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(n, 1)
-        )
-        groups.append(CropGroup(pixels, colours, colours))
-    return Batch(micro_step=0, epoch=0, samples=np.arange(batch_size), global_=groups[0], local=groups[1])
-
-
-@dataclass(frozen=True)
-class MemoryFit:
-    """peak = fixed + slope * batch, in MiB."""
-
-    fixed: float
-    slope: float
-
-    def largest_batch(self, gib: float) -> int:
-        """Largest batch whose predicted peak fits a card of so many GiB."""
-        return max(int((gib * 1024 - self.fixed) // self.slope), 0)
-
-
-def fit(first: StepMemory, second: StepMemory) -> MemoryFit:
-    """The line through two batch sizes."""
-    slope = (second.peak - first.peak) / (second.batch_size - first.batch_size)
-    return MemoryFit((first.peak - slope * first.batch_size) / MIB, slope / MIB)
+def reads_value(func: Any) -> bool:
+    """Whether an op brings one number to the host."""
+    return func is torch.ops.aten._local_scalar_dense.default

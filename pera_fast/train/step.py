@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pera_fast.ranges import span
 from pera_fast.train.distributed import World, gradient_sync
 from pera_fast.train.optim import apply_gradients
 from pera_fast.train.schedules import StepValues
@@ -62,18 +63,21 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     parts = []  # f32 [5 + bottleneck] each: loss parts, then the mean teacher row
     for micro in range(accumulate):
-        batch = next(inputs).to(world.device, non_blocking=True)
+        with span("data"):
+            batch = next(inputs).to(world.device, non_blocking=True)
         with gradient_sync(model, last=micro + 1 == accumulate):
             parts.append(_backward(model, scaler, batch, values, accumulate))
     total = torch.stack(parts).sum(0)
     # One collective for all that the ranks must agree on: the losses, the center's input, and whether to stop.
     total = world.mean(torch.cat([total, *(total.new_full((1,), float(flag)) for flag in stop())]))
-    norm, ok = apply_gradients(optimizer, scaler, values, clip, total)
+    with span("optimiser"):
+        norm, ok = apply_gradients(optimizer, scaler, values, clip, total)
     numbers = torch.cat([total[: len(LOSSES)], total[-2:], torch.stack([norm, ok])]).tolist()  # waits for the device
     applied = bool(numbers[-1])
     if applied:
-        pera.update_center(total[len(LOSSES) : -2])  # before the EMA, and in effect from the next step on
-        pera.update_teacher(values.momentum)
+        with span("EMA"):
+            pera.update_center(total[len(LOSSES) : -2])  # before the teacher's, and in effect from the next step on
+            pera.update_teacher(values.momentum)
     sigint, sigterm, grad_norm, _ = numbers[len(LOSSES) :]
     losses = dict(zip(LOSSES, numbers[: len(LOSSES)], strict=True))
     return StepResult(losses, grad_norm, applied, (sigint > 0, sigterm > 0))
@@ -84,6 +88,7 @@ def _backward(
 ) -> Tensor:
     """Gradients of one micro-batch; returns its share of the step's means, f32 [5 + bottleneck]."""
     out = model(batch, values.teacher_temp)
-    scaler.scale(out["loss"] / accumulate).backward()
+    with span("backward"):
+        scaler.scale(out["loss"] / accumulate).backward()
     losses = torch.stack([out[name].detach().float() for name in LOSSES])
     return torch.cat([losses, out["teacher_mean"].detach().float().flatten()]) / accumulate

@@ -1,0 +1,198 @@
+"""From peaks at some batch sizes to a line, and from the line to the largest batch that fits a card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pera_fast.profile.points import Point, Variant
+
+CARDS = (16, 24, 40, 48, 80, 141, 192)  # GB on the box
+# A card's GB are counted as 10^9 bytes: the least that is sold under that number (some makers mean GiB, and error
+# correction takes the difference). Of that, a share and a fixed part are kept free. Neither is measured here: they are
+# what is set aside for the CUDA context and libraries, and for the allocator's rounding and gaps.
+GB = 10**9
+CONTEXT = GB
+FRAGMENTATION = 0.05
+SLOPE_TOLERANCE = 0.10  # that simulate is held to
+
+
+@dataclass(frozen=True)
+class MemoryFit:
+    """peak = fixed + slope * batch, in bytes.
+
+    Attributes:
+        fixed: bytes at batch 0.
+        slope: bytes per image.
+        deviation: largest distance of a point from the line over that point's peak; 0 for two points.
+        points: how many there were.
+    """
+
+    fixed: float
+    slope: float
+    deviation: float = 0.0
+    points: int = 2
+
+    def at(self, batch_size: float) -> float:
+        """Predicted peak."""
+        return self.fixed + self.slope * batch_size
+
+    def largest_batch(self, available: float) -> int | None:
+        """Largest batch whose predicted peak is at most so many bytes; None if it does not grow with the batch."""
+        if self.slope <= 0:
+            return None
+        return max(int((available - self.fixed) // self.slope), 0)
+
+
+def usable(card: float, gaps_counted: bool = False) -> float:
+    """Bytes of a card of so many GB that a step's peak may take.
+
+    Args:
+        gaps_counted: the peak is of what the allocator held, its gaps among it, so no share is kept free for them.
+    """
+    return card * GB * (1 if gaps_counted else 1 - FRAGMENTATION) - CONTEXT
+
+
+def fit_line(batches: Sequence[int], peaks: Sequence[float]) -> MemoryFit | None:
+    """Least squares through (batch size, bytes); None for fewer than two batch sizes."""
+    if len(set(batches)) < 2:
+        return None
+    x, y = np.asarray(batches, dtype=float), np.asarray(peaks, dtype=float)
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+    fixed = float(y.mean() - slope * x.mean())
+    deviation = float(np.max(np.abs(fixed + slope * x - y) / y))
+    return MemoryFit(fixed, slope, deviation, len(x))
+
+
+def fit_points(points: Sequence[Point], what: str = "peak") -> MemoryFit | None:
+    """The line through the points that ran; ``what``: peak or reserved.
+
+    A simulated peak is the largest of several moments of a step, each exactly a line over the batch: so the two largest
+    batches say how it goes on, and the others how far that holds. Measured peaks scatter: least squares.
+    """
+    ran = sorted((p for p in points if p.ok), key=lambda p: p.batch_size)
+    x, y = [p.batch_size for p in ran], [getattr(p, what) for p in ran]
+    if not ran or ran[0].device != "simulate" or len(ran) < 3:
+        return fit_line(x, y)
+    line = fit_line(x[-2:], y[-2:])
+    if line is None:
+        return None
+    return MemoryFit(
+        line.fixed, line.slope, max(abs(line.at(b) / peak - 1) for b, peak in zip(x, y, strict=True)), len(x)
+    )
+
+
+def by_variant(points: Sequence[Point]) -> dict[Variant, list[Point]]:
+    """Points in the order of their variants."""
+    groups: dict[Variant, list[Point]] = {}
+    for point in points:
+        groups.setdefault(point.variant, []).append(point)
+    return groups
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Sparse against dense masking, everything else equal: the paper's claim as numbers.
+
+    Attributes:
+        sparse_slope, dense_slope: bytes per image.
+        sparse_flops, dense_flops: per image and step.
+        sparse_rate, dense_rate: most images per second over the batch sizes that both ran; None if not measured.
+    """
+
+    recipe: str
+    policy: str
+    sparse_slope: float
+    dense_slope: float
+    sparse_flops: float
+    dense_flops: float
+    sparse_rate: float | None = None
+    dense_rate: float | None = None
+
+    @property
+    def memory(self) -> float:
+        """How many times the memory an image takes without masks."""
+        return self.dense_slope / self.sparse_slope
+
+    @property
+    def flops(self) -> float:
+        """How many times the FLOPs an image takes without masks."""
+        return self.dense_flops / self.sparse_flops
+
+    @property
+    def speed(self) -> float | None:
+        """How many times as fast a step is with masks, None if not measured."""
+        return self.sparse_rate / self.dense_rate if self.sparse_rate and self.dense_rate else None
+
+    def __str__(self) -> str:
+        speed = "" if self.speed is None else f", {self.speed:.2f}x the images per second"
+        return (
+            f"{self.recipe}, recompute {self.policy}: with the method's masks an image takes"
+            f" {self.sparse_slope / 2**20:.1f} MiB, without masks {self.dense_slope / 2**20:.1f} MiB:"
+            f" {self.memory:.2f}x less memory an image; {self.sparse_flops / 1e9:.0f} against"
+            f" {self.dense_flops / 1e9:.0f} GFLOP: {self.flops:.2f}x fewer FLOPs{speed}"
+        )
+
+
+def claims(points: Sequence[Point]) -> list[Claim]:
+    """For each recipe whose masks were left out too, what they save."""
+    groups = by_variant(points)
+    found = []
+    for variant, dense in groups.items():
+        if variant.purpose != "dense":
+            continue
+        policy = variant.config(1).model.recompute
+        for other, sparse in groups.items():
+            if other.purpose != "policy" or other.recipe != variant.recipe:
+                continue
+            if other.config(1).model.recompute != policy:
+                continue
+            lines = fit_points(sparse), fit_points(dense)
+            if lines[0] is None or lines[1] is None or lines[0].slope <= 0:
+                continue
+            flops = next(p.flops_per_image for p in sparse if p.ok), next(p.flops_per_image for p in dense if p.ok)
+            found.append(
+                Claim(variant.recipe, policy, lines[0].slope, lines[1].slope, *flops, *_best_rates(sparse, dense))
+            )
+    return found
+
+
+def _best_rates(sparse: Sequence[Point], dense: Sequence[Point]) -> tuple[float | None, float | None]:
+    rates = [{p.batch_size: p.images_per_s for p in points if p.ok and p.images_per_s} for points in (sparse, dense)]
+    both = rates[0].keys() & rates[1].keys()
+    if not both:
+        return None, None
+    return max(rates[0][b] for b in both), max(rates[1][b] for b in both)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Slope of a variant's memory, simulated and measured, in bytes per image."""
+
+    variant: Variant
+    simulated: float
+    measured: float
+
+    @property
+    def ratio(self) -> float:
+        """Simulated over measured."""
+        return self.simulated / self.measured
+
+    @property
+    def within(self) -> bool:
+        """Whether simulate is as close as it is held to be."""
+        return abs(self.ratio - 1) <= SLOPE_TOLERANCE
+
+
+def compare_simulated(measured: Sequence[Point], simulated: Sequence[Point]) -> list[Comparison]:
+    """Slopes of each variant that was both measured and simulated, over the batch sizes that ran on both sides."""
+    theirs = by_variant(simulated)
+    found = []
+    for variant, points in by_variant(measured).items():
+        sizes = {p.batch_size for p in points if p.ok} & {p.batch_size for p in theirs.get(variant, []) if p.ok}
+        lines = [fit_points([p for p in side if p.batch_size in sizes]) for side in (theirs.get(variant, []), points)]
+        if lines[0] is not None and lines[1] is not None and lines[1].slope > 0:
+            found.append(Comparison(variant, lines[0].slope, lines[1].slope))
+    return found

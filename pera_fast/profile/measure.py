@@ -1,0 +1,115 @@
+"""One point in this process: ``python -m pera_fast.profile.measure``, JSON on stdin, and on stdout what was found.
+
+A process of its own a point: its peak is its own, and running out of memory ends nothing else.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import repeat
+from typing import Any
+
+import torch
+
+from pera_fast.config import Config
+from pera_fast.profile.batches import random_inputs
+from pera_fast.profile.points import Point
+from pera_fast.profile.simulate import VALUES, simulate_step
+from pera_fast.train.api import make_model
+from pera_fast.train.distributed import World
+from pera_fast.train.flops import device_peak, flops_per_image
+from pera_fast.train.optim import make_optimizer, make_scaler
+from pera_fast.train.step import train_step
+
+WARM_UP = 3  # steps: the first makes AdamW's state, kernels are compiled and chosen
+
+
+def measure(point: Point) -> Point:
+    """The point with what was found; out of memory is a finding too."""
+    began = time.perf_counter()
+    cfg = point.variant.config(point.batch_size)
+    found = replace(point, status="ok", flops_per_image=flops_per_image(cfg))
+    try:
+        if point.device == "simulate":
+            memory = simulate_step(cfg)
+            found.peak = found.reserved = memory.peak
+            found.between_steps, found.at_peak = memory.between_steps, memory.at_peak
+        else:
+            _real_steps(cfg, torch.device(point.device), found)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        found = replace(point, status="out of memory", note=str(error).strip().splitlines()[0][:200])
+    found.took = time.perf_counter() - began
+    return found
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's allocator has an error of its own; the CPU's says it in a RuntimeError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return "can't allocate memory" in text or "not enough memory" in text or "CUDA out of memory" in text
+
+
+def real_step(cfg: Config, device: torch.device, data: Iterator[Any] | None = None) -> Callable[[], Any]:
+    """The trainer's step on random crops that lie on the device already; every call is one optimiser step."""
+    plan = cfg.train.resolve_batch(1)
+    inputs = repeat(random_inputs(cfg, plan.per_device).to(device)) if data is None else data
+    model = make_model(cfg).to(device)
+    optimizer, scaler = make_optimizer(model.parameters(), cfg), make_scaler(cfg, device)
+    world = World(0, 1, device)
+
+    def step() -> Any:
+        return train_step(model, model, optimizer, scaler, inputs, plan.accumulate, VALUES, cfg.optim.clip, world)
+
+    return step
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _real_steps(cfg: Config, device: torch.device, found: Point) -> None:
+    step, seconds = real_step(cfg, device), []
+    for _ in range(min(WARM_UP, max(found.steps, 1))):
+        step()
+    if device.type == "cuda":
+        synchronize(device)
+        gc.collect()
+        found.between_steps = torch.cuda.memory_allocated(device)
+    for _ in range(found.steps):
+        synchronize(device)
+        start = time.perf_counter()
+        step()  # reads the losses: returns when the device is done with them
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    found.step_seconds = [statistics.median(seconds), min(seconds), max(seconds)]
+    found.images_per_s = cfg.train.resolve_batch(1).total / found.step_seconds[0]
+    peak = device_peak(device, cfg.train.precision)
+    found.mfu = None if peak is None else found.images_per_s * found.flops_per_image / peak
+    if device.type == "cuda":
+        found.peak, found.reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        free, total = torch.cuda.mem_get_info(device)
+        found.outside = total - free - torch.cuda.memory_reserved(device)
+    else:
+        found.peak = found.reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """Reads a point from stdin, writes it back as the last line of stdout."""
+    point = Point.from_json(json.load(sys.stdin))
+    print(json.dumps(measure(point).to_json()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

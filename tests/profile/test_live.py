@@ -1,0 +1,150 @@
+"""Live bytes by storage lifetime: of single ops, and of a training step simulated without a GPU."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pera_fast.config import load_config
+from pera_fast.profile.batches import blank_batch
+from pera_fast.profile.fits import MemoryFit, fit_points
+from pera_fast.profile.live import PIECEWISE, LiveBytes
+from pera_fast.profile.points import Point, Variant
+from pera_fast.profile.simulate import part, simulate_step
+from pera_kernels import backend
+from pera_kernels.pixel_loss import pixel_loss
+from pera_kernels.sequence_norm import sequence_norm
+from pera_kernels.visible_patches import contrast_mean, visible_patches
+
+MIB = 2**20
+SMALL = ["model.embed_dim=64", "model.depth=2", "model.prototypes=256", "model.head_hidden=64", "model.bottleneck=32"]
+
+
+def test_storages_are_counted_from_birth_to_death() -> None:
+    with FakeTensorMode(), LiveBytes() as count:
+        with count.label("first"):
+            a = torch.empty(1024, dtype=torch.float32)
+        view = a[10:]
+        assert count.live == 4096
+        with count.label("second"):
+            b = a + 1
+        assert count.live == 8192
+        since = len(count.events)
+        del a, b
+        assert count.live == 4096, "a view keeps its storage alive"
+        del view
+        c = torch.empty(100, dtype=torch.uint8)
+    assert count.live == 100
+    peak, alive = count.peak()
+    assert peak == 8192
+    assert count.by_label(alive) == {("first",): 4096, ("second",): 4096}
+    assert count.by_label(alive, {0: ("other",)}) == {("other",): 4096, ("second",): 4096}
+    assert count.number(c) == 2
+    assert count.peak(since)[0] == 8192, "what is alive at the beginning counts"
+    assert count.peak(since + 2)[0] == 100
+
+
+def test_ops_are_opened_once_for_equal_shapes() -> None:
+    """A LayerNorm of half rows takes a float32 copy of them where no kernel of our own runs."""
+    with backend.without("native", "triton"), FakeTensorMode(), LiveBytes() as count:
+        x = torch.empty(256, 64, dtype=torch.bfloat16)
+        weight, bias = torch.empty(64, dtype=torch.bfloat16), torch.empty(64, dtype=torch.bfloat16)
+        before = count.live
+        peaks = []
+        for _ in range(2):
+            since = len(count.events)
+            y = sequence_norm(x, weight, bias, 1e-6, [256, 1])
+            peaks.append(count.peak(since)[0] - before)
+            assert count.live - before == y.nbytes
+            del y
+        assert peaks[0] == peaks[1], "replayed"
+        assert peaks[0] > 256 * 64 * (2 + 4), "more than the result: wide rows"
+        assert len(count._opened) == 1
+
+
+@pytest.mark.parametrize("images", [2, 6])
+def test_ops_that_are_not_opened_hold_a_few_mib(images: int) -> None:
+    cfg = load_config("vit_b16", ["views.global_size=224", "views.num_local=0"])
+    crops = blank_batch(cfg, images).global_
+    with backend.without("native", "triton"), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        count = LiveBytes(skip=frozenset())
+        pixels, order, factors = (
+            fake.from_tensor(t) for t in (crops.pixels, crops.student.order, crops.student.factors)
+        )
+        index = torch.zeros(pixels.shape[0], 40, dtype=torch.int32)
+        pred = torch.zeros(pixels.shape[0] * 40, 768, dtype=torch.bfloat16, requires_grad=True)
+        mean, std = cfg.views.mean, cfg.views.std
+        with count:
+            gray = contrast_mean(pixels, order, factors)
+            visible_patches(pixels, index, order, factors, gray, mean, std, 16, torch.bfloat16)
+            pixel_loss(pred, pixels, index, order, factors, gray, mean, std, 16).backward()
+    opened = {name: size for (name, *_), size in count._opened.items()}
+    assert opened.keys() >= PIECEWISE
+    results = {"pera::visible_patches": pred.nbytes, "pera::pixel_loss_backward": pred.nbytes}
+    for name in PIECEWISE:
+        assert 0 < opened[name] - results.get(name, 0) < 32 * MIB
+
+
+def test_parts_of_a_small_step() -> None:
+    cfg = load_config("tiny", [*SMALL, "train.batch_size=4", "train.precision=bf16"])
+    memory = simulate_step(cfg)
+    parameters = 4 * sum(p.numel() for p in _model(cfg).parameters())
+    trained = 4 * sum(p.numel() for p in _model(cfg).parameters() if p.requires_grad)
+    center = 4 * cfg.model.prototypes
+    assert sum(memory.at_peak.values()) == memory.peak
+    assert memory.peak > memory.between_steps
+    assert parameters + center <= memory.at_peak["weights"] < 1.1 * (parameters + center)
+    assert memory.at_peak["optimiser state"] == pytest.approx(2 * trained, rel=0.01)
+    assert memory.at_peak["crops"] >= 4 * (2 * 96 * 96 + 4 * 40 * 40) * 3
+    assert {"student attention", "student mlp", "student embed", "backward"} <= memory.at_peak.keys()
+
+
+def _model(cfg):
+    from pera_fast.model.pera import PerA
+
+    with torch.device("meta"):
+        return PerA(cfg)
+
+
+def test_every_image_takes_the_same_and_recomputation_less() -> None:
+    slopes = {}
+    for policy, batches in (("none", (4, 8, 12)), ("block", (4, 8))):
+        variant = Variant("tiny", (*SMALL, f"model.recompute={policy}"))
+        peaks = [simulate_step(variant.config(batch)).peak for batch in batches]
+        points = [Point(variant, b, "simulate", status="ok", peak=p) for b, p in zip(batches, peaks, strict=True)]
+        line = fit_points(points)
+        assert line is not None
+        assert line.deviation < 0.01
+        slopes[policy] = line.slope
+    assert slopes["none"] > slopes["block"]
+
+
+def test_accumulated_gradients_are_alive_in_the_forward_pass() -> None:
+    one = simulate_step(load_config("tiny", [*SMALL, "train.batch_size=4"]))
+    two = simulate_step(load_config("tiny", [*SMALL, "train.batch_size=4", "train.accumulate=2"]))
+    assert two.peak > one.peak
+
+
+def test_parts_have_names() -> None:
+    assert part(("student", "mlp", "sequence_add")) == "student mlp"
+    assert part(("student",)) == "student stream"
+    assert part(("backward", "mlp", "attention")) == "backward"
+    assert part(("optimiser",)) == part(("EMA",)) == "update"
+    assert part(()) == "other"
+
+
+def memory(policy: str) -> MemoryFit:
+    """Batches 8 and 16 at the published sizes: 448 px, 2 + 8 crops, 131072 prototypes, bf16."""
+    variant = Variant("vit_b16", (f"model.recompute={policy}",))
+    points = [Point(variant, b, "simulate", status="ok", peak=simulate_step(variant.config(b)).peak) for b in (8, 16)]
+    line = fit_points(points)
+    assert line is not None
+    return line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("policy", "slope"), [("cheap", 80), ("block", 40)])
+def test_vit_b16_memory(policy: str, slope: float) -> None:
+    line = memory(policy)
+    print(f"vit_b16 {policy}: {line.fixed / MIB:.0f} + {line.slope / MIB:.1f} * batch MiB")
+    assert line.slope / MIB <= slope
+    assert line.fixed / MIB <= 3400
