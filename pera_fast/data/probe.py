@@ -116,6 +116,7 @@ class Prober:
         say: Callable[[str], None] = lambda stage: None,
     ) -> list[ProbeResult]:
         """Results in the order of `paths`; at most MAX_FILES of them. `say` is told what is tried next."""
+        decode.allow_pixels(settings.max_pixels)
         files = [self._read(path) for path in paths]
         codec = "dali" in decoders  # one library: the header alone can kill it too
         if codec:

@@ -1,19 +1,20 @@
 """The process at the other end of `sandbox.Sandbox`: `python -m pera_fast.data.worker SOCKET`.
 
-Messages sent: ("ready",), then per call any number of ("stage", decoder) and one ("done", results). No torch here: the
+Messages sent: ("ready",), then per call any number of ("stage", text) and one ("done", results). No torch here: the
 process must start fast.
 """
 
 import os
 import sys
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
-from pera_fast.data import decode
 from pera_fast.data.probe import Prober
 
 
-def serve(socket: int, prober: Prober) -> None:
-    """Answers calls on a socket until the other end goes."""
+def serve(socket: int, answer: Callable[..., Any]) -> None:
+    """Answers calls on a socket until the other end goes: `answer(*message, say)`; `say` tells what it does now."""
     connection = Connection(socket)
     connection.send(("ready",))
     quiet = os.open(os.devnull, os.O_WRONLY)
@@ -21,11 +22,10 @@ def serve(socket: int, prober: Prober) -> None:
         os.dup2(quiet, stream)
     while True:
         try:
-            paths, settings, decoders = connection.recv()
+            message = connection.recv()
         except (EOFError, OSError):
             return
-        decode.allow_pixels(settings.max_pixels)
-        connection.send(("done", prober(paths, settings, decoders, lambda stage: connection.send(("stage", stage)))))
+        connection.send(("done", answer(*message, lambda stage: connection.send(("stage", stage)))))
 
 
 if __name__ == "__main__":

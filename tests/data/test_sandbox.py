@@ -39,7 +39,7 @@ def test_a_hanging_decoder_is_given_up(tmp_path):
     sandbox = Sandbox(timeout=20.0, module="dying_worker")
     try:
         sandbox.probe(paths[1:], ProbeSettings())  # started and warm: from here a second is long
-        sandbox._timeout = 1.5
+        sandbox._worker.timeout = 1.5
         start = time.monotonic()
         results = sandbox.probe(paths[:1], ProbeSettings())
         assert time.monotonic() - start < 20
@@ -59,7 +59,7 @@ def test_close_ends_the_process_and_later_calls(tmp_path):
     sandbox = Sandbox()
     paths = write(tmp_path, "a.png")
     assert sandbox.probe(paths, ProbeSettings())[0].ok
-    process = sandbox._process
+    process = sandbox._worker.process
     sandbox.close()
     assert process.poll() is not None
     with pytest.raises(RuntimeError, match="closed"):
