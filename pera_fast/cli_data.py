@@ -49,3 +49,30 @@ def pack(
 
     settings = PackSettings(size_mib, tile, resize, reencode.value if reencode else None, quality, channels)
     typer.echo(run(directory, out, settings, workers=workers))
+
+
+class _TileFormat(str, Enum):
+    tif = "tif"
+    jpg = "jpg"
+    png = "png"
+
+
+@data_app.command()
+def tile(
+    scenes: Annotated[Path, typer.Argument(metavar="SCENES", help="Folder of scenes, or one.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder of the tiles.", show_default=False)],
+    size: Annotated[int, typer.Option(help="Pixels a side.")] = 512,
+    overlap: Annotated[int, typer.Option(help="Pixels that neighbours share.")] = 0,
+    nodata_max: Annotated[float, typer.Option(help="Leave out tiles with a greater fraction without data.")] = 0.5,
+    nodata: Annotated[
+        float | None, typer.Option(help="Value that is no data.", show_default="what the scene declares")
+    ] = None,
+    format_: Annotated[_TileFormat, typer.Option("--format", help="Of the tiles.")] = _TileFormat.tif,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one per core")] = None,
+) -> None:
+    """Cut large georeferenced scenes into tiles, each with a JSON file that says where it lies. Stopped, it goes on."""
+    from pera_fast.data.tile import tile as run
+    from pera_fast.data.tile_scene import TileSettings
+
+    settings = TileSettings(size, overlap, nodata_max, format_.value, nodata)
+    typer.echo(run(scenes, out, settings, workers=workers))
