@@ -10,11 +10,14 @@ import resource, sys, torch
 from pera_fast.train.host_memory import reuse_freed_memory
 if sys.argv[1] == "reuse" and not reuse_freed_memory():
     sys.exit(77)
-for _ in range(2):
-    torch.ones(2**24)
+def step():
+    kept = [torch.ones(12 * 2**20 + 4096 * i) for i in range(4)]  # 48 MiB each: more than glibc ever keeps by itself
+    return sum(float(x[0]) for x in kept)
+for _ in range(4):
+    step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
-    torch.ones(2**24)  # 64 MiB, 16384 pages of 4 KiB
+    step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
