@@ -76,3 +76,19 @@ def tile(
 
     settings = TileSettings(size, overlap, nodata_max, format_.value, nodata)
     typer.echo(run(scenes, out, settings, workers=workers))
+
+
+@data_app.command()
+def dedupe(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.", show_default=False)],
+    threshold: Annotated[int, typer.Option(help="Bits of 64 in which near-duplicates' hashes differ at most.")] = 5,
+    out: Annotated[Path, typer.Option(help="The report.")] = Path("duplicates.csv"),
+    move: Annotated[
+        Path | None, typer.Option(help="Move the duplicates to this folder.", show_default="only report")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="one per core")] = None,
+) -> None:
+    """Report near-duplicate images. Of a group the one with the most pixels is kept; nothing is ever deleted."""
+    from pera_fast.data.dedupe import dedupe as run
+
+    typer.echo(run(directory, bits=threshold, out=out, move_to=move, workers=workers))

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bar(text: str, total: int, done: int = 0, wanted: bool = True) -> Iterator[Callable[[int], None]]:
+def progress_bar(text: str, total: int, done: int = 0, wanted: bool = True) -> Iterator[Callable[[float], None]]:
     """A function that moves the bar on by a number.
 
     Args:
