@@ -1,9 +1,9 @@
-"""The DALI pipeline: encoded bytes and crop windows in, uint8 crops out. The same code on CPU and GPU.
+"""The DALI pipeline: encoded bytes and crop windows in, uint8 crops out.
 
 Each crop is made once; student and teacher share it. Windows and flips come from `views.Windows.roi`. The resize is
-bilinear with antialias; at the border of a window it reads the image's own pixels beyond it, as Pillow's
-`resize(box=...)` does and torchvision's crop-then-resize does not; beyond the image's own border it repeats the last
-pixel, where Pillow leaves the filter short. Both differ in the outermost pixels of a crop only.
+bilinear with antialias. On a CPU DALI decodes and `host_crops` resizes. On a GPU DALI does both; at the border of a
+window it reads the image's own pixels beyond it, as Pillow's `resize(box=...)` does and crop-then-resize does not;
+beyond the image's own border it repeats the last pixel. Both show in the outermost pixels of a crop only.
 """
 
 from collections import deque
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pera_fast.data.dali import require_dali
+from pera_fast.data.host_crops import HostCropper
 
 
 class CropPipeline:
@@ -39,6 +40,8 @@ class CropPipeline:
         self.views, self.channels, self.device = views, channels, device
         self._sides = [views.global_size] * views.num_global + [views.local_size] * views.num_local
         on_gpu = device.type == "cuda"
+        self._host = None if on_gpu or channels not in (1, 3) else HostCropper(self._sides, threads)
+        self._windows: deque[tuple[np.ndarray, np.ndarray]] = deque()  # of the batches under way, if the host crops
         self._pipe = dali.Pipeline(
             batch_size=batch_size,
             num_threads=threads,
@@ -61,6 +64,8 @@ class CropPipeline:
         else:
             images = fn.external_source(name="images", device="cpu", layout="HWC")
             images = images.gpu() if on_gpu else images
+        if self._host is not None:
+            return [images]
         return [
             fn.resize(
                 images,
@@ -82,9 +87,12 @@ class CropPipeline:
             end: float32 [crops, B, 2], the opposite corner.
         """
         self._pipe.feed_input("images", list(images))
-        for crop in range(len(self._sides)):
-            self._pipe.feed_input(f"start{crop}", start[crop])
-            self._pipe.feed_input(f"end{crop}", end[crop])
+        if self._host is not None:
+            self._windows.append((start, end))
+        else:
+            for crop in range(len(self._sides)):
+                self._pipe.feed_input(f"start{crop}", start[crop])
+                self._pipe.feed_input(f"end{crop}", end[crop])
         self._under_way.append(len(images))
         if self._started or len(self._under_way) == self.depth:
             self._started = True
@@ -96,12 +104,23 @@ class CropPipeline:
         outputs = self._pipe.share_outputs()
         try:
             split = self.views.num_global
+            if self._host is not None:
+                return self._host_crops(outputs[0], batch)
             return (
                 self._gather(outputs[:split], batch, self.views.global_size),
                 self._gather(outputs[split:], batch, self.views.local_size),
             )
         finally:
             self._pipe.release_outputs()
+
+    def _host_crops(self, images: Any, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._host is not None
+        groups, views = [], self.views
+        for crops, side in ((views.num_global, views.global_size), (views.num_local, views.local_size)):
+            groups.append(torch.empty((crops, batch, side, side, self.channels), dtype=torch.uint8))
+        decoded = [np.asarray(images[slot]) for slot in range(batch)]  # DALI's own memory: no copies
+        self._host(decoded, *self._windows.popleft(), [crop for group in groups for crop in group])
+        return groups[0].flatten(0, 1), groups[1].flatten(0, 1)
 
     def _gather(self, outputs: Sequence[Any], batch: int, side: int) -> torch.Tensor:
         # One copy: DALI's buffers are reused by the next batches, and a group is one tensor.

@@ -1,4 +1,4 @@
-"""The DALI pipeline's crops against Pillow."""
+"""The pipeline's crops against Pillow."""
 
 import io
 
@@ -31,7 +31,8 @@ def by_pillow(image, windows, crop, slot, side):
     top, left, height, width = (
         int(values[crop, slot]) for values in (windows.top, windows.left, windows.height, windows.width)
     )
-    out = image.resize((side, side), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
+    window = image.crop((left, top, left + width, top + height))
+    out = window.resize((side, side), Image.Resampling.BILINEAR)
     if windows.hflip[crop, slot]:
         out = ImageOps.mirror(out)
     if windows.vflip[crop, slot]:
@@ -40,11 +41,8 @@ def by_pillow(image, windows, crop, slot, side):
 
 
 @pytest.mark.parametrize(("kind", "size"), [("PNG", (211, 157)), ("JPEG", (96, 240)), ("BMP", (17, 33))])
-def test_crops_are_pillows_resized_boxes(kind, size):
-    """Pillow rounds twice, once for each axis: a value may differ by 1 or 2, the mean by far less.
-
-    Beyond the image's own border DALI repeats the last pixel and Pillow leaves the filter short: more in the rim.
-    """
+def test_crops_are_pillows_crops_resized(kind, size):
+    """What the published pipeline does. Decoders differ by 1 or 2 in a JPEG; the resize rounds as Pillow does."""
     views = small_config().views
     pictures = [Image.fromarray(scene(key, *size)) for key in range(6)]
     files = [encoded(picture, kind) for picture in pictures]
@@ -59,9 +57,8 @@ def test_crops_are_pillows_resized_boxes(kind, size):
         for slot in range(6):
             found = group[(crop - first) * 6 + slot].astype(int)  # crop-major
             difference = np.abs(found - by_pillow(decoded[slot], windows, crop, slot, side))
-            assert difference.mean() < 0.5
-            assert difference[1:-1, 1:-1].max() <= 2
-            assert difference.max() <= 10
+            assert difference.mean() < (0.5 if kind == "JPEG" else 0.02)
+            assert difference.max() <= (3 if kind == "JPEG" else 1)
 
 
 def test_flips_mirror_the_unflipped_crop():
