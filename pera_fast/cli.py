@@ -10,6 +10,7 @@ import typer
 
 from pera_fast import __version__
 from pera_fast.cli_data import data_app
+from pera_fast.cli_profile import profile_app
 from pera_fast.errors import UserError
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help comes in half the time
 )
 app.add_typer(data_app, name="data")
+app.add_typer(profile_app, name="profile", help="Memory and speed against batch size; traces.")
 
 # What typer raises for wrong usage. Newer versions of typer carry their own click, so click cannot be asked for it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]

@@ -14,11 +14,11 @@ from pera_fast.data.loader import Loader
 from pera_fast.data.skipped import SkippedFiles
 from pera_fast.demo import figures
 from pera_fast.demo.found import DemoResult, Images, verdict
-from pera_fast.demo.report import Section, render
 from pera_fast.eval.images import SUFFIXES, load_images
 from pera_fast.model.features import features
 from pera_fast.model.inputs import StepInputs
 from pera_fast.model.pera import PerA
+from pera_fast.page import Section, render
 from pera_fast.train.inputs import make_inputs
 
 

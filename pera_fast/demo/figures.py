@@ -1,6 +1,5 @@
 """The report's pictures: masks, losses, kNN, PCA maps. Every function returns a PNG."""
 
-import io
 from collections.abc import Sequence
 
 import matplotlib
@@ -9,11 +8,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from pera_fast.model.inputs import GroupInputs, StepInputs
 from pera_fast.model.pera import PerA
+from pera_fast.page import png
 from pera_kernels.visible_patches import contrast_mean, visible_patches
 
 STUDENT, TEACHER, PREDICTED = "#d1495b", "#2e6f95", "#edae49"
@@ -25,13 +24,6 @@ LOSSES = {
     "koleo_loss": "KoLeo",
     "pixel_loss": "pixel / 100",
 }
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
-    return buffer.getvalue()
 
 
 def _view(group: GroupInputs, who: str, patch: int) -> np.ndarray:
@@ -122,7 +114,7 @@ def pairs(model: PerA, inputs: StepInputs, images: int) -> bytes:
             axes.set_xticks([])
             axes.set_yticks([])
     figure.tight_layout(pad=0.4)
-    return _png(figure)
+    return png(figure)
 
 
 def _draw_seen(row: Sequence[plt.Axes], group: GroupInputs, views: dict[str, np.ndarray], i: int, patch: int) -> None:
@@ -161,7 +153,7 @@ def losses(metrics: Sequence[dict]) -> bytes:
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    return _png(figure)
+    return png(figure)
 
 
 def running_mean(values: np.ndarray, share: float = 0.08) -> np.ndarray:
@@ -184,7 +176,7 @@ def knn_bars(before: float, after: float, chance: float) -> bytes:
     axes.set_ylim(0, max(after, before, chance) * 118)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
-    return _png(figure)
+    return png(figure)
 
 
 def pca_maps(images: Tensor, before: Tensor, after: Tensor) -> bytes:
@@ -204,7 +196,7 @@ def pca_maps(images: Tensor, before: Tensor, after: Tensor) -> bytes:
             axes.set_xticks([])
             axes.set_yticks([])
     figure.tight_layout(pad=0.3)
-    return _png(figure)
+    return png(figure)
 
 
 def _components(features: Tensor) -> np.ndarray:

@@ -69,19 +69,26 @@ def fit_line(batches: Sequence[int], peaks: Sequence[float]) -> MemoryFit | None
 def fit_points(points: Sequence[Point], what: str = "peak") -> MemoryFit | None:
     """The line through the points that ran; ``what``: peak or reserved.
 
-    A simulated peak is the largest of several moments of a step, each exactly a line over the batch: so the two largest
-    batches say how it goes on, and the others how far that holds. Measured peaks scatter: least squares.
+    A simulated peak is the largest of several moments of a step, each a line over the batch: it bends upwards until the
+    moment with the steepest line has won. So there the two largest batches say how it goes on. Measured peaks scatter:
+    least squares.
     """
     ran = sorted((p for p in points if p.ok), key=lambda p: p.batch_size)
-    x, y = [p.batch_size for p in ran], [getattr(p, what) for p in ran]
-    if not ran or ran[0].device != "simulate" or len(ran) < 3:
-        return fit_line(x, y)
-    line = fit_line(x[-2:], y[-2:])
-    if line is None:
-        return None
-    return MemoryFit(
-        line.fixed, line.slope, max(abs(line.at(b) / peak - 1) for b, peak in zip(x, y, strict=True)), len(x)
-    )
+    if ran and ran[0].device == "simulate":
+        ran = ran[-2:]
+    return fit_line([p.batch_size for p in ran], [getattr(p, what) for p in ran])
+
+
+def largest_batch(points: Sequence[Point], available: float, what: str = "peak") -> int | None:
+    """Largest batch of a variant whose peak is at most so many bytes, None without a line.
+
+    Between simulated points the peak is taken from the chord, which lies above it; beyond them from the line's end.
+    """
+    line = fit_points(points, what)
+    ran = sorted((p for p in points if p.ok), key=lambda p: p.batch_size)
+    if line is None or ran[0].device != "simulate" or not ran[0].peak < available < ran[-1].peak:
+        return None if line is None else line.largest_batch(available)
+    return int(np.interp(available, [p.peak for p in ran], [p.batch_size for p in ran]))
 
 
 def by_variant(points: Sequence[Point]) -> dict[Variant, list[Point]]:

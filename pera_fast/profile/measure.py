@@ -1,6 +1,6 @@
-"""One point in this process: ``python -m pera_fast.profile.measure``, JSON on stdin, and on stdout what was found.
+"""Points in this process: ``python -m pera_fast.profile.measure``, one a line of stdin, and on stdout what was found.
 
-A process of its own a point: its peak is its own, and running out of memory ends nothing else.
+A real point has a process of its own: its peak is its own, and running out of memory ends nothing else.
 """
 
 from __future__ import annotations
@@ -106,9 +106,9 @@ def _real_steps(cfg: Config, device: torch.device, found: Point) -> None:
 
 
 def main() -> None:
-    """Reads a point from stdin, writes it back as the last line of stdout."""
-    point = Point.from_json(json.load(sys.stdin))
-    print(json.dumps(measure(point).to_json()), flush=True)
+    """Reads points from stdin, one a line, and writes each back as a line of stdout with what was found."""
+    for line in sys.stdin:
+        print(json.dumps(measure(Point.from_json(json.loads(line))).to_json()), flush=True)
 
 
 if __name__ == "__main__":

@@ -101,8 +101,8 @@ def plan(
 ) -> list[Variant]:
     """The variants to compare.
 
-    Each recipe with each policy of recomputation; with the first of these also without masks and, if asked for, at
-    other mask ratios. What an override fixes is not varied.
+    Each recipe with each policy of recomputation; with the recipe's own policy (or the first one given) also without
+    masks and, if asked for, at other mask ratios. What an override fixes is not varied.
 
     Args:
         policies: of ``model.recompute``; None: all, or the one that is overridden.
@@ -118,11 +118,12 @@ def plan(
     for recipe in recipes:
         given = tuple(overrides)
         cfg = load_config(recipe, given)
-        first = policies or ([cfg.model.recompute] if "model.recompute" in keys else POLICIES)
-        variants += [Variant(recipe, (*given, f"model.recompute={policy}")) for policy in first]
+        own_policy = cfg.model.recompute
+        compared = policies or ([own_policy] if "model.recompute" in keys else POLICIES)
+        variants += [Variant(recipe, (*given, f"model.recompute={policy}")) for policy in compared]
         if cfg.model.masking == "none":
             continue
-        given = (*given, f"model.recompute={first[0]}")
+        given = (*given, f"model.recompute={own_policy if own_policy in compared else compared[0]}")
         if dense and "model.masking" not in keys:
             variants.append(Variant(recipe, (*_without_ratios(given), "model.masking=none"), "dense"))
         own = cfg.model.student_ratio, cfg.model.teacher_ratio

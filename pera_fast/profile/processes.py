@@ -1,4 +1,4 @@
-"""Points in processes of their own: simulated ones side by side, real ones one after the other."""
+"""Points in processes of their own: real ones in a fresh one each, simulated ones side by side in one a core."""
 
 from __future__ import annotations
 
@@ -7,57 +7,121 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from pera_fast.profile.points import Point
 
 COMMAND = (sys.executable, "-m", "pera_fast.profile.measure")
+Done = Callable[[Point], None]
 
 
 def run_points(
-    points: Sequence[Point],
-    jobs: int = 1,
-    done: Callable[[Point], None] = lambda point: None,
-    command: Sequence[str] = COMMAND,
+    points: Sequence[Point], jobs: int = 1, done: Done = lambda point: None, command: Sequence[str] = COMMAND
 ) -> list[Point]:
     """All points, in their order; one that fails says so and the others go on.
 
     Args:
-        jobs: processes at a time.
+        jobs: processes that simulate at a time; real points run one after the other.
         done: called with each point that was run, in the order in which they end.
-        command: what runs a point.
+        command: what runs points.
     """
-    # Largest first: they take longest, and the last to end decides when all are done.
-    order = sorted(range(len(points)), key=lambda i: -points[i].batch_size) if jobs > 1 else range(len(points))
+    stopped: list[bool] = []
+    simulated = [i for i, p in enumerate(points) if p.device == "simulate"]
+    # Points of one batch size stay together: what one variant has found about an op's shapes serves the next.
+    simulated.sort(key=lambda i: points[i].batch_size)
+    size = -(-len(simulated) // max(jobs, 1)) or 1
+    parts = [simulated[start : start + size] for start in range(0, len(simulated), size)]
+    real = [i for i, p in enumerate(points) if p.device != "simulate"]
     found: dict[int, Point] = {}
-    pool = ThreadPoolExecutor(max(jobs, 1))
-    try:
-        waiting = {pool.submit(run_point, points[i], command): i for i in order}
-        for future in as_completed(waiting):
-            found[waiting[future]] = future.result()
-            done(found[waiting[future]])
-    finally:
-        pool.shutdown(cancel_futures=True)  # after an interrupt none is started any more
+
+    def run(part: Sequence[int], fresh: bool) -> None:
+        worker = Worker(command, simulates=not fresh)
+        try:
+            for i in part:
+                found[i] = worker.run(points[i])
+                done(found[i])
+                if fresh or not found[i].ok:
+                    worker.close()
+                if stopped:
+                    break
+        finally:
+            worker.close()
+
+    with _pool(max(jobs, 1), stopped) as pool:
+        for future in as_completed([pool.submit(run, part, False) for part in parts]):
+            future.result()
+        if real:
+            pool.submit(run, real, True).result()
     return [found[i] for i in range(len(points))]
 
 
-def run_point(point: Point, command: Sequence[str] = COMMAND) -> Point:
-    """One point in a fresh process."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
-    if point.device == "simulate":
-        environment.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # several run side by side, none on a device
-    request = json.dumps(point.to_json())
-    ended = subprocess.run(command, input=request, capture_output=True, text=True, env=environment, check=False)
-    lines = ended.stdout.strip().splitlines()
-    if ended.returncode == 0 and lines:
-        return Point.from_json(json.loads(lines[-1]))
-    if ended.returncode == -signal.SIGKILL:  # what the system does to a process that takes too much
-        return replace(point, status="out of memory", note="the system killed the process")
-    said = ended.stderr.strip().splitlines()
-    why = said[-1] if said else f"ended with status {ended.returncode}"
-    return replace(point, status="failed", note=" ".join(why.split())[:200])
+@contextmanager
+def _pool(threads: int, stopped: list[bool]) -> Iterator[ThreadPoolExecutor]:
+    """Threads that begin nothing more after an interrupt."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield pool
+    except BaseException:
+        stopped.append(True)
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Worker:
+    """A process that takes points on stdin and gives them back on stdout; started when it is needed."""
+
+    def __init__(self, command: Sequence[str] = COMMAND, simulates: bool = False) -> None:
+        self._command, self._simulates = command, simulates
+        self._process: subprocess.Popen[str] | None = None
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - of all processes
+
+    def run(self, point: Point) -> Point:
+        """The point with what was found, or with what became of the process."""
+        process = self._process = self._process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with suppress(BrokenPipeError):  # it is gone already
+            print(json.dumps(point.to_json()), file=process.stdin, flush=True)
+            for line in process.stdout:
+                if line.startswith('{"variant"'):  # not what some library may print
+                    return Point.from_json(json.loads(line))
+        return self._ended(point, process.wait())
+
+    def close(self) -> None:
+        """Ends the process; the next point gets another."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with suppress(BrokenPipeError):  # it is gone already
+            process.stdin.close()
+        process.stdout.close()
+        process.wait()
+
+    def _start(self) -> subprocess.Popen[str]:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
+        if self._simulates:
+            environment.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # several at a time, none on a device
+        self._errors.seek(0)
+        self._errors.truncate()
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            self._command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=environment
+        )  # fmt: skip
+
+    def _ended(self, point: Point, status: int) -> Point:
+        if status == -signal.SIGKILL:  # what the system does to a process that takes too much
+            return replace(point, status="out of memory", note="the system killed the process")
+        self._errors.seek(0)
+        said = self._errors.read().strip().splitlines()
+        why = said[-1] if said else f"the process ended with status {status}"
+        return replace(point, status="failed", note=" ".join(why.split())[:200])
 
 
 def simulating_jobs() -> int:

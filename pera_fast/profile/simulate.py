@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from itertools import repeat
 
@@ -25,6 +25,7 @@ from pera_kernels import backend
 
 VALUES = StepValues(lr=1e-4, weight_decay=0.04, momentum=0.99, teacher_temp=0.04)
 CPU = torch.device("cpu")
+_OPENED: dict[Hashable, int] = {}  # temporaries of ops by their arguments' shapes, for all simulations of this process
 
 
 @dataclass
@@ -48,7 +49,7 @@ class _Step(LiveBytes):
     """Answers 1 where the step reads from the device (all is finite), and knows the weights' narrow copies."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(_OPENED)
         self.copies: dict[int, Label] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

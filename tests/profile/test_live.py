@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pera_fast.config import load_config
 from pera_fast.profile.batches import blank_batch
-from pera_fast.profile.fits import MemoryFit, fit_points
+from pera_fast.profile.fits import MemoryFit, fit_line, fit_points
 from pera_fast.profile.live import PIECEWISE, LiveBytes
 from pera_fast.profile.points import Point, Variant
 from pera_fast.profile.simulate import part, simulate_step
@@ -111,7 +111,7 @@ def test_every_image_takes_the_same_and_recomputation_less() -> None:
         variant = Variant("tiny", (*SMALL, f"model.recompute={policy}"))
         peaks = [simulate_step(variant.config(batch)).peak for batch in batches]
         points = [Point(variant, b, "simulate", status="ok", peak=p) for b, p in zip(batches, peaks, strict=True)]
-        line = fit_points(points)
+        line = fit_line(batches, [p.peak for p in points])
         assert line is not None
         assert line.deviation < 0.01
         slopes[policy] = line.slope

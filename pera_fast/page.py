@@ -2,8 +2,10 @@
 
 import base64
 import html
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 STYLE = """
 :root { color-scheme: light; }
@@ -27,6 +29,10 @@ table { border-collapse: collapse; width: 100%; }
 td { padding: .38rem .9rem; border-top: 1px solid #eef0f3; font-size: .93rem; vertical-align: top; }
 tr:first-child td { border-top: 0; }
 td:first-child { color: #5b6875; width: 34%; }
+.grid { overflow-x: auto; margin: .8rem 0 0; }
+.grid th { text-align: right; padding: .5rem .7rem; font-size: .8rem; color: #5b6875; vertical-align: bottom; }
+.grid td { text-align: right; padding: .38rem .7rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.grid th:first-child, .grid td:first-child { text-align: left; width: auto; color: inherit; }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .25em; }
 footer { margin-top: 3rem; color: #7a8794; font-size: .85rem; }
 """
@@ -34,12 +40,30 @@ footer { margin-top: 3rem; color: #7a8794; font-size: .85rem; }
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with a paragraph, and a picture with a caption where there is one."""
+    """A heading with a paragraph, then a table (``grid``) and a picture with a caption where there are any."""
 
     title: str
     text: str
     png: bytes | None = None
     caption: str = ""
+    table: str = ""
+
+
+def png(figure: Any) -> bytes:
+    """A Matplotlib figure as PNG; closes it."""
+    import matplotlib.pyplot as plt
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", facecolor="white")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of numbers with a header; the first column names the rows. Escaped here."""
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
+    return f'<div class="grid"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def render(
@@ -75,4 +99,4 @@ def _section(section: Section) -> str:
             f'<figure><img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">'
             f"<figcaption>{section.caption}</figcaption></figure>"
         )
-    return f"<section><h2>{html.escape(section.title)}</h2><p>{section.text}</p>{figure}</section>"
+    return f"<section><h2>{html.escape(section.title)}</h2><p>{section.text}</p>{section.table}{figure}</section>"

@@ -1,0 +1,78 @@
+"""`pera-fast profile ...`: memory and speed against batch size, and traces. Parses and calls, nothing else."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+
+class _BatchesFirst(TyperGroup):
+    """`pera-fast profile ARGS` is `batches`, whose name is not shown, unless ARGS begin with another command's name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args and args[0] in self.commands else ["batches", *args])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return "" if name == "batches" else name, command, rest
+
+
+profile_app = typer.Typer(cls=_BatchesFirst, rich_markup_mode=None)
+
+
+@profile_app.callback()
+def _options() -> None:
+    pass  # with one, typer makes a group even of a single command
+
+
+_Recipes = Annotated[
+    list[str] | None, typer.Option("--recipe", help="May be given several times.", show_default="vit_b16")
+]
+
+
+@profile_app.command("batches", epilog="`pera-fast profile trace --help`: where a step's time goes.")
+def batches(
+    out: Annotated[Path, typer.Option(help="Folder for tables, plots and report.html.", show_default=False)],
+    recipe: _Recipes = None,
+    device: Annotated[
+        str, typer.Option(help="simulate (no GPU needed), cuda, cpu; auto: cuda if there is one, else simulate.")
+    ] = "auto",
+    batch_sizes: Annotated[str, typer.Option(help="Two or more give a line to predict from.")] = "8,16,32",
+    policies: Annotated[
+        str | None, typer.Option(help="Of model.recompute: none,cheap,block.", show_default="all")
+    ] = None,
+    dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Also without masks.")] = True,
+    sweep_ratios: Annotated[bool, typer.Option("--sweep-ratios", help="Also at other mask ratios.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps a point (cuda, cpu).")] = 10,
+    compare_simulated: Annotated[
+        bool | None, typer.Option("--compare-simulated/--no-compare-simulated", show_default="on cuda")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Simulations at a time.", show_default="one a core")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings, such as model.prototypes=65536.")
+    ] = None,
+) -> None:
+    """Memory and speed of training steps against batch size: which batch fits which card."""
+    from pera_fast.profile.run import profile
+
+    profile(
+        recipe or ["vit_b16"], out, device, batch_sizes, overrides or [], policies=policies, dense=dense,
+        sweep_ratios=sweep_ratios, steps=steps, compare=compare_simulated, jobs=jobs,
+    )  # fmt: skip
+
+
+@profile_app.command()
+def trace(
+    out: Annotated[Path, typer.Option(help="Folder for trace.json.gz and tables.", show_default=False)],
+    recipe: Annotated[str, typer.Option(help="vit_b16, vit_g16, vit_s16, vit_l16 or tiny.")] = "vit_b16",
+    device: Annotated[str, typer.Option(help="cuda or cpu; auto: cuda if there is one.")] = "auto",
+    steps: Annotated[int, typer.Option(min=1, help="Recorded steps, after some that warm up.")] = 3,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings, such as train.batch_size=8.")
+    ] = None,
+) -> None:
+    """Some steps through torch's profiler: a trace for Perfetto, top kernels, named ranges, a memory snapshot."""
+    from pera_fast.profile.trace import trace as run
+
+    run(recipe, out, device, steps, overrides or [])

@@ -1,0 +1,34 @@
+"""A trace of a few real steps: it loads, and the parts of a step are named in it."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from profile_support import SMALL
+
+from pera_fast.profile.trace import trace
+from pera_fast.ranges import PREFIX
+
+
+def test_a_trace_has_the_named_ranges(tmp_path: Path, capsys) -> None:
+    found = trace("tiny", tmp_path, "cpu", 2, [*SMALL, "train.batch_size=2", "train.precision=fp32"])
+    with gzip.open(found.path) as file:
+        events = json.load(file)["traceEvents"]
+    names = [event.get("name", "") for event in events if event.get("ph") == "X"]
+    for part in ("step", "data", "student", "teacher", "loss", "backward", "optimiser", "EMA"):
+        assert names.count(PREFIX + part) == 2, f"{part}: once a step"
+    assert names.count(PREFIX + "attention") == 2 * 2 * 2, "depth 2, of two networks"
+
+    ranges = {row.name: row for row in found.ranges}
+    assert ranges["step"].share == 1.0
+    parts = ("data", "student", "teacher", "loss", "backward", "optimiser", "EMA")
+    assert 0.8 < sum(ranges[part].share for part in parts) <= 1.0, "they are the step"
+    assert sum(row.share for row in found.ops) == pytest.approx(1.0)
+    assert not any(row.name.startswith(PREFIX) for row in found.ops)
+    assert found.snapshot is None
+
+    said = capsys.readouterr().out
+    assert "memory snapshot: needs CUDA" in said
+    assert (tmp_path / "ops.csv").read_text().startswith("name,calls_per_step,seconds_per_step,share\n")
+    assert "student" in (tmp_path / "ranges.csv").read_text()
