@@ -1,4 +1,4 @@
-"""Turns bench/results/*.json into the README's table of measurements.
+"""Turns bench/results/*.json, which `pera-fast bench --json` wrote, into the README's tables of measurements.
 
 python bench/report.py            writes the part of README.md between its two markers
 python bench/report.py --check    exits with 1 if that part is not what the results give
@@ -7,47 +7,134 @@ python bench/report.py --check    exits with 1 if that part is not what the resu
 import argparse
 import json
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
+POINT = ("recipe", "images", "precision")
+Record = dict[str, Any]
+Row = dict[str, Any]
 
 
-def load(folder: Path) -> list[dict[str, Any]]:
-    """Records of whole training steps, in the order of their files."""
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("step-*.json"))]
-    return sorted(records, key=lambda r: (r["device"], r["recipe"], r["precision"], r["batch_size"]))
+def load(folder: Path) -> list[Record]:
+    """The records: of GPUs first, then by the names of their files."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return sorted(records, key=lambda record: record["machine"]["kind"] != "cuda")
 
 
-def step_table(records: list[dict[str, Any]]) -> str:
-    """One row a measured step: ours, the published implementation in the same run, their ratio."""
-    lines = [
-        "| device | step | images/s | s a step (min to max) | published images/s | ratio | commit, date |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+def where(machine: dict[str, Any]) -> str:
+    """Device, and on a CPU how much of it."""
+    if machine["kind"] == "cuda":
+        return f"{machine['device']}, torch {machine['torch']}"
+    return f"{machine['device']}, {machine['threads']} threads, {machine['cpu_capability']}, torch {machine['torch']}"
+
+
+def when(machine: dict[str, Any]) -> str:
+    """Commit and day."""
+    return f"{machine['commit']}, {machine['date'].split()[0]}"
+
+
+def step_table(records: list[Record]) -> list[str]:
+    """One line for each measured step: ours, the published implementation in the same run, their ratio."""
+    lines = []
+    for record in records:
+        steps = [row for row in record["rows"] if row["suite"] == "step"]
+        theirs = {point(row): row for row in steps if row["implementation"] == "published"}
+        for row in steps:
+            if row["implementation"] != "pera-fast":
+                continue
+            other = theirs.get(point(row)) if row["case"] == "none" else None
+            step = f"{row['recipe']}, batch {row['images']}, {row['precision']}, recompute {row['case']}"
+            times = f"{speed(row)} | {row['median_s']:.3g} ({row['min_s']:.3g} to {row['max_s']:.3g})"
+            against = f"{speed(other)} | {other['median_s'] / row['median_s']:.2f}" if other else " | "
+            machine = record["machine"]
+            lines.append(
+                f"| {where(machine)} | {step} | {times} | {row['peak_mib']:.0f} | {against} | {when(machine)} |"
+            )
+    if not lines:
+        return []
+    return [
+        "Whole training steps (forward, backward, clipping, AdamW, center, EMA). Where there is a ratio, the published",
+        "implementation ran in the same process at the same sizes, batch and precision: `PERA_OFFICIAL=CHECKOUT"
+        " pera-fast bench step/none`.",
+        "",
+        "| device | step | images/s | s a step (min to max) | peak MiB | published images/s | ratio | commit, date |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *lines,
+        "",
     ]
-    for r in records:
-        ours, theirs = r["sides"]["pera-fast"], r["sides"].get("published")
-        lines.append(
-            f"| {r['device']}, {r['threads']} threads, {r['cpu_capability']}, torch {r['torch']} "
-            f"| {r['recipe']}, batch {r['batch_size']}, {r['precision']}, recompute {r['recompute']} "
-            f"| {ours['images_per_s']:.3f} | {ours['median_s']:.2f} ({ours['min_s']:.2f} to {ours['max_s']:.2f}) "
-            + (f"| {theirs['images_per_s']:.3f} | {r['speedup']:.2f} " if theirs else "| | ")
-            + f"| {r['commit']}, {r['date']} |"
-        )
-    return "\n".join(lines)
+
+
+def point(row: Row) -> tuple[Any, ...]:
+    """Recipe, images, precision."""
+    return tuple(row[name] for name in POINT)
+
+
+def speed(row: Row) -> str:
+    """Images per second."""
+    return f"{row['images'] / row['median_s']:.3g}"
+
+
+def op_tables(record: Record) -> list[str]:
+    """A table for each recipe, number of images and precision: what runs by default, against the definition."""
+    lines = []
+    rows = [row for row in record["rows"] if row["suite"] not in ("step", "data")]
+    for (recipe, images, precision), some in groupby(rows, point):
+        ceilings = record["ceilings"]
+        lines += [
+            f"{where(record['machine'])}; {when(record['machine'])}: {recipe}, {images} images, {precision}.",
+            f"Ceilings: copy {ceilings['copy'] / 1e9:.3g} GB/s, products {ceilings['matrix'] / 1e12:.3g} TFLOP/s.",
+            "",
+            "| op | | runs | median ms (spread) | eager ms | times as fast | of copy | of products | error |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        lines += [op_line(row) for row in fastest(list(some))]
+        lines.append("")
+    return lines
+
+
+def fastest(rows: list[Row]) -> list[Row]:
+    """Of each bench, the first row after the definition's: the implementation that runs by default."""
+    chosen = []
+    for _, some in groupby(rows, lambda r: (r["suite"], r["case"], r["direction"])):
+        others = [row for row in some if row["implementation"] not in ("reference", "compiled")]
+        chosen += others[:1]
+    return chosen
+
+
+def op_line(row: Row) -> str:
+    """One row of the ops' table."""
+    spread = (row["q3_s"] - row["q1_s"]) / row["median_s"]
+    faster = row.get("speedup")
+    shares = " | ".join(f"{row[name]:.0%}" if name in row else "" for name in ("of_copy", "of_matrix"))
+    error = "" if row["error"] is None else f"{row['error']:.0e}"
+    eager = f"{1e3 * faster * row['median_s']:.3g} | {faster:.2f}" if faster else "|"
+    return (
+        f"| {row['suite']}, {row['case']} | {row['direction']} | {row['implementation']} "
+        f"| {1e3 * row['median_s']:.3g} ({spread:.0%}) | {eager} | {shares} | {error} |"
+    )
 
 
 def section(folder: Path) -> str:
     """The text between the markers."""
     records = load(folder)
-    gpus = sorted({r["device"] for r in records if "cpu" not in r["file_kind"]})
-    missing = "" if gpus else "Nothing has been measured on a GPU yet.\n\n"
-    how = (
-        "Whole training steps (forward, backward, clipping, AdamW, center, EMA), both sides in one process, same sizes,"
-        " batch and precision:\n`PERA_OFFICIAL=CHECKOUT python bench/step.py`.\n\n"
-    )
-    return f"{missing}{how}{step_table(records)}" if records else missing.strip()
+    on_gpu = [record for record in records if record["machine"]["kind"] == "cuda"]
+    lines = [] if on_gpu else ["Nothing has been measured on a GPU yet.", ""]
+    lines += step_table(records)
+    tables = [line for record in records for line in op_tables(record)]
+    if tables:
+        lines += [
+            "Ops and blocks, `pera-fast bench`: median and interquartile range of the time; eager is the definition in"
+            " plain PyTorch;",
+            "shares of what this machine was measured to do; the error is the largest difference from float64 over the"
+            " largest value.",
+            "A share of the copy bandwidth over 100% means that the data stayed in a cache.",
+            "",
+            *tables,
+        ]
+    return "\n".join(lines).strip()
 
 
 def main() -> int:

@@ -76,6 +76,62 @@ def info() -> None:
 
 
 @app.command()
+def bench(
+    benches: Annotated[
+        list[str] | None, typer.Argument(metavar="[OP[/CASE]]...", help="Such as attention, koleo, block, step/none.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Whose shapes; or several, with commas.", show_default="vit_b16")
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option(help="Of a step; or several numbers, with commas.", show_default="8, on a GPU 16")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Of products: bf16, fp16 or fp32.", show_default="fp32, on a GPU bf16")
+    ] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="vit_s16, vit_b16, vit_g16 at three numbers of images.")
+    ] = False,
+    every: Annotated[
+        bool,
+        typer.Option(
+            "--all", help="Every implementation, also torch.compile's; else eager PyTorch and what would run."
+        ),
+    ] = False,
+    json: Annotated[Path | None, typer.Option(help="File for the numbers.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="OLD.json", help="Say what moved beyond the spread since then.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.png.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU.", show_default="one per core")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="For the timed calls of one bench.")] = 1.0,
+    remeasure: Annotated[
+        bool, typer.Option("--remeasure", help="Measure bandwidth and matrix rate of this machine again.")
+    ] = False,
+) -> None:
+    """Time ops, blocks, steps and the loader, and say how near each comes to what the machine can do.
+
+    Exit status: 0 done; 1 a bench failed; 2 wrong usage.
+    """
+    from pera_bench.command import Wish, run
+
+    wish = Wish(
+        benches=benches or (),
+        device=device,
+        recipes=recipe,
+        images=images,
+        precision=precision,
+        sweep=sweep,
+        every=every,
+        threads=threads,
+        seconds=seconds,
+        remeasure=remeasure,
+    )
+    raise typer.Exit(run(wish, json=json, old=compare, out=out))
+
+
+@app.command()
 def convert(
     weights: Annotated[
         Path, typer.Argument(metavar="PUBLISHED.params", help="Checkpoint of the authors.", show_default=False)

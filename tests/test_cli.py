@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def program(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs `pera-fast` as a process of its own."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")])
     env = {**os.environ, "PYTHONPATH": paths, **environment}
     command = [sys.executable, "-m", "pera_fast", *args]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
@@ -49,7 +49,9 @@ def stub(monkeypatch):
     return install
 
 
-@pytest.mark.parametrize("args", [(), ("pretrain",), ("data",), ("data", "index"), ("info",), ("convert",), ("demo",)])
+@pytest.mark.parametrize(
+    "args", [(), ("pretrain",), ("data",), ("data", "index"), ("info",), ("convert",), ("demo",), ("bench",)]
+)
 def test_help_comes_in_under_half_a_second(args):
     """Best of three, in processor time: on a machine that does something else too, the clock says little."""
     best = float("inf")
@@ -113,6 +115,22 @@ def test_index_convert_and_demo_call_their_parts(stub, capsys):
     calls = stub("pera_fast.demo.run", "run")
     assert cli.run(["demo", "--out", "O", "--data", "D"]) == 0
     assert calls == [((), {"out": Path("O"), "data": Path("D")})]
+
+
+def test_bench_passes_everything_on_and_returns_its_status(stub):
+    calls = stub("pera_bench.command", "run", 1)
+    sys.modules["pera_bench.command"].Wish = lambda **wish: wish
+    line = (
+        "bench attention step/none --device cpu --recipe tiny --images 2,4 --precision bf16 --sweep --all --threads 1"
+    )
+    files_of_it = "--json J --compare O --out D --seconds 0.5 --remeasure"
+    assert cli.run(f"{line} {files_of_it}".split()) == 1
+    ((wish,), files) = calls[0]
+    assert wish["benches"] == ["attention", "step/none"]
+    assert (wish["device"], wish["recipes"], wish["images"], wish["precision"]) == ("cpu", "tiny", "2,4", "bf16")
+    assert (wish["sweep"], wish["every"], wish["remeasure"]) == (True, True, True)
+    assert (wish["threads"], wish["seconds"]) == (1, 0.5)
+    assert files == {"json": Path("J"), "old": Path("O"), "out": Path("D")}
 
 
 def test_user_error_is_one_line_and_2(stub, capsys):

@@ -20,6 +20,7 @@ SOURCES = (
     "README.md",
     "pera_fast",
     "kernels",
+    "bench",
 )
 LIBRARY = "pera_kernels/_native.so"
 
@@ -66,6 +67,7 @@ def test_wheel_holds_every_module_and_recipe(wheel):
     names = set(wheel.namelist())
     modules = {path.relative_to(ROOT) for path in (ROOT / "pera_fast").rglob("*.py")}
     modules |= {path.relative_to(ROOT / "kernels") for path in (ROOT / "kernels" / "pera_kernels").rglob("*.py")}
+    modules |= {path.relative_to(ROOT / "bench") for path in (ROOT / "bench" / "pera_bench").rglob("*.py")}
     assert {path.as_posix() for path in modules} <= names
     recipes = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pera_fast" / "recipes").glob("*.yaml")}
     assert recipes
@@ -82,6 +84,17 @@ def test_wheel_has_the_console_script(wheel):
     points = configparser.ConfigParser()
     points.read_string(wheel.read(entry).decode())
     assert dict(points["console_scripts"]) == {"pera-fast": "pera_fast.cli:main"}
+
+
+def test_benches_of_the_wheel_run(wheel, tmp_path):
+    wheel.extractall(tmp_path)
+    command = [sys.executable, "-m", "pera_fast", "bench", "mask_tokens", "--device", "cpu", "--recipe", "tiny"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [*command, "--seconds", "0.01"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "native" in done.stdout
 
 
 def test_library_of_the_wheel_runs_and_names_no_folder_of_the_builder(wheel, tmp_path):
@@ -137,5 +150,5 @@ def direct_requirements() -> list[str]:
     setuptools = pytest.importorskip("setuptools.config.pyprojecttoml")
     project = setuptools.load_file(ROOT / "pyproject.toml")["project"]
     extras = project["optional-dependencies"]
-    every = [*project["dependencies"], *extras["test"], *extras["dev"], *extras["cuda13"]]
+    every = [*project["dependencies"], *extras["bench"], *extras["test"], *extras["dev"], *extras["cuda13"]]
     return [one for one in every if not one.startswith("pera-fast")]

@@ -16,7 +16,7 @@ from ..packing import check, num_tokens, pairs
 from . import sdpa, varlen, xformers
 
 # Groups of at most this many tokens a sequence go to the Triton kernels, which take up to 32; 0: none. Set it by what
-# bench/test_attention.py measures. PERA_SHORT_ATTENTION=1 or 0 overrides: all up to 32, or none.
+# `pera-fast bench attention --all` measures. PERA_SHORT_ATTENTION=1 or 0 overrides: all up to 32, or none.
 SHORT_SEQUENCE = 32
 TRITON_LENGTH = 32
 

@@ -1,0 +1,10 @@
+"""What pera-fast costs: benches of every op, of blocks and whole steps, against measured ceilings of the machine.
+
+`pera-fast bench` runs them. A bench is a row: one suite (`suites/<name>.py`), one of its cases, a direction (forward,
+forward+backward), an implementation, a recipe, a number of images. pytest-benchmark takes the times.
+"""
+
+import os
+
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+"""Cores that this process has, taken before torch pins its threads."""

@@ -1,0 +1,82 @@
+"""What the machine can do at most: bandwidth of a large copy, rate of large matrix products. Measured once, then kept.
+
+Every percentage of a bench is of these. Kept in the user's cache by device, torch, threads and precision;
+`pera-fast bench --remeasure` takes them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pera_bench.machine import device_name
+from pera_bench.timing import clock, flusher
+from pera_fast.model.pera import PRECISIONS
+
+COPY_BYTES = {"cpu": 2**29, "cuda": 2**31}
+SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices
+ROUNDS = 12
+
+
+def ceilings(device: torch.device, precision: str, *, remeasure: bool = False) -> dict[str, float]:
+    """{"copy": bytes/s read and written, "matrix": FLOP/s}, measured now or earlier on this machine."""
+    path = cache_path(device, precision)
+    if not remeasure:
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            pass
+    found = {"copy": copy_bandwidth(device), "matrix": matrix_rate(device, PRECISIONS[precision])}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found), encoding="utf-8")
+    except OSError:
+        pass  # a cache that cannot be written costs some seconds the next time
+    return found
+
+
+def cache_path(device: torch.device, precision: str) -> Path:
+    """One file for each device, version of torch, number of threads and precision."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    key = [device_name(device), device.type, torch.__version__, torch.get_num_threads(), precision]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    return Path(cache) / "pera-fast" / "ceilings" / f"{device.type}-{precision}-{digest}.json"
+
+
+def copy_bandwidth(device: torch.device, size: int | None = None) -> float:
+    """Bytes read and written per second by the fastest of several copies of a tensor larger than the caches."""
+    source = torch.ones(size or _fitting(device), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _fastest(device, lambda: target.copy_(source))
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, side: int | None = None) -> float:
+    """FLOP/s of the fastest of several products of square matrices."""
+    n = side or SIDE[device.type]
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * n**3 / _fastest(device, lambda: torch.mm(a, b, out=out))
+
+
+def _fitting(device: torch.device) -> int:
+    """Bytes of the copy: less on a device with little free memory."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**40
+    return min(COPY_BYTES[device.type], free // 4)
+
+
+def _fastest(device: torch.device, call: Any) -> float:
+    """Seconds. The fastest: a ceiling is what nothing can exceed, and disturbances only slow down."""
+    now, flush = clock(device), flusher(device)
+    seconds = []
+    for _ in range(2 + ROUNDS):
+        flush()
+        start = now()
+        call()
+        end = now()
+        seconds.append(end - start)
+    return min(seconds[2:])

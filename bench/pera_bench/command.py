@@ -1,0 +1,163 @@
+"""`pera-fast bench`: runs the suites in a process of their own, shows the table, writes JSON and a plot."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pera_bench import CORES
+from pera_bench.record import Record, compare
+from pera_bench.show import make_console, show, show_changes
+from pera_fast.errors import UserError
+
+SWEEP = {"recipes": "vit_s16,vit_b16,vit_g16", "cpu": "1,4,16", "cuda": "4,16,64"}
+IMAGES = {"cpu": "8", "cuda": "16"}
+PRECISION = {"cpu": "fp32", "cuda": "bf16"}  # plain CPUs have no fast bfloat16
+
+
+@dataclass
+class Wish:
+    """What to measure. Fields that are None follow from the device.
+
+    Attributes:
+        benches: suites, or suite/case; none: all of them.
+        device: cpu or cuda.
+        recipes, images: separated by commas.
+        sweep: three recipes at three batch sizes.
+        every: all implementations, torch.compile of the definition too; else the definition and what would run.
+        threads: of the CPU; None: one for each core.
+        seconds: for the timed calls of one bench.
+    """
+
+    benches: Sequence[str] = ()
+    device: str | None = None
+    recipes: str | None = None
+    images: str | None = None
+    precision: str | None = None
+    sweep: bool = False
+    every: bool = False
+    threads: int | None = None
+    seconds: float = 1.0
+    remeasure: bool = False
+
+
+def run(wish: Wish, *, json: Path | None, old: Path | None, out: Path | None, console: Console | None = None) -> int:
+    """Measures, prints, writes. Returns 0, or 1 if a bench failed. Raises UserError."""
+    before = Record.load(old) if old else None
+    console = console or make_console()
+    record = measure(wish, console)
+    show(record, console)
+    if before is not None:
+        show_changes(compare(record, before), record, before, console)
+    if out is not None:
+        json = json or out / "bench.json"
+        from pera_bench.plot import plot
+
+        console.print(f"plot: {plot(record, out / 'bench.png')}")
+    if json is not None:
+        record.save(json)
+        console.print(f"JSON: {json}")
+    return 1 if record.failed else 0
+
+
+def measure(wish: Wish, console: Console) -> Record:
+    """Runs the suites. What was measured before an interrupt or a crash is kept."""
+    check(wish)
+    wish = replace(wish, device=device_of(wish))
+    with tempfile.TemporaryDirectory(prefix="pera-bench-") as folder:
+        rows, log = Path(folder) / "rows.jsonl", Path(folder) / "log.txt"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command(wish, rows), env=environment(wish), stdout=output, stderr=subprocess.STDOUT
+            )
+            try:
+                _follow(process, rows, console)
+            except KeyboardInterrupt:
+                process.terminate()
+                process.wait()
+        record = Record.from_lines(rows.read_text(encoding="utf-8")) if rows.exists() else None
+        if record is None:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            raise RuntimeError(f"the benches did not start: {' / '.join(lines[-5:])}")
+        if process.returncode not in (0, 1):
+            record.failed.append({"bench": "the run", "reason": f"ended with status {process.returncode}"})
+    return record
+
+
+def check(wish: Wish) -> None:
+    """Raises UserError for what does not exist."""
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        raise UserError("pera-fast bench needs pytest-benchmark: pip install 'pera-fast[bench]'")
+    from pera_bench.selection import select
+    from pera_fast.config import load_config
+
+    select(",".join(wish.benches))
+    for recipe in (wish.recipes or "vit_b16").split(","):
+        load_config(recipe)
+    if wish.precision not in (None, "bf16", "fp16", "fp32"):
+        raise UserError(f"--precision {wish.precision}: wants bf16, fp16 or fp32")
+    if wish.images and not all(part.isdigit() and int(part) for part in wish.images.split(",")):
+        raise UserError(f"--images {wish.images}: wants whole numbers from 1 on, separated by commas")
+
+
+def device_of(wish: Wish) -> str:
+    """cpu or cuda. Raises UserError."""
+    import torch
+
+    if wish.device not in (None, "cpu", "cuda"):
+        raise UserError(f"--device {wish.device}: wants cpu or cuda")
+    if wish.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU (nvidia-smi says whether the driver does); give --device cpu")
+    return wish.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def command(wish: Wish, rows: Path) -> list[str]:
+    """The runner's command line."""
+    device = wish.device or "cpu"
+    here = Path(__file__).resolve().parent
+    options = {
+        "--suites": ",".join(wish.benches),
+        "--recipes": wish.recipes or (SWEEP["recipes"] if wish.sweep else "vit_b16"),
+        "--images": wish.images or (SWEEP if wish.sweep else IMAGES)[device],
+        "--precision": wish.precision or PRECISION[device],
+        "--device": device,
+        "--threads": str(wish.threads or len(CORES)),
+        "--seconds": str(wish.seconds),
+        "--rows": str(rows),
+    }
+    flags = [name for name, on in (("--all", wish.every), ("--remeasure", wish.remeasure)) if on]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--rootdir={here}"]
+    plugins = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
+    return [*pytest, *plugins, str(here / "test_suites.py"), *(f"{k}={v}" for k, v in options.items()), *flags]
+
+
+def environment(wish: Wish) -> dict[str, str]:
+    """The threads are pinned, one to a core; pytest takes no options from outside."""
+    threads = {"OMP_NUM_THREADS": str(wish.threads or len(CORES)), "OMP_PROC_BIND": "true", "OMP_PLACES": "threads"}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    return {**inherited, **threads, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def _follow(process: subprocess.Popen[bytes], rows: Path, console: Console) -> None:
+    """Shows how far it is, on a terminal, until it ends."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("ceilings", total=None)
+        while process.poll() is None:
+            record = Record.from_lines(rows.read_text(encoding="utf-8")) if rows.exists() else None
+            if record is not None and record.benches:
+                last = record.rows[-1] if record.rows else {"suite": "", "case": ""}
+                done = len(record.rows) + len(record.skipped) + len(record.failed)
+                name = f"{last['suite']}/{last['case']}"
+                progress.update(task, description=name, completed=done, total=record.benches)
+            time.sleep(0.2)

@@ -1,0 +1,52 @@
+"""One picture of a measurement: how much faster than the definition, and how near to what the machine can do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pera_bench.record import Record
+from pera_bench.show import SHORT
+
+
+def plot(record: Record, path: Path) -> Path:
+    """Writes the PNG: a line for each bench, a mark for each implementation."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = list(dict.fromkeys(_name(row, record) for row in record.rows))
+    figure = Figure(figsize=(11, 1.6 + 0.24 * max(len(lines), 4)), layout="constrained")
+    FigureCanvasAgg(figure)
+    faster, nearer = figure.subplots(1, 2, sharey=True)
+    for name in dict.fromkeys(row["implementation"] for row in record.rows):
+        rows = [row for row in record.rows if row["implementation"] == name]
+        timed = [row for row in rows if row.get("speedup")]
+        faster.scatter([r["speedup"] for r in timed], [lines.index(_name(r, record)) for r in timed], s=18, label=name)
+        stated = [row for row in rows if _share(row)]
+        nearer.scatter([_share(r) for r in stated], [lines.index(_name(r, record)) for r in stated], s=18, label=name)
+    faster.set(xscale="log", xlabel="times as fast as the definition in eager PyTorch")
+    faster.set_yticks(range(len(lines)), lines, fontsize=7)
+    faster.invert_yaxis()
+    faster.axvline(1, color="0.6", lw=0.8)
+    nearer.set(xscale="log", xlabel="share of the nearer ceiling: copy bandwidth or matrix products")
+    nearer.axvline(1, color="0.6", lw=0.8)
+    for axes in (faster, nearer):
+        axes.grid(axis="y", color="0.92")
+        axes.set_axisbelow(True)
+    nearer.legend(fontsize=7, loc="lower left")
+    m = record.machine
+    figure.suptitle(f"{m['device']}, torch {m['torch']}, commit {m['commit']}, {m['date']}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _share(row: dict[str, Any]) -> float:
+    return max(row.get("of_copy", 0.0), row.get("of_matrix", 0.0))
+
+
+def _name(row: dict[str, Any], record: Record) -> str:
+    """Of a line; with recipe and images where the record has several."""
+    name = f"{row['suite']}/{row['case']} {SHORT.get(row['direction'], row['direction'])}"
+    several = len({(r["recipe"], r["images"]) for r in record.rows}) > 1
+    return f"{name}, {row['recipe']}, {row['images']}" if several else name

@@ -1,0 +1,107 @@
+"""A finished measurement: machine, ceilings, rows and what was left out; its file, and the comparison of two."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pera_fast.errors import UserError
+
+KEY = ("suite", "case", "direction", "implementation", "recipe", "images", "precision")
+REFERENCE = "reference"
+
+
+@dataclass
+class Record:
+    """What `pera-fast bench` writes.
+
+    Attributes:
+        machine: see `machine.describe`.
+        ceilings: bytes/s of a large copy ("copy"), FLOP/s of large products ("matrix").
+        rows: see `measure.Measure` and `test_suites`; times in seconds.
+        skipped, failed: [{"bench", "reason"}].
+        benches: how many there were to do.
+    """
+
+    machine: dict[str, Any]
+    ceilings: dict[str, float]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    failed: list[dict[str, str]] = field(default_factory=list)
+    benches: int = 0
+
+    def save(self, path: Path) -> None:
+        """Writes the JSON file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """Reads a file that `save` wrote. Raises UserError."""
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); give a file that --json wrote") from error
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: is not a file that pera-fast bench --json wrote") from error
+
+    @classmethod
+    def from_lines(cls, text: str) -> Record | None:
+        """From what the runner wrote so far; None before it has begun. A line that is not whole yet is left out."""
+        record = None
+        for line in text.splitlines(keepends=True):
+            if not line.endswith("\n"):
+                break
+            entry = json.loads(line)
+            if record is None:
+                record = cls(**entry)
+            elif "row" in entry:
+                record.rows.append(entry["row"])
+            elif "benches" in entry:
+                record.benches = entry["benches"]
+            else:
+                (what,) = entry.keys() - {"reason"}
+                reasons = record.skipped if what == "skipped" else record.failed
+                reasons.append({"bench": entry[what], "reason": entry["reason"]})
+        if record is not None:
+            record.add_speedups()
+        return record
+
+    def add_speedups(self) -> None:
+        """Gives each row "speedup": the reference's median over its own, at the same point."""
+        reference = {_key(row): row["median_s"] for row in self.rows if row["implementation"] == REFERENCE}
+        for row in self.rows:
+            row["speedup"] = None
+            if (base := reference.get(_key({**row, "implementation": REFERENCE}))) is not None:
+                row["speedup"] = base / row["median_s"]
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A bench that two records have."""
+
+    row: dict[str, Any]
+    old: dict[str, Any]
+
+    @property
+    def ratio(self) -> float:
+        """New over old median: below 1 it became faster."""
+        return self.row["median_s"] / self.old["median_s"]
+
+    @property
+    def moved(self) -> bool:
+        """Whether the medians lie further apart than the two spreads (interquartile ranges) together."""
+        spread = sum(r["q3_s"] - r["q1_s"] for r in (self.row, self.old))
+        return abs(self.row["median_s"] - self.old["median_s"]) > spread
+
+
+def compare(new: Record, old: Record) -> list[Change]:
+    """The benches that both have, in the order of the new one."""
+    before = {_key(row): row for row in old.rows}
+    return [Change(row, before[_key(row)]) for row in new.rows if _key(row) in before]

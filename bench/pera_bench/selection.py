@@ -1,0 +1,52 @@
+"""Which suites, cases and implementations a run has."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+import torch
+
+from pera_bench.suites import SUITES
+from pera_bench.work import COMPILED, REFERENCE
+from pera_fast.errors import UserError
+from pera_kernels import backend
+
+# Where nothing is named: of the step, the case that recomputes nothing.
+DEFAULT = tuple("step/none" if suite == "step" else suite for suite in SUITES)
+
+
+def load(suite: str) -> ModuleType:
+    """The suite's module."""
+    return importlib.import_module(f"pera_bench.suites.{suite}")
+
+
+def select(names: str) -> list[tuple[str, str]]:
+    """(suite, case) of "attention,step/none"; everything that a run has by default for "". Raises UserError."""
+    wanted = []
+    for name in names.split(",") if names else DEFAULT:
+        suite, _, case = name.partition("/")
+        if suite not in SUITES:
+            raise UserError(f"{name}: no such bench; known: {', '.join(SUITES)}")
+        cases = load(suite).CASES
+        if case and case not in cases:
+            raise UserError(f"{name}: no such case; {suite} has {', '.join(cases)}")
+        wanted += [(suite, case)] if case else [(suite, one) for one in cases]
+    return wanted
+
+
+def chosen_implementations(named: str | tuple[str, ...], device: torch.device, *, every: bool) -> list[str]:
+    """What to measure of a suite: all implementations, or the definition and what would run, and the published step.
+
+    Args:
+        named: the suite's IMPLEMENTATIONS.
+    """
+    if not isinstance(named, str):
+        usual = [REFERENCE, "pera-fast", *(["published"] if os.environ.get("PERA_OFFICIAL") else [])]
+        return [name for name in named if every or name in usual]
+    if not every:
+        return [REFERENCE, "chosen"]
+    with backend.use(REFERENCE):  # then the report lists all others as missing
+        registered = next(row.missing for row in backend.report(device) if row.op == named)
+    return [REFERENCE, COMPILED, *registered]

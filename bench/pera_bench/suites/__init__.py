@@ -1,0 +1,21 @@
+"""One module a suite, in the order in which a training step comes to them.
+
+A suite has `CASES` (name -> directions), `IMPLEMENTATIONS` (names, or the name of the op in `pera_kernels.backend`
+whose implementations they are) and `make(point, case)`, which gives a `Work` or a `Whole`. Bytes and FLOPs are stated
+there and nowhere else; the READMEs of the ops say where they come from.
+"""
+
+OPS = (
+    "contrast_mean",
+    "visible_patches",
+    "embed_tokens",
+    "sequence_norm",
+    "attention",
+    "sequence_add",
+    "mask_tokens",
+    "distillation_loss",
+    "koleo",
+    "pixel_loss",
+)
+WHOLES = ("block", "update", "step", "data")
+SUITES = (*OPS, *WHOLES)

@@ -1,0 +1,47 @@
+"""A whole transformer block: the teacher's forward, the student's in the second half of the blocks."""
+
+import torch
+from torch import Tensor
+
+from pera_bench.point import Point
+from pera_bench.work import BOTH, FORWARD, Cost, Work
+from pera_fast.model.transformer import Block
+from pera_kernels.packing import kept_groups, num_tokens, pairs
+
+IMPLEMENTATIONS = ("reference", "compiled", "pera-fast")
+CASES = {"teacher": (FORWARD,), "student_late": (FORWARD, BOTH)}
+
+
+def make(point: Point, case: str) -> Work:
+    """Every op of the block dispatched alike: all definitions, or what would run. Bytes are not stated."""
+    m, groups = point.cfg.model, point.groups(case)
+    keep, kept = (None, []) if case == "teacher" else point.keep(groups)
+    subsets = None if keep is None else torch.stack([keep, keep])
+    block = Block(m.embed_dim, m.num_heads, m.mlp_ratio).to(point.device)
+    torch.manual_seed(0)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    names = [name for name, _ in block.named_parameters()]
+
+    def call(x: Tensor, *parameters: Tensor) -> Tensor:
+        values = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(block, values, (x, groups, subsets, kept, m.recompute))
+
+    x = point.normal(num_tokens(groups), point.dim)
+    arguments = (x, *(p.detach() for p in block.parameters()))
+    flops = forward_flops(point, kept_groups(groups, None if keep is None else kept))
+    return Work(
+        op=None,
+        call=call,
+        reference=call,
+        arguments=arguments,
+        learned=range(len(arguments)),
+        forward=Cost(flops=flops),
+        backward=Cost(flops=2 * flops),
+    )
+
+
+def forward_flops(point: Point, groups: list[int]) -> int:
+    """Matrix products of one block on packed sequences: projections, MLP, scores."""
+    dim, ratio = point.dim, point.cfg.model.mlp_ratio
+    return sum(n * (length * int(8 + 4 * ratio) * dim**2 + 4 * length**2 * dim) for n, length in pairs(groups))

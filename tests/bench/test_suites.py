@@ -1,0 +1,139 @@
+"""Every bench runs on the CPU in seconds, and what it says of costs is what the ops' READMEs say."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pera_bench.point import Point
+from pera_bench.record import Record
+from pera_bench.selection import chosen_implementations, load, select
+from pera_bench.suites import OPS, SUITES
+from pera_bench.work import BOTH, FORWARD
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+def program(*args: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`pera-fast bench` as a process of its own; under xdist a benchmark does not measure, so it is no worker of it."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    env |= {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "bench"))}
+    env |= {"XDG_CACHE_HOME": str(cache), **environment}
+    command = [sys.executable, "-m", "pera_fast", "bench", *args, "--device", "cpu", "--threads", "1"]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=250)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """With ceilings in it, so that measuring them is not waited for."""
+    folder = tmp_path_factory.mktemp("cache")
+    code = (
+        "import torch; from pera_bench import ceilings; from pathlib import Path; import json\n"
+        "torch.set_num_threads(1)\npath = ceilings.cache_path(torch.device('cpu'), 'fp32')\n"
+        "path.parent.mkdir(parents=True); path.write_text(json.dumps({'copy': 1e10, 'matrix': 1e11}))"
+    )
+    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "bench"))
+    env = {**os.environ, "PYTHONPATH": paths, "XDG_CACHE_HOME": str(folder)}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(cache, tmp_path_factory) -> Record:
+    """All suites as they run by default, in the sizes of the tiny recipe."""
+    out = tmp_path_factory.mktemp("out")
+    done = program("--recipe", "tiny", "--images", "2", "--seconds", "0.002", "--out", str(out), cache=cache)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (out / "bench.png").stat().st_size > 10_000
+    record = Record.load(out / "bench.json")
+    assert all(name in done.stdout for name in SUITES)
+    return record
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_suite_measures(measured, suite):
+    rows = [row for row in measured.rows if row["suite"] == suite]
+    assert {(row["case"], row["direction"]) for row in rows} == {
+        (case, direction) for _, case in select("step/none" if suite == "step" else suite)
+        for direction in load(suite).CASES[case]
+    }  # fmt: skip
+    for row in rows:
+        assert 0 < row["min_s"] <= row["q1_s"] <= row["median_s"] <= row["q3_s"] <= row["max_s"]
+        assert row["rounds"] >= 3
+        assert row["error"] is None or row["error"] < 1e-4
+        assert row["peak_mib"] is None if suite == "data" else row["peak_mib"] > 0
+    if suite in OPS:
+        assert {row["implementation"] for row in rows} > {"reference"}
+        assert all("of_copy" in row and row["speedup"] > 0 and row["error"] is not None for row in rows)
+
+
+def test_machine_is_described(measured):
+    machine = measured.machine
+    assert (machine["kind"], machine["threads"], machine["pinned"]) == ("cpu", 1, True)
+    assert machine["torch"] == torch.__version__
+    assert machine["commit"]
+    assert measured.ceilings == {"copy": 1e10, "matrix": 1e11}
+    row = next(row for row in measured.rows if row["suite"] == "attention")
+    assert row["of_copy"] == pytest.approx(row["moved_bytes"] / row["median_s"] / 1e10)
+    assert row["of_matrix"] == pytest.approx(row["flops"] / row["median_s"] / 1e11)
+
+
+def test_all_implementations_and_the_reasons_why_not(cache, tmp_path):
+    file = tmp_path / "r.json"
+    options = ["--recipe", "tiny", "--images", "1", "--seconds", "0.002", "--all", "--json", str(file)]
+    # Without TorchDynamo torch.compile gives its argument back; test_measure.py compiles something small.
+    done = program("sequence_add", *options, cache=cache, TORCHDYNAMO_DISABLE="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(file.read_text())
+    assert {row["implementation"] for row in record["rows"]} == {"reference", "compiled", "native"}
+    assert {entry["reason"] for entry in record["skipped"]} == {"Triton kernels run on a GPU, not on cpu"}
+
+
+def test_list_of_suites_is_the_folder():
+    files = {path.stem for path in (ROOT / "bench" / "pera_bench" / "suites").glob("*.py")}
+    assert set(SUITES) == files - {"__init__", "colors"}
+    folders = {path.parent.name for path in (ROOT / "kernels" / "pera_kernels").glob("*/op.py")}
+    assert folders <= set(OPS)
+
+
+def test_every_implementation_of_an_op_has_a_row():
+    assert chosen_implementations("attention", CPU, every=True) == [
+        "reference", "compiled", "triton", "xformers", "varlen", "sdpa",
+    ]  # fmt: skip
+    assert chosen_implementations("koleo", CPU, every=False) == ["reference", "chosen"]
+
+
+# suite/case, direction, what one image of vit_b16 costs in bf16: (bytes, FLOPs) as the README of the op states them
+STATED = [
+    ("attention/teacher", FORWARD, (6.9e6, 1.38e9)),
+    ("attention/student_late", FORWARD, (2.9e6, 0.43e9)),
+    ("embed_tokens/global", FORWARD, (2 * 0.48e6, 0.37e9)),
+    ("mask_tokens/global", FORWARD, (2.4e6, 0)),
+    ("sequence_norm/subset", FORWARD, (1.5e6, 0)),
+    ("sequence_add/subset", FORWARD, (2.9e6, 0)),
+    ("distillation_loss/all", FORWARD, (403e6 / 16, 2.0e9)),
+    ("distillation_loss/all", BOTH, (1007e6 / 16, 6.0e9)),
+    ("koleo/global", FORWARD, (403e6 / 16, 0.8e9)),
+    ("pixel_loss/color", FORWARD, (0.72e6, 0)),
+    ("pixel_loss/color", BOTH, (1.93e6, 0)),
+]
+
+
+@pytest.mark.parametrize(("bench", "direction", "stated"), STATED)
+def test_costs_are_those_of_the_readmes(bench, direction, stated):
+    ((suite, case),) = select(bench)
+    made = load(suite).make(Point("vit_b16", 16, "bf16", CPU), case)
+    cost = made.run(direction, "chosen").cost
+    assert (cost.moved / 16, cost.flops / 16) == pytest.approx(stated, rel=0.05)
+
+
+def test_readmes_name_benches_that_exist():
+    for page in [ROOT / "README.md", *(ROOT / "kernels" / "pera_kernels").glob("*/README.md")]:
+        for names in re.findall(r"`?pera-fast bench((?: [a-z_/]+)+)", page.read_text(encoding="utf-8")):
+            select(names.strip().replace(" ", ","))
