@@ -41,11 +41,11 @@ def step_table(records: list[Record]) -> list[str]:
     lines = []
     for record in records:
         steps = [row for row in record["rows"] if row["suite"] == "step"]
-        theirs = {point(row): row for row in steps if row["implementation"] == "published"}
+        theirs = {(row["case"], *point(row)): row for row in steps if row["implementation"] == "published"}
         for row in steps:
             if row["implementation"] != "pera-fast":
                 continue
-            other = theirs.get(point(row)) if row["case"] == "none" else None
+            other = theirs.get((row["case"], *point(row)))
             step = f"{row['recipe']}, batch {row['images']}, {row['precision']}, recompute {row['case']}"
             times = f"{speed(row)} | {row['median_s']:.3g} ({row['min_s']:.3g} to {row['max_s']:.3g})"
             against = f"{speed(other)} | {other['median_s'] / row['median_s']:.2f}" if other else " | "
@@ -58,7 +58,7 @@ def step_table(records: list[Record]) -> list[str]:
     return [
         "Whole training steps (forward, backward, clipping, AdamW, center, EMA). Where there is a ratio, the published",
         "implementation ran in the same process at the same sizes, batch and precision: `PERA_OFFICIAL=CHECKOUT"
-        " pera-fast bench step/none`.",
+        " pera-fast bench step`.",
         "",
         "| device | step | images/s | s a step (min to max) | peak MiB | published images/s | ratio | commit, date |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

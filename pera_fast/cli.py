@@ -94,11 +94,11 @@ def bench(
         bool, typer.Option("--sweep", help="vit_s16, vit_b16, vit_g16 at three numbers of images.")
     ] = False,
     every: Annotated[
-        bool,
-        typer.Option(
-            "--all", help="Every implementation, also torch.compile's; else eager PyTorch and what would run."
-        ),
+        bool, typer.Option("--all", help="Every implementation; else eager PyTorch and what would run.")
     ] = False,
+    only: Annotated[
+        str | None, typer.Option(help="These implementations, such as reference,compiled,triton.", show_default=False)
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="File for the numbers.")] = None,
     compare: Annotated[
         Path | None, typer.Option(metavar="OLD.json", help="Say what moved beyond the spread since then.")
@@ -123,7 +123,7 @@ def bench(
         images=images,
         precision=precision,
         sweep=sweep,
-        every=every,
+        only="all" if every else only,
         threads=threads,
         seconds=seconds,
         remeasure=remeasure,

@@ -128,7 +128,7 @@ def test_bench_passes_everything_on_and_returns_its_status(stub):
     ((wish,), files) = calls[0]
     assert wish["benches"] == ["attention", "step/none"]
     assert (wish["device"], wish["recipes"], wish["images"], wish["precision"]) == ("cpu", "tiny", "2,4", "bf16")
-    assert (wish["sweep"], wish["every"], wish["remeasure"]) == (True, True, True)
+    assert (wish["sweep"], wish["only"], wish["remeasure"]) == (True, "all", True)
     assert (wish["threads"], wish["seconds"]) == (1, 0.5)
     assert files == {"json": Path("J"), "old": Path("O"), "out": Path("D")}
 

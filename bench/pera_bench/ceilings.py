@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pera_bench.machine import device_name
+from pera_bench.machine import describe, device_name
 from pera_bench.timing import clock, flusher
 from pera_fast.model.pera import PRECISIONS
 
@@ -80,3 +81,14 @@ def _fastest(device: torch.device, call: Any) -> float:
         end = now()
         seconds.append(end - start)
     return min(seconds[2:])
+
+
+def main(device_type: str, out: str) -> None:
+    """`python -m pera_bench.ceilings cuda OUT.json`: measures anew, in every precision."""
+    device = torch.device(device_type)
+    found = {precision: ceilings(device, precision, remeasure=True) for precision in PRECISIONS}
+    Path(out).write_text(json.dumps({"machine": describe(device), "found": found}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -34,7 +34,7 @@ class Wish:
         device: cpu or cuda.
         recipes, images: separated by commas.
         sweep: three recipes at three batch sizes.
-        every: all implementations, torch.compile of the definition too; else the definition and what would run.
+        only: implementations, separated by commas, or "all"; None: the definition and what would run.
         threads: of the CPU; None: one for each core.
         seconds: for the timed calls of one bench.
     """
@@ -45,7 +45,7 @@ class Wish:
     images: str | None = None
     precision: str | None = None
     sweep: bool = False
-    every: bool = False
+    only: str | None = None
     threads: int | None = None
     seconds: float = 1.0
     remeasure: bool = False
@@ -59,14 +59,14 @@ def run(wish: Wish, *, json: Path | None, old: Path | None, out: Path | None, co
     show(record, console)
     if before is not None:
         show_changes(compare(record, before), record, before, console)
+    for path in filter(None, (json, out and out / "bench.json")):
+        record.save(path)
+        console.print(f"JSON: {path}")
     if out is not None:
-        json = json or out / "bench.json"
         from pera_bench.plot import plot
 
-        console.print(f"plot: {plot(record, out / 'bench.png')}")
-    if json is not None:
-        record.save(json)
-        console.print(f"JSON: {json}")
+        for path in plot(record, out):
+            console.print(f"plot: {path}")
     return 1 if record.failed else 0
 
 
@@ -82,8 +82,7 @@ def measure(wish: Wish, console: Console) -> Record:
             )
             try:
                 _follow(process, rows, console)
-            except KeyboardInterrupt:
-                process.terminate()
+            except KeyboardInterrupt:  # it came to the other process too
                 process.wait()
         record = Record.from_lines(rows.read_text(encoding="utf-8")) if rows.exists() else None
         if record is None:
@@ -132,10 +131,11 @@ def command(wish: Wish, rows: Path) -> list[str]:
         "--precision": wish.precision or PRECISION[device],
         "--device": device,
         "--threads": str(wish.threads or len(CORES)),
+        "--only": wish.only or "",
         "--seconds": str(wish.seconds),
         "--rows": str(rows),
     }
-    flags = [name for name, on in (("--all", wish.every), ("--remeasure", wish.remeasure)) if on]
+    flags = ["--remeasure"] if wish.remeasure else []
     pytest = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--rootdir={here}"]
     plugins = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
     return [*pytest, *plugins, str(here / "test_suites.py"), *(f"{k}={v}" for k, v in options.items()), *flags]

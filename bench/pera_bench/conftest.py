@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--precision", default="fp32", help="bf16, fp16 or fp32")
     group.addoption("--device", default="cpu", help="device of the tensors")
     group.addoption("--threads", type=int, default=0, help="threads of the CPU; 0: torch's own number")
-    group.addoption("--all", action="store_true", help="every implementation")
+    group.addoption("--only", default="", help="implementations, separated by commas, or all")
     group.addoption("--seconds", type=float, default=1.0, help="time for the rounds of one bench")
     group.addoption("--remeasure", action="store_true", help="measure the ceilings again")
     group.addoption("--rows", type=Path, default=None, help="file for the rows, one JSON object a line")
@@ -57,7 +57,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         point = Point(recipe, images, option.precision, device)
         for suite, case in select(option.suites):
             module = load(suite)
-            names = chosen_implementations(module.IMPLEMENTATIONS, device, every=option.all)
+            names = chosen_implementations(module.IMPLEMENTATIONS, device, option.only)
             for direction, name in product(module.CASES[case], names):
                 rows.append((point, suite, case, direction, name))
                 ids.append(f"{suite}/{case} {direction} {name}, {recipe}, {images} images")

@@ -1,19 +1,52 @@
-"""One picture of a measurement: how much faster than the definition, and how near to what the machine can do."""
+"""Pictures of a measurement: how much faster than the definition, how near to what the machine can do; sweeps."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 from pera_bench.record import Record
 from pera_bench.show import SHORT
 
 
-def plot(record: Record, path: Path) -> Path:
-    """Writes the PNG: a line for each bench, a mark for each implementation."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def plot(record: Record, folder: Path) -> list[Path]:
+    """Writes bench.png, and where there are several numbers of images, sweep.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = [overview(record, folder / "bench.png")]
+    if len({row["images"] for row in record.rows}) > 1:
+        drawn.append(sweep(record, folder / "sweep.png"))
+    return drawn
 
+
+def sweep(record: Record, path: Path) -> Path:
+    """Images per second against images of a step: a panel for each suite and direction."""
+    panels = list(dict.fromkeys((row["suite"], row["direction"]) for row in record.rows))
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(5 * columns, 3.6 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    all_axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes in all_axes[len(panels) :]:
+        axes.set_axis_off()
+    for (suite, direction), axes in zip(panels, all_axes, strict=False):
+        here = [row for row in record.rows if (row["suite"], row["direction"]) == (suite, direction)]
+        for case, recipe, name in dict.fromkeys((r["case"], r["recipe"], r["implementation"]) for r in here):
+            rows = [r for r in here if (r["case"], r["recipe"], r["implementation"]) == (case, recipe, name)]
+            speeds = [r["images"] / r["median_s"] for r in rows]
+            axes.plot([r["images"] for r in rows], speeds, marker="o", ms=3, label=f"{case}, {recipe}, {name}")
+        axes.set(
+            xscale="log", yscale="log", title=f"{suite} {SHORT.get(direction, direction)}", xlabel="images of a step"
+        )
+        axes.legend(fontsize=6)
+    all_axes[0].set_ylabel("images/s")
+    return _save(figure, record, path)
+
+
+def overview(record: Record, path: Path) -> Path:
+    """A line for each bench, a mark for each implementation."""
     lines = list(dict.fromkeys(_name(row, record) for row in record.rows))
     figure = Figure(figsize=(11, 1.6 + 0.24 * max(len(lines), 4)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -34,9 +67,12 @@ def plot(record: Record, path: Path) -> Path:
         axes.grid(axis="y", color="0.92")
         axes.set_axisbelow(True)
     nearer.legend(fontsize=7, loc="lower left")
+    return _save(figure, record, path)
+
+
+def _save(figure: Figure, record: Record, path: Path) -> Path:
     m = record.machine
     figure.suptitle(f"{m['device']}, torch {m['torch']}, commit {m['commit']}, {m['date']}", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     return path
 

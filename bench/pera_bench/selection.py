@@ -13,8 +13,8 @@ from pera_bench.work import COMPILED, REFERENCE
 from pera_fast.errors import UserError
 from pera_kernels import backend
 
-# Where nothing is named: of the step, the case that recomputes nothing.
-DEFAULT = tuple("step/none" if suite == "step" else suite for suite in SUITES)
+# Where nothing is named: of the step, the case that is the recipes' own.
+DEFAULT = tuple("step/cheap" if suite == "step" else suite for suite in SUITES)
 
 
 def load(suite: str) -> ModuleType:
@@ -36,17 +36,21 @@ def select(names: str) -> list[tuple[str, str]]:
     return wanted
 
 
-def chosen_implementations(named: str | tuple[str, ...], device: torch.device, *, every: bool) -> list[str]:
-    """What to measure of a suite: all implementations, or the definition and what would run, and the published step.
+def chosen_implementations(named: str | tuple[str, ...], device: torch.device, wanted: str = "") -> list[str]:
+    """What to measure of a suite.
 
     Args:
         named: the suite's IMPLEMENTATIONS.
+        wanted: "" for the definition and what would run (of the step also the published one, if there is a checkout);
+            "all"; or names, separated by commas, of which those count that the suite has.
     """
-    if not isinstance(named, str):
+    if isinstance(named, str):
+        with backend.use(REFERENCE):  # then the report lists all others as missing
+            registered = next(row.missing for row in backend.report(device) if row.op == named)
+        usual, every = [REFERENCE, "chosen"], [REFERENCE, COMPILED, *registered]
+    else:
         usual = [REFERENCE, "pera-fast", *(["published"] if os.environ.get("PERA_OFFICIAL") else [])]
-        return [name for name in named if every or name in usual]
-    if not every:
-        return [REFERENCE, "chosen"]
-    with backend.use(REFERENCE):  # then the report lists all others as missing
-        registered = next(row.missing for row in backend.report(device) if row.op == named)
-    return [REFERENCE, COMPILED, *registered]
+        usual, every = [name for name in named if name in usual], list(named)
+    if wanted in ("", "all"):
+        return every if wanted else usual
+    return [name for name in wanted.split(",") if name in (*usual, *every)]

@@ -98,7 +98,8 @@ class Work:
             if isinstance(wanted, str):
                 raise Unavailable(wanted)
             torch.compiler.reset()
-            return torch.compile(wanted, fullgraph=True, dynamic=False), forced(REFERENCE), name
+            context = nullcontext if self.op is None else forced(REFERENCE)  # of several ops: with what would run
+            return torch.compile(wanted, fullgraph=True, dynamic=False), context, name
         if self.op is None:
             return self.call, nullcontext, name
         device = next(a.device for a in self.arguments if isinstance(a, Tensor))

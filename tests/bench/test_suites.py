@@ -60,7 +60,7 @@ def measured(cache, tmp_path_factory) -> Record:
 def test_suite_measures(measured, suite):
     rows = [row for row in measured.rows if row["suite"] == suite]
     assert {(row["case"], row["direction"]) for row in rows} == {
-        (case, direction) for _, case in select("step/none" if suite == "step" else suite)
+        (case, direction) for _, case in select("step/cheap" if suite == "step" else suite)
         for direction in load(suite).CASES[case]
     }  # fmt: skip
     for row in rows:
@@ -103,10 +103,13 @@ def test_list_of_suites_is_the_folder():
 
 
 def test_every_implementation_of_an_op_has_a_row():
-    assert chosen_implementations("attention", CPU, every=True) == [
+    assert chosen_implementations("attention", CPU, "all") == [
         "reference", "compiled", "triton", "xformers", "varlen", "sdpa",
     ]  # fmt: skip
-    assert chosen_implementations("koleo", CPU, every=False) == ["reference", "chosen"]
+    assert chosen_implementations("koleo", CPU) == ["reference", "chosen"]
+    assert chosen_implementations("koleo", CPU, "triton,native") == ["native"]
+    assert chosen_implementations(("reference", "a", "pera-fast"), CPU) == ["reference", "pera-fast"]
+    assert chosen_implementations(("reference", "a", "pera-fast"), CPU, "a,b") == ["a"]
 
 
 # suite/case, direction, what one image of vit_b16 costs in bf16: (bytes, FLOPs) as the README of the op states them

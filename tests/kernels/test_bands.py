@@ -239,6 +239,7 @@ def test_opcheck(implementation: str) -> None:
     torch.library.opcheck(torch.ops.pera.pixel_loss, (pred, *case.where(), case.rgb))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("channels", "rgb"), BANDS, ids=str)
 def test_on_a_gpu(channels: int, rgb: tuple[int, ...] | None) -> None:

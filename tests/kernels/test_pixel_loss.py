@@ -237,6 +237,7 @@ def test_every_gradient_is_written(implementation: str) -> None:
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("size", [5, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

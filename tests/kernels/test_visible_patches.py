@@ -345,6 +345,7 @@ def test_eager_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(contrast_mean(case.crops, case.order, case.factors), means, rtol=1e-6, atol=0)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("patch_size", [5, 14, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

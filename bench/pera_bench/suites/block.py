@@ -13,7 +13,10 @@ CASES = {"teacher": (FORWARD,), "student_late": (FORWARD, BOTH)}
 
 
 def make(point: Point, case: str) -> Work:
-    """Every op of the block dispatched alike: all definitions, or what would run. Bytes are not stated."""
+    """Every op of the block dispatched alike: all definitions, or what would run, also as one graph (compiled).
+
+    Bytes are not stated.
+    """
     m, groups = point.cfg.model, point.groups(case)
     keep, kept = (None, []) if case == "teacher" else point.keep(groups)
     subsets = None if keep is None else torch.stack([keep, keep])

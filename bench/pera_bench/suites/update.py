@@ -7,13 +7,12 @@ import torch
 from pera_bench.point import Point
 from pera_bench.work import Cost, Whole
 from pera_fast.model.pera import PerA
+from pera_fast.profile.simulate import VALUES
 from pera_fast.train.api import make_model
 from pera_fast.train.optim import apply_gradients, make_optimizer, make_scaler
-from pera_fast.train.schedules import StepValues
 
 IMPLEMENTATIONS = ("reference", "pera-fast")
 CASES = {"all": ("step",)}
-VALUES = StepValues(lr=1e-4, weight_decay=0.04, momentum=0.99, teacher_temp=0.04)
 
 
 def make(point: Point, case: str) -> Whole:

@@ -1,0 +1,188 @@
+"""All that needs a GPU, part by part: `bench/gpu/run_all.sh OUT`.
+
+Each part is a process with a time limit; one that fails, hangs or runs out of memory is reported and the rest goes on.
+The results are written anew after every part, so a machine that goes away leaves what was done. Only the standard
+library is imported here: what a part lacks is that part's own failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONAL = {
+    **{"torch": "everything", "triton": "the GPU kernels", "omegaconf": "recipes", "numpy": "recipes"},
+    **{"pytest": "tests and benches", "pytest_benchmark": "benches", "hypothesis": "some of the tests"},
+    **{"typer": "the command line", "rich": "tables", "matplotlib": "pictures", "xformers": "attention=xformers"},
+    **{"nvidia.dali": "the loader", "pyarrow": "the loader", "PIL": "the loader"},
+}
+STEPS = "step/none", "step/cheap", "step/block"
+BENCHES = "attention", "block", "contrast_mean", "distillation_loss", "embed_tokens", "koleo", "mask_tokens"
+OTHERS = "pixel_loss", "sequence_add", "sequence_norm", "update", "visible_patches"
+
+
+@dataclass
+class Part:
+    """One part of the run, and what came of it.
+
+    Attributes:
+        name: names its folder in OUT.
+        command: what to run; it writes to ``{out}``, its folder.
+        limit: seconds.
+        needs: an environment variable without which there is nothing to do.
+        status: "ok", "failed", "too long", "left out"; `reason` says why.
+        results: the JSON files that it wrote, by name.
+    """
+
+    name: str
+    command: Sequence[str]
+    limit: float
+    needs: str | None = None
+    status: str = ""
+    reason: str = ""
+    seconds: float = 0.0
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+def parts(device: str, recipe: str, images: Sequence[int]) -> list[Part]:
+    """In order of importance: the run has an end, and the last ones may not get their turn."""
+    middle, largest, many = str(images[len(images) // 2]), str(images[-1]), ",".join(map(str, images))
+    few = f"{images[0]},{middle}"
+
+    def bench(name: str, limit: float, *args: str, seconds: float = 0.3, needs: str | None = None) -> Part:
+        options = ["--device", device, "--recipe", recipe, "--seconds", str(seconds), "--out", "{out}"]
+        return Part(name, [sys.executable, "-m", "pera_fast", "bench", *args, *options], limit, needs)
+
+    ceilings = [sys.executable, "-m", "pera_bench.ceilings", device, "{out}/ceilings.json"]
+    memory = [sys.executable, "-m", "pera_bench.memory", device, recipe, few, "{out}/memory.json"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider", "tests"]
+    ours = "--only", "pera-fast"
+    return [
+        Part("ceilings", ceilings, 40),
+        bench("steps", 150, *STEPS, "--images", many, *ours, seconds=2),
+        bench("published", 80, "step/cheap", "--images", few, "--only", "pera-fast,published", needs="PERA_OFFICIAL"),
+        bench("ops", 150, *BENCHES, *OTHERS, "--images", middle, "--only", KERNELS),
+        bench("attention", 60, "step/cheap", "--images", middle, "--only", ATTENTION),
+        Part("memory", memory, 80),
+        Part("tests", tests, 80),
+        bench("loader", 50, "data", "--images", largest, seconds=3),
+        bench("compiled", 90, "step/cheap", "--images", middle, "--only", "pera-fast,compiled"),
+        bench("compiled_ops", 60, *BENCHES, *OTHERS, "--images", middle, "--only", "compiled"),
+    ]
+
+
+ATTENTION = "attention=triton,attention=xformers,attention=varlen,attention=sdpa"
+KERNELS = "reference,pera-fast,triton,native,chunked,eager,xformers,varlen,sdpa"
+
+
+def run(part: Part, out: Path, seconds: float) -> None:
+    """Runs a part, at most so many seconds, and fills in what came of it."""
+    folder = out / part.name
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [word.replace("{out}", str(folder)) for word in part.command]
+    start = time.monotonic()
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        late = not _ended(process, min(part.limit, seconds))
+        if late:
+            _end(process)
+    part.seconds = time.monotonic() - start
+    for path in sorted(folder.glob("*.json")):
+        try:
+            part.results[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            part.reason = f"{path.name}: {error}"
+    lines = [line.strip() for line in (folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
+    part.status = "too long" if late else "failed" if process.returncode else "ok"
+    part.reason = part.reason or ("" if part.status == "ok" and part.results else " / ".join(lines[-2:])[-400:])
+
+
+def _ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """First as Ctrl-C does, so that what was measured is written; then for good."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        if _ended(process, 15):
+            break
+
+
+def why_not(device: str) -> str:
+    """Why nothing can run on the device; "" if it can."""
+    if device != "cuda":
+        return ""
+    code = "import torch; print('' if torch.cuda.is_available() else 'needs a GPU: torch sees none')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "needs a GPU, and a torch that can be imported"
+
+
+def lacking() -> dict[str, str]:
+    """Packages that are not installed, and what is missed without them."""
+
+    def missing(name: str) -> bool:
+        try:
+            return importlib.util.find_spec(name) is None
+        except ImportError:  # of the package that it is in
+            return True
+
+    return {name: what for name, what in OPTIONAL.items() if missing(name)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs all parts. Returns 0 if none failed."""
+    parser = argparse.ArgumentParser(prog="run_all.sh", description="All that needs a GPU, in OUT.")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try the parts out")
+    parser.add_argument("--recipe", default="vit_b16")
+    parser.add_argument("--images", default="16,32,64,128", help="numbers of images of a step")
+    parser.add_argument("--minutes", type=float, default=8.5, help="for all parts together")
+    parser.add_argument("--parts", default="", help="only these, with commas")
+    args = parser.parse_args(arguments)
+    out, end = args.out.resolve(), time.monotonic() + 60 * args.minutes
+    out.mkdir(parents=True, exist_ok=True)
+    every = parts(args.device, args.recipe, [int(n) for n in args.images.split(",")])
+    chosen = [part for part in every if not args.parts or part.name in args.parts.split(",")]
+    blocked = why_not(args.device)
+    head = {"python": platform.python_version(), "device": args.device, "lacking": lacking(), "parts": []}
+    for name, what in head["lacking"].items():
+        print(f"not installed: {name}, for {what}")
+    for number, part in enumerate(chosen):
+        left = end - time.monotonic()
+        if blocked:
+            part.status, part.reason = "left out", blocked
+        elif part.needs and not os.environ.get(part.needs):
+            part.status, part.reason = "left out", f"{part.needs} is not set"
+        elif left < 5:
+            part.status, part.reason = "left out", f"no time left of {args.minutes:g} minutes"
+        else:
+            run(part, out, left)
+        print(f"{part.name}: {part.status}, {part.seconds:.0f} s{': ' if part.reason else ''}{part.reason}", flush=True)
+        head["parts"] = [{**asdict(one), "command": list(one.command)} for one in chosen[: number + 1]]
+        (out / "results.json").write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
+    print(out / "results.json")
+    return int(any(part.status in ("failed", "too long") for part in chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
