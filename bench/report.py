@@ -1,4 +1,4 @@
-"""Turns bench/results/*.json, which `pera-fast bench --json` wrote, into the README's tables of measurements.
+"""Turns bench/results/*.json, of `pera-fast bench --json` and bench/gpu/run_all.sh, into the README's tables.
 
 python bench/report.py            writes the part of README.md between its two markers
 python bench/report.py --check    exits with 1 if that part is not what the results give
@@ -20,8 +20,14 @@ Row = dict[str, Any]
 
 def load(folder: Path) -> list[Record]:
     """The records: of GPUs first, then by the names of their files."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    records = [record for file in files for record in (whole_run(file) if "parts" in file else [file])]
     return sorted(records, key=lambda record: record["machine"]["kind"] != "cuda")
+
+
+def whole_run(results: dict[str, Any]) -> list[Record]:
+    """The records of `bench/gpu/run_all.sh`, which has one for each part that ran benches."""
+    return [found for part in results["parts"] for found in part["results"].values() if "rows" in found]
 
 
 def where(machine: dict[str, Any]) -> str:
@@ -43,10 +49,11 @@ def step_table(records: list[Record]) -> list[str]:
         steps = [row for row in record["rows"] if row["suite"] == "step"]
         theirs = {(row["case"], *point(row)): row for row in steps if row["implementation"] == "published"}
         for row in steps:
-            if row["implementation"] != "pera-fast":
+            if row["implementation"] in ("reference", "published"):
                 continue
             other = theirs.get((row["case"], *point(row)))
             step = f"{row['recipe']}, batch {row['images']}, {row['precision']}, recompute {row['case']}"
+            step += "" if row["implementation"] == "pera-fast" else f", {row['implementation']}"
             times = f"{speed(row)} | {row['median_s']:.3g} ({row['min_s']:.3g} to {row['max_s']:.3g})"
             against = f"{speed(other)} | {other['median_s'] / row['median_s']:.2f}" if other else " | "
             machine = record["machine"]
@@ -65,6 +72,40 @@ def step_table(records: list[Record]) -> list[str]:
         *lines,
         "",
     ]
+
+
+def loader_lines(records: list[Record]) -> list[str]:
+    """The loader alone."""
+    lines = []
+    for record in records:
+        for row in record["rows"]:
+            if row["suite"] == "data":
+                lines.append(
+                    f"The loader alone, JPEG files of 512 px, {row['recipe']}: {speed(row)} images/s"
+                    f" ({where(record['machine'])}; {when(record['machine'])})."
+                )
+    return [*lines, ""] if lines else []
+
+
+def memory_table(folder: Path) -> list[str]:
+    """What an image adds to the memory of a step: measured on a GPU, and by `pera-fast profile --device simulate`."""
+    lines = []
+    for path in sorted(folder.glob("*.json")):
+        file = json.loads(path.read_text(encoding="utf-8"))
+        for part in file.get("parts", []):
+            for entry in part["results"].get("memory", []):
+                measured, simulated = (
+                    entry.get(name, {}).get("mib_per_image") for name in (file["device"], "simulate")
+                )
+                if measured and simulated:
+                    ratio = simulated / measured
+                    lines.append(
+                        f"| {path.stem} | {entry['policy']} | {measured:.1f} | {simulated:.1f} | {ratio:.3f} |"
+                    )
+    if not lines:
+        return []
+    head = ["| results | recompute | MiB an image, measured | simulated | ratio |", "| --- | --- | --- | --- | --- |"]
+    return [*head, *lines, ""]
 
 
 def point(row: Row) -> tuple[Any, ...]:
@@ -123,6 +164,7 @@ def section(folder: Path) -> str:
     on_gpu = [record for record in records if record["machine"]["kind"] == "cuda"]
     lines = [] if on_gpu else ["Nothing has been measured on a GPU yet.", ""]
     lines += step_table(records)
+    lines += loader_lines(records) + memory_table(folder)
     tables = [line for record in records for line in op_tables(record)]
     if tables:
         lines += [

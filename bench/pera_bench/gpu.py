@@ -29,8 +29,12 @@ OPTIONAL = {
     **{"nvidia.dali": "the loader", "pyarrow": "the loader", "PIL": "the loader"},
 }
 STEPS = "step/none", "step/cheap", "step/block"
-BENCHES = "attention", "block", "contrast_mean", "distillation_loss", "embed_tokens", "koleo", "mask_tokens"
-OTHERS = "pixel_loss", "sequence_add", "sequence_norm", "update", "visible_patches"
+OPS = (
+    *("contrast_mean", "visible_patches", "embed_tokens", "sequence_norm", "attention", "sequence_add", "mask_tokens"),
+    *("distillation_loss", "koleo", "pixel_loss", "block", "update"),
+)
+KERNELS = "reference,pera-fast,triton,chunked,eager,xformers,varlen,sdpa"
+ATTENTION = "attention=triton,attention=xformers,attention=varlen,attention=sdpa"
 
 
 @dataclass
@@ -73,18 +77,14 @@ def parts(device: str, recipe: str, images: Sequence[int]) -> list[Part]:
         Part("ceilings", ceilings, 40),
         bench("steps", 150, *STEPS, "--images", many, *ours, seconds=2),
         bench("published", 80, "step/cheap", "--images", few, "--only", "pera-fast,published", needs="PERA_OFFICIAL"),
-        bench("ops", 150, *BENCHES, *OTHERS, "--images", middle, "--only", KERNELS),
+        bench("ops", 150, *OPS, "--images", middle, "--only", KERNELS),
         bench("attention", 60, "step/cheap", "--images", middle, "--only", ATTENTION),
         Part("memory", memory, 80),
         Part("tests", tests, 80),
         bench("loader", 50, "data", "--images", largest, seconds=3),
         bench("compiled", 90, "step/cheap", "--images", middle, "--only", "pera-fast,compiled"),
-        bench("compiled_ops", 60, *BENCHES, *OTHERS, "--images", middle, "--only", "compiled"),
+        bench("compiled_ops", 60, *OPS, "--images", middle, "--only", "compiled"),
     ]
-
-
-ATTENTION = "attention=triton,attention=xformers,attention=varlen,attention=sdpa"
-KERNELS = "reference,pera-fast,triton,native,chunked,eager,xformers,varlen,sdpa"
 
 
 def run(part: Part, out: Path, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,8 @@ def test_report_of_a_folder(report, tmp_path):
     assert text.startswith("Nothing has been measured on a GPU yet.")
     assert "| koleo, global | forward | native | 1 (10%) | 4 | 4.00 | 50% | 25% | 1e-06 |" in text
     assert "batch 2, fp32, recompute none | 1 | 2 (1 to 4) | 1 | 0.4 | 2.50 | abc, 2026-01-02 |" in text
-    record(row("triton", 1e-3), kind="cuda", device="Card").save(tmp_path / "gpu.json")
+    of_card = record(row("triton", 1e-3), kind="cuda", device="Card")
+    parts = [{"results": {"bench": asdict(of_card)}}, {"results": {"ceilings": {"found": {}}}}]
+    (tmp_path / "gpu.json").write_text(json.dumps({"parts": parts}))
     assert "Nothing" not in report.section(tmp_path)
     assert "Card, torch 2.0; abc" in report.section(tmp_path)

@@ -1,0 +1,89 @@
+"""The one command for a GPU: every part is reported, whatever becomes of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pera_bench import gpu
+from pera_bench.gpu import Part
+from pera_bench.selection import chosen_implementations, load, select
+from pera_bench.suites import SUITES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    write = "from pathlib import Path; Path(r'{out}/found.json').write_text('{\"rows\": [1]}')"
+    monkeypatch.delenv("SOMETHING_UNSET", raising=False)
+    made = [
+        Part("fails", python("raise SystemExit('no luck')"), 20),
+        Part("hangs", python(f"import time; {write}; time.sleep(100)"), 1),
+        Part("has_no_need", python(write), 20, needs="SOMETHING_UNSET"),
+        Part("garbage", python("from pathlib import Path; Path(r'{out}/a.json').write_text('{')"), 20),
+        Part("works", python(write), 20),
+    ]
+    monkeypatch.setattr(gpu, "parts", lambda *_: made)
+    assert gpu.main([str(tmp_path), "--device", "cpu"]) == 1
+    found = {part["name"]: part for part in json.loads((tmp_path / "results.json").read_text())["parts"]}
+    assert {name: part["status"] for name, part in found.items()} == {
+        "fails": "failed", "hangs": "too long", "has_no_need": "left out", "garbage": "ok", "works": "ok",
+    }  # fmt: skip
+    assert "no luck" in found["fails"]["reason"]
+    assert found["has_no_need"]["reason"] == "SOMETHING_UNSET is not set"
+    assert "a.json" in found["garbage"]["reason"]
+    assert found["hangs"]["results"] == {"found": {"rows": [1]}}, "what it had written before is kept"
+    assert found["hangs"]["seconds"] < 20
+    assert "works: ok" in capsys.readouterr().out
+
+
+def test_parts_without_time_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "parts", lambda *_: [Part("late", python("pass"), 20)])
+    assert gpu.main([str(tmp_path), "--device", "cpu", "--minutes", "0"]) == 0
+    (part,) = json.loads((tmp_path / "results.json").read_text())["parts"]
+    assert (part["status"], part["reason"]) == ("left out", "no time left of 0 minutes")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_without_a_gpu_every_part_says_that_it_needs_one(tmp_path):
+    script, env = ROOT / "bench" / "gpu" / "run_all.sh", {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run([script, tmp_path], env=env, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())["parts"]
+    assert len(found) == 10
+    assert all(part["status"] == "left out" and part["reason"].startswith("needs a GPU") for part in found)
+    assert all(f"{part['name']}: left out" in done.stdout for part in found)
+
+
+def test_benches_of_the_parts_exist():
+    made = gpu.parts("cuda", "vit_b16", [16, 32])
+    benches = [part.command for part in made if "bench" in part.command]
+    assert len(benches) == 7
+    for command in benches:
+        named = command[command.index("bench") + 1 : command.index("--images")]
+        assert select(",".join(named))
+        if "--only" in command:
+            wanted = command[command.index("--only") + 1]
+            suites = [load(suite) for suite, _ in select(",".join(named))]
+            cpu = torch.device("cpu")
+            kept = [chosen_implementations(suite.IMPLEMENTATIONS, cpu, wanted) for suite in suites]
+            assert set().union(*kept) == set(wanted.split(","))
+            assert all(kept) or wanted == "compiled"  # the update has no torch.compile
+
+
+def test_every_op_is_in_the_run():
+    assert {*gpu.OPS, "step", "data"} == set(SUITES)
+    assert {name.partition("/")[2] for name in gpu.STEPS} == set(load("step").CASES)
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(gpu, "OPTIONAL", {"torch": "a", "no_such_package": "b", "no_such_package.inner": "c"})
+    assert gpu.lacking() == {"no_such_package": "b", "no_such_package.inner": "c"}
