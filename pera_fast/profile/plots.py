@@ -47,13 +47,13 @@ def _colour(variants: Sequence[Variant], variant: Variant) -> str:
 
 
 def memory(profile: Profile) -> bytes:
-    """Peak memory over the batch size, with lines beyond the points and the cards' limits."""
-    groups = by_variant(profile.points)
+    """Peak memory over the batch size, with lines beyond the points and the cards' limits; mask ratios not."""
+    groups = by_variant([p for p in profile.points if p.variant.purpose != "ratios"])
     figure, axes = plt.subplots(figsize=(9.2, 5.6))
     _style(axes)
     fits = profile.fits()
     most = max((p.batch_size for p in profile.points), default=1)
-    reach = [profile.largest(v, CARDS[-1]) or 0 for v in fits] if profile.predicts else []
+    reach = [profile.largest(v, CARDS[-1]) or 0 for v in fits if v in groups] if profile.predicts else []
     right = max([2 * most, *reach])
     for variant, points in groups.items():
         ran = [p for p in points if p.ok]
@@ -150,4 +150,31 @@ def breakdown(profile: Profile) -> bytes:
     axes.legend(
         fontsize=8.5, frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.42, -0.9 / len(chosen) - 0.06)
     )
+    return png(figure)
+
+
+def ratios(profile: Profile) -> bytes:
+    """What an image takes at other mask ratios: memory and FLOPs over the student's share, a line a teacher's share."""
+    figure, panels = plt.subplots(1, 2, figsize=(9.2, 3.9))
+    groups, fits = by_variant([p for p in profile.points if p.ok]), profile.fits()
+    recipes = list(dict.fromkeys(v.recipe for v in groups if v.purpose == "ratios"))
+    found: dict[tuple[str, float], list[tuple[float, float, float]]] = {}
+    policies = {v.config(1).model.recompute for v in groups if v.purpose == "ratios"}
+    for variant, line in fits.items():
+        model = variant.config(1).model
+        if variant.recipe in recipes and model.recompute in policies and model.masking != "none":
+            row = model.student_ratio, line.slope / MIB, groups[variant][0].flops_per_image / 1e9
+            found.setdefault((variant.recipe, model.teacher_ratio), []).append(row)
+    for axes, column, label in zip(panels, (1, 2), ("MiB an image", "GFLOP an image"), strict=True):
+        _style(axes)
+        for (recipe, teacher), rows in sorted(found.items()):
+            rows.sort()
+            colour = LINES[sorted(found).index((recipe, teacher)) % len(LINES)]
+            name = f"{recipe}, teacher sees {teacher:g}" if len(recipes) > 1 else f"teacher sees {teacher:g}"
+            axes.plot([r[0] for r in rows], [r[column] for r in rows], "o-", color=colour, linewidth=1.6, label=name)
+        axes.set_xlabel("share of the patches that the student sees", fontsize=10)
+        axes.set_ylabel(label, fontsize=10)
+        axes.set_ylim(bottom=0)
+    panels[0].legend(fontsize=9, frameon=False, loc="lower right")
+    figure.tight_layout()
     return png(figure)

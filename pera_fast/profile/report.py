@@ -33,7 +33,7 @@ HOW = {
 
 
 def report_html(profile: Profile, pictures: dict[str, bytes]) -> str:
-    """The page. ``pictures``: memory, and where there are any breakdown and throughput, as PNGs."""
+    """The page. ``pictures``: memory, and where there are any breakdown, ratios and throughput, as PNGs."""
     sections = [_memory(profile, pictures)]
     if "breakdown" in pictures:
         sections.append(
@@ -46,6 +46,11 @@ def report_html(profile: Profile, pictures: dict[str, bytes]) -> str:
                 grid(*breakdown_table(profile)),
             )
         )
+    if "ratios" in pictures:
+        text = (
+            "What the student does not see and is not to predict costs it nothing; what the teacher sees is not kept."
+        )
+        sections.append(Section("Mask ratios", text, pictures["ratios"], "At large batches; the rest is predicted."))
     if "throughput" in pictures:
         sections.append(
             Section("Speed", "Whole steps, data on the device already.", pictures["throughput"], "Median of the steps.")

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pera_fast.errors import UserError
 from pera_fast.profile import machine
 from pera_fast.profile.fits import CARDS, CONTEXT, FRAGMENTATION, compare_simulated, usable
-from pera_fast.profile.points import DEVICES, POLICIES, Point, parse_batch_sizes, parse_choices, plan
+from pera_fast.profile.points import DEVICES, POLICIES, Point, Variant, parse_batch_sizes, parse_choices, plan
 from pera_fast.profile.processes import run_points, simulating_jobs
 from pera_fast.profile.tables import GIB, Profile, show, write_csv
 
@@ -65,10 +65,8 @@ def profile(
         for size in sizes:
             variant.config(size).train.resolve_batch(1)
     folder = make_folder(Path(out), "profile.json")
-    # Simulating is as quick for a large batch: two far off show how the peak goes on beyond the sizes asked for.
-    far = [factor * sizes[-1] for factor in FAR] if device == "simulate" else []
-    run_sizes = [*sizes, *far]
-    found = _run([Point(variant, size, device, steps) for variant in variants for size in run_sizes], jobs)
+    points = [Point(variant, size, device, steps) for variant in variants for size in _sizes(variant, device, sizes)]
+    found = _run(points, jobs)
     if not any(p.ok for p in found):
         raise UserError(f"no point could be run; the first: {found[0].status}: {found[0].note}")
     result = Profile(machine.describe(device), found, sizes)
@@ -90,6 +88,16 @@ def _device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU; --device simulate needs none")
     return name
+
+
+def _sizes(variant: Variant, device: str, asked: list[int]) -> list[int]:
+    """Batch sizes to run: simulating is as quick for a large batch, and two far off show how the peak goes on beyond
+    those asked for. The sweep of mask ratios compares these ends only.
+    """
+    if device != "simulate":
+        return asked
+    far = [factor * asked[-1] for factor in FAR]
+    return far if variant.purpose == "ratios" else [*asked, *far]
 
 
 def make_folder(out: Path, first: str) -> Path:
@@ -119,7 +127,7 @@ def _run(points: Sequence[Point], jobs: int | None) -> list[Point]:
 
 
 def write(result: Profile, folder: Path) -> None:
-    """profile.json, profile.csv, memory.png, breakdown.png and throughput.png where there is such, report.html."""
+    """profile.json, profile.csv, memory.png, report.html; breakdown, throughput and ratios.png where there is such."""
     from pera_fast.profile import plots  # matplotlib: a second that wrong usage need not wait
     from pera_fast.profile.report import report_html
 
@@ -130,6 +138,8 @@ def write(result: Profile, folder: Path) -> None:
         pictures["breakdown"] = plots.breakdown(result)
     if any(p.ok and p.images_per_s for p in result.points):
         pictures["throughput"] = plots.throughput(result)
+    if any(p.variant.purpose == "ratios" for p in result.points):
+        pictures["ratios"] = plots.ratios(result)
     for name, picture in pictures.items():
         (folder / f"{name}.png").write_bytes(picture)
     (folder / "report.html").write_text(report_html(result, pictures), encoding="utf-8")

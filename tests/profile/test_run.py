@@ -12,7 +12,7 @@ from rich.console import Console
 
 from pera_fast.errors import UserError
 from pera_fast.profile import run as module
-from pera_fast.profile.points import Point
+from pera_fast.profile.points import RATIOS, Point
 from pera_fast.profile.run import profile, write
 from pera_fast.profile.tables import PARTS, Profile, show
 
@@ -90,6 +90,20 @@ def test_a_simulated_profile_looks_further(tmp_path: Path, monkeypatch) -> None:
     found = profile(["tiny"], tmp_path, "simulate", "8,16", ["model.recompute=none"], dense=False)
     assert [p.batch_size for p in asked] == [8, 16, 64, 128]
     assert found.sizes == [8, 16]
+
+
+def test_mask_ratios_have_a_picture_of_their_own(tmp_path: Path, monkeypatch) -> None:
+    def run_points(points, jobs, done):
+        seen = [p.variant.config(1).model.student_ratio for p in points]
+        pairs = zip(points, seen, strict=True)
+        return [line(p.variant, "simulate", 2, 0.1 + share, (p.batch_size,))[0] for p, share in pairs]
+
+    monkeypatch.setattr(module, "run_points", run_points)
+    found = profile(["tiny"], tmp_path, "simulate", "8,16", ["model.recompute=none"], dense=False, sweep_ratios=True)
+    assert len(found.fits()) == len(RATIOS)
+    assert {p.batch_size for p in found.points if p.variant.purpose == "ratios"} == {64, 128}
+    assert (tmp_path / "ratios.png").read_bytes().startswith(PNG)
+    assert "Mask ratios" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_measured_and_simulated_are_compared(tmp_path: Path, monkeypatch) -> None:
