@@ -19,6 +19,7 @@ class Purpose(IntEnum):
     SUBSTITUTE = 5  # which sample stands in for an unreadable one; counter: epoch, sample
     DROP_PATH = 6  # sequences kept by stochastic depth; counter: micro-step, rank
     SCENE = 7  # procedural demo scenes; counter: class, index
+    MEASURE = 8  # files over which bands are measured
 
 
 def generator(seed: int, purpose: Purpose, *counter: int) -> np.random.Generator:

@@ -342,6 +342,54 @@ def test_a_broken_saved_configuration_gets_one_line(text, part):
     assert "\n" not in str(caught.value)
 
 
+IMPOSSIBLE_BANDS = {
+    "data.bands=[nir] model.in_chans=3": "data.bands=[nir]: has 1 band(s), wants one per channel: model.in_chans=3",
+    "data.bands=[1,1]": "data.bands=[1,1]: names the band 1 twice",
+    "data.bands=[NIR,nir]": "data.bands=[NIR,nir]: names the band NIR twice",
+    "data.bands=[0]": "data.bands=[0]: wants a list of band numbers from 1 and names such as [4,3,red] or null",
+    "data.bands=red": "data.bands=red: wants a list of band numbers",
+    "data.bands=[]": "data.bands=[]: has 0 band(s), wants one per channel: model.in_chans=3",
+    "views.rgb_bands=[1,2]": "views.rgb_bands=[1,2]: wants the bands of red, green and blue, or [] for none",
+    "views.rgb_bands=[1,2,4]": "views.rgb_bands=[1,2,4]: 4 is not among the 3 band(s), which are 1 to 3",
+    "data.bands=[nir,red,1] views.rgb_bands=[red,3,1]": (
+        "views.rgb_bands=[red,3,1]: 3 is not among data.bands=[nir,red,1]"
+    ),
+    "data.depth=12": "data.depth=12: allowed: auto | 8 | 16",
+    "data.band_scale=percentile:98,2": (
+        "data.band_scale=percentile:98,2: allowed: auto | percentile:LOW,HIGH (0 to 100, rising) |"
+        " divide:NUMBER (above 0) | given (data.band_range)"
+    ),
+    "data.band_scale=divide:0": "data.band_scale=divide:0: allowed: auto | ",
+    "data.band_scale=given": "data.band_scale=given: wants data.band_range=[[low,high],...] with it",
+    "data.band_range=[0,10000]": "data.band_range=[0,10000]: wants a list of pairs [low,high] such as [[0,3000],",
+    "data.band_range=[[0,1],[0,1]]": (
+        "data.band_range=[[0.0,1.0],[0.0,1.0]]: has 2 pairs, wants one per channel (model.in_chans=3) or one for all"
+    ),
+    "data.band_range=[[5,5]]": "data.band_range=[[5.0,5.0]]: wants low < high, and finite: [5.0,5.0]",
+}
+
+
+@pytest.mark.parametrize("overrides", IMPOSSIBLE_BANDS)
+def test_impossible_bands(overrides):
+    assert message(*overrides.split()).startswith(IMPOSSIBLE_BANDS[overrides])
+
+
+def test_bands_and_what_follows_them():
+    cfg = load_config("tiny", ["data.bands=[8,Red,green,2]", "views.rgb_bands=[red,GREEN,2]"])
+    assert (cfg.model.in_chans, cfg.views.mean) == (4, [0.5] * 4)
+    assert cfg.rgb_channels() == [1, 2, 3]
+    assert cfg.has_colors()
+    assert from_yaml(to_yaml(cfg)) == cfg
+    assert load_config("tiny").rgb_channels() is None
+    assert load_config("tiny").has_colors()
+    assert load_config("tiny", ["views.rgb_bands=[]"]).rgb_channels() == []
+    assert not load_config("tiny", ["views.rgb_bands=[]"]).has_colors()
+    assert not load_config("tiny", ["model.in_chans=6"]).has_colors()
+    assert load_config("tiny", ["model.in_chans=6", "views.rgb_bands=[4,3,2]"]).rgb_channels() == [3, 2, 1]
+    given = load_config("tiny", ["data.band_range=[[0,10000]]"])
+    assert (given.data.band_scale, given.data.band_range) == ("given", [[0.0, 10000.0]])
+
+
 def test_differences_name_key_and_both_values():
     a, b = load_config("tiny"), load_config("tiny", ["model.depth=6", "optim.lr=1"])
     assert differences(a, b) == {"model.depth": (4, 6), "optim.lr": (1e-3, 1.0)}
@@ -363,7 +411,7 @@ def test_every_key_has_a_type_rule():
         if base in (int, float, list[float]):
             assert rule or key == "views.mean", f"{key} may be anything"
         elif base is str:
-            assert "choices" in rule or key == "data.index"
+            assert "choices" in rule or key in ("data.index", "data.band_scale")
     assert all(is_dataclass(getattr(Config(), f.name)) for f in fields(Config) if f.name != "recipe")
 
 
@@ -398,6 +446,7 @@ def _values(key: str) -> st.SearchStrategy:
 TIED = {"train.batch_size", "train.total_batch_size", "optim.warmup_epochs", "optim.teacher_temp_warmup_epochs"}
 TIED |= {f"model.{n}" for n in ("patch_size", "embed_dim", "num_heads", "in_chans", "student_ratio", "teacher_ratio")}
 TIED |= {f"views.{n}" for n in ("global_size", "local_size")} | {"model.masking", "train.epochs"}
+TIED |= {"views.rgb_bands", "data.bands", "data.band_scale", "data.band_range"}
 
 
 @settings(max_examples=40, deadline=None)

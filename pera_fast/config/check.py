@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from pera_fast.config.keys import KEYS, flatten, nearest, show, wants
-from pera_fast.config.tree import Config
+from pera_fast.config.tree import Config, band_key
 from pera_fast.errors import UserError
 
 
@@ -15,6 +15,7 @@ def check(cfg: Config) -> None:
         check_value(key, values[key])
     _check_sizes(cfg)
     _check_masks(cfg)
+    _check_bands(cfg)
     _check_channels(cfg)
     _check_lengths(cfg)
 
@@ -94,6 +95,65 @@ def _check_masks(cfg: Config) -> None:
                     f" between, {teacher} teacher); make this ratio or views.{crop}_size={size} larger"
                 )
                 raise fail(f"model.{name}_ratio", getattr(m, f"{name}_ratio"), why)
+
+
+def _check_bands(cfg: Config) -> None:
+    channels, bands, rgb = cfg.model.in_chans, cfg.data.bands, cfg.views.rgb_bands
+    if bands is not None:
+        if len(bands) != channels:
+            why = f"has {len(bands)} band(s), wants one per channel: model.in_chans={channels}"
+            raise fail("data.bands", bands, why)
+        _distinct("data.bands", bands)
+    if rgb:
+        _distinct("views.rgb_bands", rgb)
+        known = bands or list(range(1, channels + 1))
+        if len(rgb) != 3:
+            raise fail("views.rgb_bands", rgb, "wants the bands of red, green and blue, or [] for none")
+        for band in rgb:
+            if band_key(band) not in [band_key(other) for other in known]:
+                where = f"data.bands={show(bands)}" if bands else f"the {channels} band(s), which are 1 to {channels}"
+                raise fail("views.rgb_bands", rgb, f"{band} is not among {where}")
+    band_scale(cfg)
+    _check_ranges(cfg)
+
+
+def _distinct(key: str, bands: list[int | str]) -> None:
+    names = [band_key(band) for band in bands]
+    for band, name in zip(bands, names, strict=True):
+        if names.count(name) > 1:
+            raise fail(key, bands, f"names the band {band} twice")
+
+
+def band_scale(cfg: Config) -> tuple[float, float] | float | None:
+    """data.band_scale: (low, high) percentiles, the number that divides, or None (auto, given). Raises UserError."""
+    text = cfg.data.band_scale.replace(" ", "")
+    if text in ("auto", "given"):
+        return None
+    method, _, rest = text.partition(":")
+    try:
+        numbers = [float(word) for word in rest.split(",")]
+    except ValueError:
+        numbers = []
+    if method == "percentile" and len(numbers) == 2 and 0 <= numbers[0] < numbers[1] <= 100:
+        return numbers[0], numbers[1]
+    if method == "divide" and len(numbers) == 1 and 0 < numbers[0] < math.inf:
+        return numbers[0]
+    why = "allowed: auto | percentile:LOW,HIGH (0 to 100, rising) | divide:NUMBER (above 0) | given (data.band_range)"
+    raise fail("data.band_scale", cfg.data.band_scale, why)
+
+
+def _check_ranges(cfg: Config) -> None:
+    ranges = cfg.data.band_range
+    if ranges is None:
+        if cfg.data.band_scale == "given":
+            raise fail("data.band_scale", "given", "wants data.band_range=[[low,high],...] with it")
+        return
+    if len(ranges) not in (1, cfg.model.in_chans):
+        why = f"has {len(ranges)} pairs, wants one per channel (model.in_chans={cfg.model.in_chans}) or one for all"
+        raise fail("data.band_range", ranges, why)
+    for low, high in ranges:
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise fail("data.band_range", ranges, f"wants low < high, and finite: [{show(low)},{show(high)}]")
 
 
 def _check_channels(cfg: Config) -> None:

@@ -16,6 +16,8 @@ _WANTS = {
     bool: "true or false",
     str: "a text",
     list[float]: "a list of numbers such as [0.5,0.5]",
+    list[int | str]: "a list of band numbers from 1 and names such as [4,3,red]",
+    list[list[float]]: "a list of pairs [low,high] such as [[0,3000],[0,4000]]",
 }
 
 

@@ -22,8 +22,9 @@ def load_config(recipe: str = "vit_b16", overrides: Sequence[str] = ()) -> Confi
     """The recipe's configuration with `section.key=value` overrides on top, checked.
 
     Values are YAML: `train.steps=60`, `views.mean=[0.5,0.5,0.5]`, `data.index=null`. The last of equal keys counts.
-    Three keys follow others unless they are given: `views.mean/std` the number of channels, the ratios
-    `model.masking=none`, and the batch `train.total_batch_size` (see `TrainConfig.resolve_batch`).
+    Some keys follow others unless they are given: `model.in_chans` the number of `data.bands`, `views.mean/std` the
+    number of channels, `data.band_scale` the `data.band_range`, the ratios `model.masking=none`, the batch
+    `train.total_batch_size` (see `TrainConfig.resolve_batch`).
 
     Raises:
         UserError: one line that names the key, the value, what is allowed, and the nearest key if there is no such key.
@@ -106,6 +107,12 @@ def _typed(key: str, value: Any) -> Any:
     if base == list[float]:
         if isinstance(value, list) and value and all(_number(v) for v in value):
             return [float(v) for v in value]
+    elif base == list[list[float]]:
+        if isinstance(value, list) and value and all(_is_pair(v) for v in value):
+            return [[float(v) for v in pair] for pair in value]
+    elif base == list[int | str]:
+        if isinstance(value, list) and all(_is_band(v) for v in value):
+            return value
     elif base is float:
         if _number(value):
             return float(value)
@@ -116,6 +123,17 @@ def _typed(key: str, value: Any) -> Any:
 
 def _number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_number(v) for v in value)
+
+
+def _is_band(value: Any) -> bool:
+    """A number from 1, or a name."""
+    return (isinstance(value, int) and not isinstance(value, bool) and value > 0) or (
+        isinstance(value, str) and bool(value.strip())
+    )
 
 
 def _read_yaml(text: str, name: str) -> dict[str, Any]:
@@ -149,7 +167,12 @@ def _leaves(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _following(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Keys that follow what was given, unless they were given themselves (their entries are then overwritten)."""
     follow: dict[str, Any] = {}
-    channels = given.get("model.in_chans", 3)
+    bands = given.get("data.bands")
+    channels = given.get("model.in_chans", len(bands) if bands else 3)
+    if bands:
+        follow["model.in_chans"] = channels
+    if given.get("data.band_range") is not None:
+        follow["data.band_scale"] = "given"
     if channels != 3:
         follow["views.mean"], follow["views.std"] = [0.5] * channels, [0.25] * channels
     if values["model.masking"] == "none":

@@ -47,7 +47,7 @@ class ModelConfig:
     num_heads: int = _count(12)
     mlp_ratio: float = _key(4.0, above=0)
     drop_path: float = _key(0.3, low=0, below=1)  # fraction of sequences that skip a student branch; uniform over depth
-    in_chans: int = _count(3)  # channels of an image; views.mean and views.std have as many entries
+    in_chans: int = _count(3)  # channels of an image (follows data.bands); views.mean, views.std have as many entries
     head_hidden: int = _count(2048)  # width of the heads' MLP
     bottleneck: int = _count(384)  # width of the L2-normalised rows that meet the prototypes
     prototypes: int = _count(131072, low=2)
@@ -89,6 +89,9 @@ class ViewsConfig:
     contrast: float = _fraction(0.4)
     saturation: float = _fraction(0.2)
     hue: float = _key(0.1, low=0, high=0.5)  # shift U(-h, h), in turns of the colour wheel
+    # Red, green and blue among the bands, as data.bands names them: saturation, hue and grayscale act on these,
+    # brightness and contrast on all. null: the three of three channels, none of another number; []: none.
+    rgb_bands: list[int | str] | None = None
     mean: list[float] = _key([0.485, 0.456, 0.406])  # per channel, of values scaled to [0, 1]
     std: list[float] = _key([0.229, 0.224, 0.225], above=0)
 
@@ -196,6 +199,17 @@ class DataConfig:
     verify: bool = True  # decode every file fully when the index is built
     index: str | None = None  # path of the Parquet manifest; null: in the user's cache
     max_pixels: int = _count(2**28)  # width * height of the largest image that is read
+    # Bands of a file that are the channels: numbers from 1 and names (GeoTIFF band descriptions). null: all, in order.
+    bands: list[int | str] | None = None
+    # Bits of a pixel's channel up to the network. auto: 16 if most readable files store more than 8, else 8. The run's
+    # config.yaml says which it was.
+    depth: str = _key("auto", choices=("auto", "8", "16"))
+    # How stored values become pixels: percentile:LO,HI of each band over a sample of the files; divide:X (0 to X);
+    # given (by band_range); auto: 8-bit files as they are, others percentile:0.5,99.5 at 16 bits, by their type at 8.
+    band_scale: str = "auto"
+    # Stored values that become black and white: a [low,high] for each channel, or one for all. null: as band_scale
+    # says; the run's config.yaml has what that came to.
+    band_range: list[list[float]] | None = None
 
 
 @dataclass
@@ -209,3 +223,24 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
+
+    def rgb_channels(self) -> list[int] | None:
+        """Which channels are red, green and blue, as the kernels take it; []: none; None: three of three, else none.
+
+        Raises:
+            ValueError: views.rgb_bands names a band that is no channel.
+        """
+        if self.views.rgb_bands is None:
+            return None
+        bands = self.data.bands or list(range(1, self.model.in_chans + 1))
+        return [[band_key(band) for band in bands].index(band_key(band)) for band in self.views.rgb_bands]
+
+    def has_colors(self) -> bool:
+        """Whether three channels are red, green and blue."""
+        rgb = self.rgb_channels()
+        return self.model.in_chans == 3 if rgb is None else bool(rgb)
+
+
+def band_key(band: int | str) -> int | str:
+    """What makes two names of a band the same: case and surrounding space do not count."""
+    return band.strip().casefold() if isinstance(band, str) else band

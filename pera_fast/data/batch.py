@@ -21,7 +21,9 @@ class ColorParams:
 class CropGroup:
     """All global or all local crops of a batch; a pair's student and teacher view share one crop."""
 
-    pixels: Tensor  # uint8 [num_crops * B, H, W, C], crop-major: all images' crop 0, then all images' crop 1, ...
+    pixels: (
+        Tensor  # uint8 or uint16 [num_crops * B, H, W, C], crop-major: all images' crop 0, then all images' crop 1, ...
+    )
     student: ColorParams
     teacher: ColorParams
 

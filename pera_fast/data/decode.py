@@ -1,24 +1,30 @@
 """What DALI cannot decode, decoded by Pillow or rasterio to uint8, and read from a header without decoding.
 
-Scaling to 8 bit (`to_uint8`): uint8 as it is; bool x 255; uint16 / 257; any other type: values that lie in [0, 1] if it
-is a float type x 255, else min to max of the file's finite values becomes 0 to 255. What is not finite becomes 0.
-Alpha is dropped. A gray image asked for as colour is repeated; a colour image asked for as gray is weighted by ITU-R
-601. The result reaches the same pipeline as an in-memory PPM or PGM file, or as a raw array.
+Two ways. `decode`: 1 or 3 channels of 8 bits by type (`scaling.by_type`), which enter the same pipeline as DALI's
+files, as an in-memory PPM or PGM. `read`: any bands as they are stored, with the pixels that the file declares to be no
+data; they are scaled and enter the pipeline as arrays. Alpha is dropped where there are 1 or 3 channels to make. A gray
+image asked for as colour is repeated; a colour image asked for as gray is weighted by ITU-R 601.
 """
 
 import functools
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from pera_fast.data.scaling import Raster, Scaling, by_type
+
+Bands = tuple[int | str, ...]  # data.bands; empty: all
 _RASTERIO_FORMATS = ("tiff",)  # in the other formats, JPEG 2000 too, GDAL takes a damaged file for a good one
 _PIL_TYPES = {"1": (1, "bool"), "I": (1, "int32"), "F": (1, "float32"), "I;16": (1, "uint16")}
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _ORIENTATION = 0x0112
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
+_PNG = b"\x89PNG\r\n\x1a\n"
+_ALL_VALID = "all_valid"
 
 
 @dataclass
@@ -37,9 +43,9 @@ def allow_pixels(max_pixels: int) -> None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
 
 
-def can_decode(decoder: str, kind: str | None) -> bool:
-    """Whether a decoder is for files of this format (`formats.sniff`) at all."""
-    return decoder != "rasterio" or kind in _RASTERIO_FORMATS
+def can_decode(decoder: str, kind: str | None, raw: bool = False) -> bool:
+    """Whether a decoder is for files of this format (`formats.sniff`) at all. raw: for `read`."""
+    return decoder != "rasterio" or kind in _RASTERIO_FORMATS or (raw and kind == "png")
 
 
 def read_header(
@@ -80,6 +86,8 @@ def _pillow_header(data: bytes | memoryview) -> Header:
     with Image.open(io.BytesIO(data)) as image:
         width, height = image.size
         channels, dtype = _PIL_TYPES.get(image.mode[:4]) or (len(image.getbands()), "uint8")
+        if _is_deep_png(data):
+            dtype = "uint16"
         if image.getexif().get(_ORIENTATION) in _TURNED:
             width, height = height, width
     return Header(width, height, channels, dtype)
@@ -105,24 +113,21 @@ def _rasterio():  # the module, imported late: it loads GDAL
 
 
 def decode(data: bytes | memoryview, decoder: str, channels: int) -> np.ndarray:
-    """The image as uint8 [H, W, channels], upright.
+    """An image as uint8 [H, W, channels], upright, scaled by type.
 
     Args:
         data: the file's bytes.
         decoder: "pillow" or "rasterio".
-        channels: 3 or 1 convert; another number must be what the file has.
+        channels: 3 or 1 convert, as DALI does; another number must be what the file has.
 
     Raises:
         Exception: whatever the library raises; ValueError if the file has another number of bands.
     """
-    native = channels not in (1, 3)
-    image = (_decode_rasterio if decoder == "rasterio" else _decode_pillow)(data, native)
-    if native:
-        if image.shape[2] != channels:
-            raise ValueError(f"has {image.shape[2]} band(s), model.in_chans is {channels}")
-        return to_uint8(image)
+    if channels not in (1, 3):
+        return Scaling()(read(data, decoder, channels))
+    image = np.moveaxis(_stored(data, decoder, (), convert=True).bands, 0, -1)
     bands = image.shape[2]
-    image = to_uint8(image if bands in (1, 3) else image[..., : 3 if bands > 3 else 1])
+    image = by_type(image if bands in (1, 3) else image[..., : 3 if bands > 3 else 1])
     if image.shape[2] == channels:
         return image
     if channels == 3:
@@ -130,53 +135,112 @@ def decode(data: bytes | memoryview, decoder: str, channels: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).convert("L"))[..., None]
 
 
-def _decode_pillow(data: bytes | memoryview, native: bool) -> np.ndarray:
+def read(data: bytes | memoryview, decoder: str, channels: int, bands: Bands = ()) -> Raster:
+    """An image's values as they are stored, upright.
+
+    Args:
+        data: the file's bytes.
+        decoder: "pillow" or "rasterio".
+        channels: wanted. Without `bands` 3 and 1 convert as `decode` does; another number must be what the file has.
+        bands: which ones, as data.bands has them; empty: all.
+
+    Raises:
+        Exception: whatever the library raises; ValueError if the file has not these bands.
+    """
+    convert = channels in (1, 3) and not bands
+    _check_png(data, decoder)
+    raster = _stored(data, decoder, bands, convert)
+    if np.iscomplexobj(raster.bands):
+        raise ValueError("complex values")
+    stored = len(raster.bands)
+    if not convert:
+        if stored != channels:
+            raise ValueError(f"has {stored} band(s), model.in_chans is {channels}: data.bands chooses among them")
+        return raster
+    if stored not in (1, 3):
+        stored = 3 if stored > 3 else 1
+        raster = raster.pick(list(range(stored)))
+    if stored == channels:
+        return raster
+    if channels == 3:
+        return raster.pick([0, 0, 0])
+    gray = np.tensordot(_LUMA, raster.bands.astype(np.float64), axes=1)[None]
+    integer = raster.bands.dtype.kind in "iu"
+    valid = None if raster.valid is None else raster.valid.all(0, keepdims=True)
+    return Raster((np.rint(gray) if integer else gray).astype(raster.bands.dtype), valid)
+
+
+def _check_png(data: bytes | memoryview, decoder: str) -> None:
+    """PNG with several channels of 16 bits: Pillow would keep 8 of them, and GDAL takes a damaged file for a good one.
+
+    So GDAL decodes these and nothing else in PNG, after Pillow has read them to their end.
+    """
+    is_png = bytes(data[:8]) == _PNG
+    deep = _is_deep_png(data)
+    if decoder == "pillow" and deep:
+        raise ValueError("16 bits in several channels")
+    if decoder == "rasterio" and is_png:
+        if not deep:
+            raise ValueError("left to Pillow")
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+
+
+def _is_deep_png(data: bytes | memoryview) -> bool:
+    """Whether it is a PNG of 16 bits with more than gray."""
+    return bytes(data[:8]) == _PNG and len(data) > 25 and data[24] == 16 and data[25] in (2, 4, 6)
+
+
+def _stored(data: bytes | memoryview, decoder: str, bands: Bands, convert: bool) -> Raster:
+    """What the library reads. convert: palettes, inks and what else is no plain band become RGB or gray."""
+    return _read_rasterio(data, bands, convert) if decoder == "rasterio" else _read_pillow(data, bands, convert)
+
+
+def _read_pillow(data: bytes | memoryview, bands: Bands, convert: bool) -> Raster:
     with Image.open(io.BytesIO(data)) as opened:
         image = ImageOps.exif_transpose(opened)
-        if image.mode in ("P", "PA", "1") or (image.mode in ("CMYK", "YCbCr", "LAB", "HSV") and not native):
+        if image.mode in ("P", "PA", "1") or (image.mode in ("CMYK", "YCbCr", "LAB", "HSV") and convert):
             image = image.convert("L" if image.mode == "1" else "RGB")
-        elif image.mode in ("LA", "La") and not native:
+        elif image.mode in ("LA", "La") and convert:
             image = image.getchannel(0)
-        elif image.mode in ("RGBA", "RGBa", "RGBX") and not native:
+        elif image.mode in ("RGBA", "RGBa", "RGBX") and convert:
             image = Image.merge("RGB", [image.getchannel(band) for band in range(3)])  # convert() may blend
         array = np.asarray(image)
-    return array[..., None] if array.ndim == 2 else array
+    raster = Raster(array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0))
+    return raster.pick([number - 1 for number in band_numbers(bands, len(raster.bands), ())]) if bands else raster
 
 
-def _decode_rasterio(data: bytes | memoryview, native: bool) -> np.ndarray:
+def _read_rasterio(data: bytes | memoryview, bands: Bands, convert: bool) -> Raster:
     with _open_raster(data) as raster:
-        bands = np.moveaxis(raster.read(), 0, -1)
+        numbers = band_numbers(bands, raster.count, raster.descriptions) if bands else list(raster.indexes)
+        values = raster.read(numbers)
         meaning = [interpretation.name for interpretation in raster.colorinterp]
-        if native:
-            return bands
-        if meaning == ["palette"]:
+        if convert and meaning == ["palette"]:
             table = raster.colormap(1)
             colors = np.array([table.get(index, (0, 0, 0))[:3] for index in range(max(table) + 1)], np.uint8)
-            return colors[bands[..., 0].clip(max=len(colors) - 1)]
-        if meaning[:4] == ["cyan", "magenta", "yellow", "black"]:
-            ink = to_uint8(bands[..., :4]).astype(np.uint16)
-            return ((255 - ink[..., :3]) * (255 - ink[..., 3:]) // 255).astype(np.uint8)
-        return bands
+            return Raster(np.moveaxis(colors[values[0].clip(max=len(colors) - 1)], -1, 0))
+        if convert and meaning[:4] == ["cyan", "magenta", "yellow", "black"]:
+            ink = by_type(values[:4]).astype(np.uint16)
+            return Raster(((255 - ink[:3]) * (255 - ink[3:]) // 255).astype(np.uint8))
+        flags = raster.mask_flag_enums
+        if all(_ALL_VALID in {flag.name for flag in flags[number - 1]} for number in numbers):
+            return Raster(values)
+        return Raster(values, raster.read_masks(numbers) != 0)
 
 
-def to_uint8(image: np.ndarray) -> np.ndarray:
-    """Any numeric type to uint8, by the rule at the top of this file."""
-    if image.dtype == np.uint8:
-        return np.ascontiguousarray(image)
-    if image.dtype == np.bool_:
-        return image.astype(np.uint8) * np.uint8(255)
-    if image.dtype.kind == "u" and image.dtype.itemsize == 2:  # of either byte order
-        return ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if np.iscomplexobj(image):
-        raise ValueError("complex values")
-    values = image.astype(np.float64)
-    finite = np.isfinite(values)
-    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
-    if np.issubdtype(image.dtype, np.floating) and low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
-    with np.errstate(invalid="ignore", over="ignore"):
-        scaled = (values - low) / (high - low) * 255 if high > low else np.zeros_like(values)
-    return np.rint(np.where(finite, scaled, 0).clip(0, 255)).astype(np.uint8)
+def band_numbers(bands: Bands, count: int, names: Sequence[str | None]) -> list[int]:
+    """Numbers from 1 of bands that are numbers or names already. Raises ValueError for what is not there."""
+    known = {name.strip().casefold(): number for number, name in reversed(list(enumerate(names, 1))) if name}
+    numbers = []
+    for band in bands:
+        number = band if isinstance(band, int) else known.get(band.strip().casefold())
+        if number is None:
+            has = f"its bands are {', '.join(name or '-' for name in names)}" if known else "its bands have no names"
+            raise ValueError(f"has no band {band}: {has}")
+        if number > count:
+            raise ValueError(f"has no band {number}: it has {count} band(s)")
+        numbers.append(number)
+    return numbers
 
 
 def as_pnm(image: np.ndarray) -> np.ndarray:

@@ -18,10 +18,12 @@ import pyarrow.compute
 
 from pera_fast.data.bars import Bars, bars
 from pera_fast.data.checks import Batch, Checks, batches
+from pera_fast.data.decode import Bands
 from pera_fast.data.journal import Journal
 from pera_fast.data.manifest import SCHEMA, Manifest, ManifestWriter, StoredManifest, not_writable
 from pera_fast.data.probe import ProbeSettings
 from pera_fast.data.scan import LISTED, Listing, scan
+from pera_fast.data.sensor import is_deep, measure, probe_settings
 from pera_fast.data.shards import list_shards
 from pera_fast.data.sorted_parts import SortedParts, Tables, side_by_side
 from pera_fast.errors import UserError
@@ -46,15 +48,42 @@ def load_index(path: str | os.PathLike[str]) -> Manifest:
 
 
 def open_or_build(root: str | os.PathLike[str], cfg: Any, *, progress: bool = True) -> Manifest:
-    """The manifest for a run: kept at cfg.data.index (or the default place), brought up to date with the folder."""
-    return build_index(
-        root,
-        out=cfg.data.index,
-        verify=cfg.data.verify,
-        progress=progress,
-        channels=cfg.model.in_chans,
-        max_pixels=cfg.data.max_pixels,
-    )
+    """The manifest for a run: kept at cfg.data.index (or the default place), brought up to date with the folder.
+
+    Puts what data.depth and data.band_range come to into `cfg` and the manifest, see `sensor`.
+    """
+
+    def build(settings: ProbeSettings) -> Manifest:
+        return build_index(
+            root,
+            out=cfg.data.index,
+            verify=cfg.data.verify,
+            progress=progress,
+            channels=settings.channels,
+            max_pixels=cfg.data.max_pixels,
+            bands=settings.bands,
+            scaled=settings.scaled,
+        )
+
+    settings = probe_settings(cfg)
+    if cfg.data.depth != "auto":
+        manifest = build(settings)
+    else:
+        if settings.encoded and _were_scaled(cfg.data.index or default_index_path(root)):
+            settings = replace(settings, scaled=True)  # it will come out so again
+        manifest = build(settings)
+        cfg.data.depth = "16" if is_deep(manifest) else "8"
+        if probe_settings(cfg).decoders != settings.decoders:
+            manifest = build(probe_settings(cfg))
+    measure(cfg, manifest, progress)
+    return manifest
+
+
+def _were_scaled(target: str | os.PathLike[str]) -> bool:
+    """Whether the images of the last index, if there is one, were to be scaled."""
+    with contextlib.suppress(UserError), StoredManifest(Path(target)) as stored:
+        return stored.settings.scaled
+    return False
 
 
 def build_index(
@@ -66,6 +95,8 @@ def build_index(
     progress: bool = True,
     channels: int = 3,
     max_pixels: int = 2**28,
+    bands: Bands = (),
+    scaled: bool = False,
     timeout: float = 60.0,
 ) -> Manifest:
     """Lists a folder, checks what is new or changed since the manifest was written, writes it.
@@ -81,6 +112,8 @@ def build_index(
         progress: show bars, if there is a terminal.
         channels: model.in_chans; decides what may decode and into what.
         max_pixels: larger images are refused.
+        bands: data.bands; a file without them is not readable.
+        scaled: values are scaled by us, not by DALI.
         timeout: seconds after which a decoder is taken to hang.
 
     Raises:
@@ -91,7 +124,7 @@ def build_index(
         raise UserError(f"data folder {root} does not exist")
     if not folder.is_dir():
         raise UserError(f"data {root} is not a folder")
-    settings = ProbeSettings(channels, max_pixels, verify)
+    settings = ProbeSettings(channels, max_pixels, verify, bands, scaled)
     target = Path(out) if out is not None else default_index_path(root)
     with _locked(target), bars(progress) as shown:
         manifest = _update(folder, target, settings, workers or _cores(), timeout, shown)

@@ -20,7 +20,7 @@ from pera_fast.errors import UserError
 
 pc: Any = pyarrow.compute  # made when it is imported: type checkers see none of its functions
 _METADATA = b"pera_fast"
-_VERSION = 2
+_VERSION = 3
 
 SCHEMA = pa.schema(
     [
@@ -68,6 +68,7 @@ class Manifest:
     dali: str = ""  # version that checked
     path: Path | None = field(default=None, compare=False)  # where it is kept
     summary: str = field(default="", compare=False)  # one line: what making it took
+    decided: dict[str, Any] = field(default_factory=dict, compare=False)  # depth and band_range of a run, see `sensor`
 
     @classmethod
     def from_results(
@@ -92,7 +93,7 @@ class Manifest:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the Parquet file as a whole or not at all. Raises UserError if it cannot be written."""
-        with ManifestWriter(path, self.root, self.settings, self.dali) as writer:
+        with ManifestWriter(path, self.root, self.settings, self.dali, self.decided) as writer:
             writer.write(self.table)
             writer.commit()
         self.path = writer.target
@@ -103,7 +104,7 @@ class Manifest:
         source = Path(path)
         with StoredManifest(source) as stored:
             table = stored.read()
-        return cls(stored.root, table, stored.settings, stored.dali, source)
+        return cls(stored.root, table, stored.settings, stored.dali, source, decided=stored.decided)
 
 
 class StoredManifest:
@@ -126,6 +127,7 @@ class StoredManifest:
                 raise ValueError(f"version {about['version']}")
             self.settings = ProbeSettings(**{item.name: about[item.name] for item in fields(ProbeSettings)})
             self.root, self.dali = Path(about["root"]), str(about["dali"])
+            self.decided: dict[str, Any] = about["decided"]
             if missing := set(SCHEMA.names) - set(schema.names):
                 raise ValueError(f"no column {', '.join(sorted(missing))}")
         except (KeyError, ValueError, TypeError) as error:
@@ -163,15 +165,23 @@ class ManifestWriter:
 
     Args:
         path: the Parquet file.
-        root, settings, dali: what the manifest says about itself.
+        root, settings, dali, decided: what the manifest says about itself.
 
     Raises:
         UserError: it cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], root: Path, settings: ProbeSettings, dali: str):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        root: Path,
+        settings: ProbeSettings,
+        dali: str,
+        decided: dict[str, Any] | None = None,
+    ):
         self.target = Path(path)
-        about = {"version": _VERSION, "root": os.fspath(root), "dali": dali, **asdict(settings)}
+        about = {"version": _VERSION, "root": os.fspath(root), "dali": dali, "decided": decided or {}}
+        about |= asdict(settings)
         schema = SCHEMA.with_metadata({_METADATA: json.dumps(about).encode()})
         self._held: list[pa.Table] = []
         try:

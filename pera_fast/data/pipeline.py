@@ -1,9 +1,10 @@
-"""The DALI pipeline: encoded bytes and crop windows in, uint8 crops out.
+"""The DALI pipeline: encoded bytes or arrays and crop windows in, integer crops out.
 
 Each crop is made once; student and teacher share it. Windows and flips come from `views.Windows.roi`. The resize is
-bilinear with antialias. On a CPU DALI decodes and `host_crops` resizes. On a GPU DALI does both; at the border of a
-window it reads the image's own pixels beyond it, as Pillow's `resize(box=...)` does and crop-then-resize does not;
-beyond the image's own border it repeats the last pixel. Both show in the outermost pixels of a crop only.
+bilinear with antialias. On a CPU DALI decodes and `host_crops` resizes. On a GPU, and where images come as arrays, DALI
+does both; at the border of a window it reads the image's own pixels beyond it, as Pillow's `resize(box=...)` does and
+crop-then-resize does not; beyond the image's own border it repeats the last pixel. Both show in the outermost pixels of
+a crop only.
 """
 
 from collections import deque
@@ -25,22 +26,34 @@ class CropPipeline:
 
     Args:
         views: cfg.views.
-        channels: of the images: 3 decodes to RGB, 1 to gray, any other number takes raw uint8 HWC arrays.
+        channels: of the images: 3 decodes to RGB, 1 to gray; any other number takes raw HWC arrays.
         batch_size: the most images of one batch.
         threads: decoding threads.
         device: where the crops are made and handed over.
         depth: batches under way at a time; with two, one is decoded while the other is resized and copied.
+        raw: bits of a value, 8 or 16, if the images come as arrays, uint8 or uint16 [H, W, C]; None: as encoded files
+            where that is possible.
     """
 
     def __init__(
-        self, views: Any, channels: int, batch_size: int, threads: int, device: torch.device, *, depth: int = 2
+        self,
+        views: Any,
+        channels: int,
+        batch_size: int,
+        threads: int,
+        device: torch.device,
+        *,
+        depth: int = 2,
+        raw: int | None = None,
     ):
         dali = require_dali()
         self.depth = depth
+        self._encoded = raw is None and channels in (1, 3)
+        self._dtype = torch.uint16 if raw == 16 else torch.uint8
         self.views, self.channels, self.device = views, channels, device
         self._sides = [views.global_size] * views.num_global + [views.local_size] * views.num_local
         on_gpu = device.type == "cuda"
-        self._host = None if on_gpu or channels not in (1, 3) else HostCropper(self._sides, threads)
+        self._host = None if on_gpu or not self._encoded else HostCropper(self._sides, threads)
         self._windows: deque[tuple[np.ndarray, np.ndarray]] = deque()  # of the batches under way, if the host crops
         self._pipe = dali.Pipeline(
             batch_size=batch_size,
@@ -57,7 +70,7 @@ class CropPipeline:
 
     def _crops(self, dali: Any, on_gpu: bool) -> list[Any]:
         fn, types = dali.fn, dali.types
-        if self.channels in (1, 3):
+        if self._encoded:
             output_type = types.RGB if self.channels == 3 else types.GRAY
             source = fn.external_source(name="images", device="cpu")
             images = fn.decoders.image(source, device="mixed" if on_gpu else "cpu", output_type=output_type)
@@ -82,7 +95,7 @@ class CropPipeline:
         """Starts a batch.
 
         Args:
-            images: B encoded files, uint8 [bytes] (raw mode: uint8 [H, W, C]).
+            images: B encoded files, uint8 [bytes] (raw: uint8 or uint16 [H, W, C]).
             start: float32 [crops, B, 2], corner of each window that becomes the crop's first pixel, (y, x).
             end: float32 [crops, B, 2], the opposite corner.
         """
@@ -99,7 +112,7 @@ class CropPipeline:
             self._pipe.schedule_run()  # the first call starts `depth` batches at once
 
     def collect(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(global, local) crops of the oldest batch: uint8 [crops * B, H, W, C], crop-major, owned by the caller."""
+        """(global, local) crops of the oldest batch: uint8 or uint16 [crops * B, H, W, C], crop-major, a copy."""
         batch = self._under_way.popleft()
         outputs = self._pipe.share_outputs()
         try:
@@ -124,7 +137,7 @@ class CropPipeline:
 
     def _gather(self, outputs: Sequence[Any], batch: int, side: int) -> torch.Tensor:
         # One copy: DALI's buffers are reused by the next batches, and a group is one tensor.
-        group = torch.empty((len(outputs) * batch, side, side, self.channels), dtype=torch.uint8, device=self.device)
+        group = torch.empty((len(outputs) * batch, side, side, self.channels), dtype=self._dtype, device=self.device)
         for crop, output in enumerate(outputs):
             group[crop * batch : (crop + 1) * batch].copy_(torch.from_dlpack(output.as_tensor()))
         if self.device.type == "cuda":

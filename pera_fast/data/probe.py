@@ -27,11 +27,21 @@ class ProbeSettings:
     channels: int = 3  # of the decoded image
     max_pixels: int = 2**28
     verify: bool = True  # decode, not only read the header
+    bands: decode.Bands = ()  # which bands of a file; empty: all
+    scaled: bool = False  # values are scaled by us and not by DALI, which keeps 8 bits
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bands", tuple(self.bands))  # a list where it comes from JSON
+
+    @property
+    def encoded(self) -> bool:
+        """Whether files enter the pipeline as they are; else as arrays: DALI has no other images than RGB and gray."""
+        return self.channels in (1, 3) and not self.bands and not self.scaled
 
     @property
     def decoders(self) -> tuple[str, ...]:
-        """What may decode, in this order. DALI has no images of other than 1 or 3 channels: they go in as arrays."""
-        return ("dali", "pillow", "rasterio") if self.channels in (1, 3) else ("rasterio", "pillow")
+        """What may decode, in this order."""
+        return ("dali", "pillow", "rasterio") if self.encoded else ("rasterio", "pillow")
 
 
 @dataclass
@@ -189,15 +199,18 @@ class Prober:
     @staticmethod
     def _try_library(files: list[_File], decoder: str, settings: ProbeSettings) -> None:
         for file in files:
-            if not decode.can_decode(decoder, file.kind):
+            if not decode.can_decode(decoder, file.kind, raw=not settings.encoded):
                 continue
             try:
-                image = decode.decode(file.data, decoder, settings.channels)
+                if settings.encoded:
+                    height, width = decode.decode(file.data, decoder, settings.channels).shape[:2]
+                else:
+                    height, width = decode.read(file.data, decoder, settings.channels, settings.bands).bands.shape[1:]
             except Exception as error:  # hostile bytes: any library may raise anything
                 told = "out of memory" if isinstance(error, MemoryError) else _one_line(error)
                 file.failures.append(f"{decoder.replace('pillow', 'Pillow')}: {told}")
             else:
-                file.accept(decoder, image.shape[0], image.shape[1], settings.max_pixels)
+                file.accept(decoder, height, width, settings.max_pixels)
 
 
 def _batches(files: list[_File]) -> list[list[_File]]:

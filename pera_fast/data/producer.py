@@ -18,7 +18,7 @@ from pera_fast.data.dali import error_reason
 from pera_fast.data.manifest import Manifest
 from pera_fast.data.order import SampleOrder
 from pera_fast.data.pipeline import CropPipeline
-from pera_fast.data.probe import ProbeSettings
+from pera_fast.data.sensor import probe_settings, scaling_of
 from pera_fast.data.skipped import SkippedFiles
 from pera_fast.data.source import Image, SampleSource
 from pera_fast.data.views import draw_colors, draw_windows
@@ -68,9 +68,11 @@ class Producer:
         self._threads = cfg.data.loader_threads
         self._order, self._device, self._transform = order, device, transform
         self._next_step = start_micro_step
-        settings = ProbeSettings(self._channels, cfg.data.max_pixels)
+        settings, scaling = probe_settings(cfg), scaling_of(cfg)
+        self._raw = None if settings.encoded else scaling.depth
+        self._has_colors = cfg.has_colors()
         sandboxes = min(self._threads, _MAX_SANDBOXES)
-        self._source = SampleSource(manifest, settings, self._seed, skipped, sandboxes)
+        self._source = SampleSource(manifest, settings, self._seed, skipped, sandboxes, scaling)
         self._readers = ThreadPoolExecutor(self._threads, thread_name_prefix="pera-read")
         self._reading: deque[_Pending] = deque()
         self._decoding: deque[_Pending] = deque()
@@ -113,7 +115,7 @@ class Producer:
 
     def _build(self, batch_size: int | None = None, depth: int = 2) -> CropPipeline:
         size = batch_size or self._order.batch_size
-        return CropPipeline(self._views, self._channels, size, self._threads, self._device, depth=depth)
+        return CropPipeline(self._views, self._channels, size, self._threads, self._device, depth=depth, raw=self._raw)
 
     def _make(self) -> Any:
         """The next batch. The one after it is started first, so that DALI works while this one is finished."""
@@ -193,7 +195,7 @@ class Producer:
     # Finishing
 
     def _finish(self, pending: _Pending, global_: torch.Tensor, local: torch.Tensor) -> Batch:
-        student, teacher = draw_colors(self._views, self._seed, pending.epoch, pending.samples, self._channels)
+        student, teacher = draw_colors(self._views, self._seed, pending.epoch, pending.samples, self._has_colors)
         split = self._views.num_global
 
         def group(pixels: torch.Tensor, crops: slice) -> CropGroup:

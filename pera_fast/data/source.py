@@ -1,10 +1,11 @@
 """From a sample's number to what the pipeline takes, whatever has become of its file since the index was made."""
 
 import errno
+import logging
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
 import numpy as np
@@ -13,12 +14,14 @@ from pera_fast.data import decode
 from pera_fast.data.manifest import Manifest
 from pera_fast.data.probe import ProbeResult, ProbeSettings, os_reason, read_file
 from pera_fast.data.sandbox import Sandbox
+from pera_fast.data.scaling import Raster, Scaling
 from pera_fast.data.shards import locate
 from pera_fast.data.skipped import SkippedFiles
 from pera_fast.data.tar import Member
 from pera_fast.errors import UserError
 from pera_fast.keyed import Purpose, generator
 
+_log = logging.getLogger("pera_fast")
 _READS = 3  # of a file that changes under our hands
 _DRAWS = 64  # substitutes drawn before the rest is walked in order
 _NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the process is at its limits
@@ -29,7 +32,7 @@ class Image:
     """A file's content, ready for the pipeline."""
 
     sample: int  # row that it came from
-    data: np.ndarray  # uint8 [bytes], encoded; or [H, W, C] where the pipeline takes raw arrays
+    data: np.ndarray  # uint8 [bytes], encoded; or uint8 or uint16 [H, W, C] where the pipeline takes arrays
     height: int  # decoded
     width: int
 
@@ -50,14 +53,22 @@ class SampleSource:
         seed: the run's seed.
         skipped: where unusable files are reported.
         sandboxes: the most processes that check files at a time.
+        scaling: how values become pixels where the pipeline takes arrays.
     """
 
     def __init__(
-        self, manifest: Manifest, settings: ProbeSettings, seed: int, skipped: SkippedFiles, sandboxes: int = 1
+        self,
+        manifest: Manifest,
+        settings: ProbeSettings,
+        seed: int,
+        skipped: SkippedFiles,
+        sandboxes: int = 1,
+        scaling: Scaling | None = None,
     ):
         self._root = os.fspath(manifest.root)
         self._files = manifest.readable
-        self._settings = ProbeSettings(settings.channels, settings.max_pixels, verify=True)
+        self._settings = replace(settings, verify=True)
+        self._scaling = scaling or Scaling()
         self._seed, self._skipped = seed, skipped
         self._checked: dict[int, ProbeResult] = {}  # newer than the index
         self._unusable: set[int] = set()
@@ -78,7 +89,7 @@ class SampleSource:
             if row in self._unusable:
                 continue
             try:
-                return self._load(row)
+                return self._image(row, *self._load(row))
             except _UnusableError as error:
                 self._reject(row, str(error))
         raise UserError(f"no readable image is left in {self._root}: all {len(self._files)} have become unreadable")
@@ -110,7 +121,8 @@ class SampleSource:
         files = self._files
         return locate(self._root, files.paths[row].as_py(), int(files.offset[row]), int(files.size[row]))
 
-    def _load(self, row: int) -> Image:
+    def _load(self, row: int) -> tuple[bytes, ProbeResult]:
+        """The file's bytes and what is known about them. Raises _UnusableError."""
         path = self._path(row)
         reason = "changes all the time"
         for _ in range(_READS):
@@ -134,7 +146,7 @@ class SampleSource:
                     raise _UnusableError(known.reason)
                 with self._lock:
                     self._checked[row] = known
-            return self._image(row, data, known)
+            return data, known
         raise _UnusableError(reason)
 
     def _known(self, row: int) -> ProbeResult:
@@ -156,13 +168,25 @@ class SampleSource:
     def _image(self, row: int, data: bytes, known: ProbeResult) -> Image:
         if known.decoder == "dali":
             return Image(row, np.frombuffer(data, np.uint8), known.height, known.width)
-        channels = self._settings.channels
+        settings = self._settings
         try:
-            pixels = decode.decode(data, known.decoder, channels)
+            if settings.encoded:
+                pixels = decode.decode(data, known.decoder, settings.channels)
+            else:
+                pixels = self._scaling(decode.read(data, known.decoder, settings.channels, settings.bands))
         except Exception as error:  # it decoded when it was checked; whatever it is now, it must not end the run
             raise _UnusableError(f"{known.decoder}: {error}") from error
         height, width = pixels.shape[:2]
-        return Image(row, decode.as_pnm(pixels) if channels in (1, 3) else pixels, height, width)
+        return Image(row, decode.as_pnm(pixels) if settings.encoded else pixels, height, width)
+
+    def raster(self, sample: int) -> Raster | None:
+        """The sample's values as they are stored; None if it cannot be used."""
+        try:
+            data, known = self._load(sample)
+            return decode.read(data, known.decoder, self._settings.channels, self._settings.bands)
+        except Exception as error:  # whoever measures takes another one
+            _log.debug("%s cannot be measured: %s", self._path(sample), error)
+            return None
 
     def _probe(self, path: str | Member, decoders: tuple[str, ...] | None = None) -> ProbeResult:
         sandbox = self._idle.get()

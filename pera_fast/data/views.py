@@ -92,7 +92,7 @@ def draw_windows(views: Any, seed: int, epoch: int, samples: np.ndarray, sizes: 
 
 
 def draw_colors(
-    views: Any, seed: int, epoch: int, samples: np.ndarray, channels: int = 3
+    views: Any, seed: int, epoch: int, samples: np.ndarray, has_colors: bool = True
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Colour operations of the student views and the teacher views.
 
@@ -101,8 +101,8 @@ def draw_colors(
         seed: the run's seed.
         epoch: epoch of the draw.
         samples: int64 [B], row ids.
-        channels: of the images. Saturation, hue and grayscale are defined for three; with another number they are
-            left out (op code -1) and the other draws stay what they are.
+        has_colors: whether the images have red, green and blue. Without, saturation, hue and grayscale are left out (op
+            code -1) and the other draws stay what they are.
 
     Returns:
         ((order, factors) of the student, (order, factors) of the teacher): int32 and float32 [crops, B, 4], as in
@@ -114,18 +114,18 @@ def draw_colors(
     changed = student[..., 0] < views.student_color
     gray = changed & (student[..., 1] < views.student_gray)
     return (
-        _color_ops(views, student, changed & ~gray, gray, channels),
-        _color_ops(views, teacher, teacher[..., 0] < views.teacher_color, np.zeros_like(gray), channels),
+        _color_ops(views, student, changed & ~gray, gray, has_colors),
+        _color_ops(views, teacher, teacher[..., 0] < views.teacher_color, np.zeros_like(gray), has_colors),
     )
 
 
 def _color_ops(
-    views: Any, u: np.ndarray, jitter: np.ndarray, gray: np.ndarray, channels: int
+    views: Any, u: np.ndarray, jitter: np.ndarray, gray: np.ndarray, has_colors: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     order = np.argsort(u[..., 2:6], axis=-1).astype(np.int32)  # ranks of uniforms: every order equally likely
     order[~jitter] = NOTHING
     order[gray, 0] = GRAYSCALE
-    if channels != 3:
+    if not has_colors:
         order[order >= 2] = NOTHING
     reach = np.array([views.brightness, views.contrast, views.saturation, views.hue])
     neutral = np.array(_NEUTRAL)

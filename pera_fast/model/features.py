@@ -23,8 +23,9 @@ def features(
 
     Args:
         backbone: in any mode; there is no dropout in it.
-        images: uint8 [N, H, W, C] (scaled to [0, 1] and normalised here), or float [N, C, H, W], normalised already.
-            H = W, a multiple of the patch size; positions are interpolated if it is not the training size.
+        images: uint8 or uint16 [N, H, W, C] of any number of channels (scaled to [0, 1] and normalised here), or float
+            [N, C, H, W], normalised already. H = W, a multiple of the patch size; positions are interpolated if it is
+            not the training size.
         mean, std: per channel, of values in [0, 1].
         dtype: of activations and matrix products.
         batch_size: images at a time.

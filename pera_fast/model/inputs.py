@@ -13,7 +13,7 @@ class GroupInputs:
     """All crops of one size, crop-major (all images' crop 0, then all images' crop 1, ...).
 
     Attributes:
-        crops: uint8 [N, H, W, C], or float [N, C, H, W] views that are coloured and normalised already.
+        crops: uint8 or uint16 [N, H, W, C], or float [N, C, H, W] views that are coloured and normalised already.
         student_index: int32 [N, n], ascending patch numbers that the student sees.
         predicted_index: int32 [N, n], patches between; used for global crops only.
         teacher_index: int32 [N, n], patches that the teacher sees.

@@ -55,6 +55,7 @@ class PerA(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg = cfg
+        self.rgb = cfg.rgb_channels()
         self.compute_dtype = PRECISIONS[cfg.train.precision]
         self.student = Branch(cfg)
         self.teacher = Branch(cfg)
@@ -162,9 +163,10 @@ class PerA(nn.Module):
         self, crops: Tensor, index: Tensor, order: Tensor | None, factors: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Coloured, normalised rows of the visible patches, and the mean gray that contrast blends with."""
-        gray = None if order is None or factors is None else contrast_mean(crops, order, factors)
+        gray = None if order is None or factors is None else contrast_mean(crops, order, factors, self.rgb)
         mean, std, patch = self.cfg.views.mean, self.cfg.views.std, self.cfg.model.patch_size
-        return visible_patches(crops, index, order, factors, gray, mean, std, patch, self.compute_dtype), gray
+        rows = visible_patches(crops, index, order, factors, gray, mean, std, patch, self.compute_dtype, self.rgb)
+        return rows, gray
 
     def _embed(self, backbone: VisionTransformer, rows: Tensor, index: Tensor, crops: Tensor) -> Tensor:
         height = crops.shape[2]  # [N, H, W, C] and [N, C, H, W] are square in H, W: dimension 2 is a side in both
@@ -188,7 +190,8 @@ class PerA(nn.Module):
         pred = self.pred_head(self.student.backbone.final_norm(tokens))
         colour = group.student_order, group.student_factors, gray
         mean, std = self.cfg.views.mean, self.cfg.views.std
-        return pixel_loss(pred, group.crops, group.predicted_index, *colour, mean, std, self.cfg.model.patch_size)
+        patch = self.cfg.model.patch_size
+        return pixel_loss(pred, group.crops, group.predicted_index, *colour, mean, std, patch, self.rgb)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compiles the transformer blocks of both networks, each as one graph, with the ops as its opaque parts.

@@ -12,10 +12,11 @@ from pera_fast.train.inputs import make_inputs
 def blank_batch(cfg: Config, batch_size: int) -> Batch:
     """A batch of black crops whose colour parameters change nothing, in the shapes of a configuration."""
     views = cfg.views
+    dtype = torch.uint16 if cfg.data.depth == "16" else torch.uint8
     groups = []
     for crops, size in ((views.num_global, views.global_size), (views.num_local, views.local_size)):
         n = crops * batch_size
-        pixels = torch.zeros(n, size, size, cfg.model.in_chans, dtype=torch.uint8)
+        pixels = torch.zeros(n, size, size, cfg.model.in_chans, dtype=dtype)
         colours = ColorParams(
             torch.full((n, 4), -1, dtype=torch.int32), torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(n, 1)
         )

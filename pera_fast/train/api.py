@@ -15,6 +15,7 @@ from pera_fast.config import Config
 from pera_fast.data.index import open_or_build
 from pera_fast.data.loader import Loader
 from pera_fast.data.manifest import Manifest
+from pera_fast.data.sensor import adopt, describe
 from pera_fast.data.shards import file_of
 from pera_fast.data.skipped import SkippedFiles
 from pera_fast.errors import UserError
@@ -177,8 +178,9 @@ def _open_data(data: Path, folder: RunFolder, start: Start, here: World) -> Mani
         manifest.save(folder.index)
         return manifest
 
-    manifest = here.on_main(open_on_main)
-    return _known_data(data, folder) if manifest is None else manifest
+    manifest = here.on_main(open_on_main) or _known_data(data, folder)
+    adopt(start.cfg, manifest)
+    return manifest
 
 
 def _known_data(data: Path, folder: RunFolder) -> Manifest:
@@ -221,6 +223,8 @@ def _announce(run: Run) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     log.info("recipe %s on %s (%s), %s", cfg.recipe, device, name, cfg.train.precision)
     log.info("%s; %d images, %d steps per epoch", run.plan, run.images, run.inputs.steps_per_epoch)
+    if told := describe(cfg):
+        log.info("%s", told)
     student, predicted, teacher = _tokens(cfg)["global"]
     text = f"{cfg.views.num_global} global crops: {student} student, {predicted} predicted, {teacher} teacher patches"
     if cfg.views.num_local:

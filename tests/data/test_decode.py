@@ -6,8 +6,9 @@ from data_support import encoded, raster, scene
 from PIL import Image
 
 from pera_fast.data.dali import DaliDecoder
-from pera_fast.data.decode import as_pnm, decode, read_header, to_uint8
+from pera_fast.data.decode import as_pnm, decode, read_header
 from pera_fast.data.formats import HEAD_BYTES, has_image_suffix, sniff
+from pera_fast.data.scaling import by_type
 
 
 @pytest.mark.parametrize(
@@ -28,14 +29,14 @@ from pera_fast.data.formats import HEAD_BYTES, has_image_suffix, sniff
     ],
 )
 def test_scaling_to_8_bit(values, dtype, expected):
-    found = to_uint8(np.array(values, dtype).reshape(1, -1, 1))
+    found = by_type(np.array(values, dtype).reshape(1, -1, 1))
     assert found.dtype == np.uint8
     assert found.reshape(-1).tolist() == expected
 
 
 def test_complex_values_are_refused():
     with pytest.raises(ValueError, match="complex"):
-        to_uint8(np.ones((1, 1, 1), np.complex64))
+        by_type(np.ones((1, 1, 1), np.complex64))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "L", "LA", "1"])
@@ -67,7 +68,7 @@ def test_rasterio_reads_what_pillow_reads(name):
 def test_other_band_counts_keep_all_bands_or_say_why_not():
     bands = np.random.default_rng(0).integers(0, 65536, (8, 20, 30), dtype=np.uint16)
     file = raster(bands)
-    np.testing.assert_array_equal(decode(file, "rasterio", 8), to_uint8(np.moveaxis(bands, 0, -1)))
+    np.testing.assert_array_equal(decode(file, "rasterio", 8), by_type(np.moveaxis(bands, 0, -1)))
     with pytest.raises(ValueError, match=r"has 8 band\(s\), model.in_chans is 4"):
         decode(file, "rasterio", 4)
     assert decode(file, "rasterio", 3).shape == (20, 30, 3)

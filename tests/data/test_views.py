@@ -193,9 +193,9 @@ def test_probabilities_and_ranges_come_from_the_configuration():
     assert never.vflip.all()
 
 
-def test_other_than_three_channels_get_no_op_that_needs_rgb():
+def test_images_without_colours_get_no_op_that_needs_them():
     (with_rgb, factors), _ = draw_colors(ViewsConfig(), SEED, EPOCH, np.arange(200))
-    (without, same), _ = draw_colors(ViewsConfig(), SEED, EPOCH, np.arange(200), channels=8)
+    (without, same), _ = draw_colors(ViewsConfig(), SEED, EPOCH, np.arange(200), has_colors=False)
     assert set(np.unique(without)) == {-1, 0, 1}
     np.testing.assert_array_equal(without, np.where(with_rgb >= 2, -1, with_rgb))
     np.testing.assert_array_equal(factors, same)

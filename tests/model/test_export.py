@@ -92,3 +92,17 @@ def _plain_mode(folder: Path) -> int:
 def test_wrong_prefix_is_named() -> None:
     with pytest.raises(KeyError, match="teacher"):
         timm_state_dict({"student.backbone.norm.bias": torch.ones(1)})
+
+
+def test_features_of_many_bands_of_16_bits() -> None:
+    """uint16 images give what the same values give as normalised floats."""
+    cfg = load_config("tiny", ["model.in_chans=6", "model.depth=1", "model.embed_dim=16", "model.num_heads=2"])
+    backbone = PerA(cfg).teacher.backbone
+    images = torch.randint(0, 65536, (2, 32, 32, 6), dtype=torch.uint16, generator=torch.Generator().manual_seed(0))
+    mean, std = cfg.views.mean, cfg.views.std
+    cls, patches = features(backbone, images, mean, std)
+    assert (cls.shape, patches.shape) == ((2, 16), (2, 16, 16))
+    floats = (images.permute(0, 3, 1, 2).to(torch.float32) / 65535 - 0.5) / 0.25
+    other_cls, other_patches = features(backbone, floats, mean, std)
+    torch.testing.assert_close(cls, other_cls, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(patches, other_patches, rtol=1e-4, atol=1e-5)

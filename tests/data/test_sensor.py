@@ -1,0 +1,346 @@
+"""Bands, bits and ranges: from files of any sensor to crops, and what a run decides about them."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_support import encoded, raster, shared_data, small_config, write_scenes
+from PIL import Image
+from rasterio.io import MemoryFile
+
+from pera_fast.data import index as index_module
+from pera_fast.data.decode import band_numbers, read, read_header
+from pera_fast.data.index import open_or_build
+from pera_fast.data.loader import Loader
+from pera_fast.data.manifest import Manifest
+from pera_fast.data.scaling import Raster, Scaling
+from pera_fast.data.sensor import adopt, describe, is_deep, probe_settings, scaling_of
+from pera_fast.data.skipped import SkippedFiles
+from pera_fast.errors import UserError
+from pera_kernels.visible_patches import visible_patches
+
+CPU = torch.device("cpu")
+NAMES = ("blue", "green", "red", "red edge", "nir", "swir")
+
+
+def geotiff(bands: np.ndarray, names=(), **profile) -> bytes:
+    """A TIFF of [C, H, W] with band descriptions."""
+    with MemoryFile() as memory:
+        count, height, width = bands.shape
+        with memory.open(driver="GTiff", count=count, height=height, width=width, dtype=bands.dtype, **profile) as out:
+            out.write(bands)
+            for number, name in enumerate(names, 1):
+                out.set_band_description(number, name)
+        return bytes(memory.read())
+
+
+def scene(key: int, bands: int = 6, side: int = 64) -> np.ndarray:
+    """12-bit bands of unlike ranges, uint16 [bands, side, side]."""
+    rng = np.random.default_rng(key)
+    y, x = np.mgrid[0:side, 0:side]
+    waves = [np.sin(x * rng.uniform(0.05, 0.2) + y * rng.uniform(0.05, 0.2)) for _ in range(bands)]
+    low, high = np.arange(bands)[:, None, None] * 100 + 100, np.arange(bands)[:, None, None] * 300 + 1000
+    return (low + (np.stack(waves) + 1) / 2 * (high - low)).astype(np.uint16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Eight 6-band files, every other one planar."""
+    root = tmp_path_factory.mktemp("bands")
+    for key in range(8):
+        interleave = "band" if key % 2 else "pixel"
+        (root / f"{key}.tif").write_bytes(geotiff(scene(key), NAMES, interleave=interleave))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+# Scaling
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("dtype", ["uint8", ">u2", "uint16", "int16", "int32", "float32", "float64"])
+def test_ranges_are_linear_and_clamped(dtype, depth):
+    values = np.array([0, 10, 20, 60, 110, 120], dtype).reshape(1, 1, -1)
+    largest = 2**depth - 1
+    found = Scaling(depth, ((10, 110),), keep_8_bit=False)(Raster(values))
+    assert found.dtype == (np.uint8 if depth == 8 else np.uint16)
+    np.testing.assert_allclose(found.ravel(), np.array([0, 0, 0.1, 0.5, 1, 1]) * largest, atol=0.51)
+
+
+def test_a_range_for_each_band_and_negative_values():
+    values = np.array([[[-25, -20, 0]], [[0, 2, 10]]], np.float32)
+    found = Scaling(16, ((-25, 0), (0, 10)))(Raster(values))
+    assert found.shape == (1, 3, 2)
+    np.testing.assert_array_equal(found[0], [[0, 0], [13107, 13107], [65535, 65535]])
+    np.testing.assert_array_equal(
+        Scaling(16, ((-25, 0),) * 2)(Raster(values.astype(np.int16)))[0, :, 0][[0, 2]], [0, 65535]
+    )
+
+
+def test_what_is_no_data_becomes_the_low_end():
+    values = np.array([[[np.nan, np.inf, -np.inf, -9999, 10]]], np.float32)
+    valid = np.asarray(values != -9999)
+    assert Scaling(16, ((-20000, 10),))(Raster(values, valid)).ravel().tolist() == [0, 0, 0, 0, 65535]
+
+
+def test_8_bit_files_keep_their_range_unless_told_otherwise():
+    bytes_ = np.array([[[0, 7, 255]]], np.uint8)
+    assert Scaling(16, ((100, 2000),))(Raster(bytes_)).ravel().tolist() == [0, 7 * 257, 65535]
+    assert Scaling(8, ((100, 2000),))(Raster(bytes_)).ravel().tolist() == [0, 7, 255]
+    assert Scaling(16, ((0, 510),), keep_8_bit=False)(Raster(bytes_)).ravel().tolist() == [0, 900, 32768]
+
+
+# Files
+
+
+def test_planar_and_interleaved_files_are_the_same_to_the_bit():
+    bands = scene(3)
+    planar, interleaved = (geotiff(bands, interleave=way) for way in ("band", "pixel"))
+    assert planar != interleaved
+    for chosen in ((), (2, 5, 6)):
+        channels = len(chosen) or 6
+        one, other = (read(file, "rasterio", channels, chosen).bands for file in (planar, interleaved))
+        assert one.dtype == np.uint16
+        np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(one, bands[[number - 1 for number in chosen]] if chosen else bands)
+
+
+def test_bands_by_name_and_number():
+    bands = scene(4)
+    file = geotiff(bands, NAMES)
+    found = read(file, "rasterio", 3, ("NIR", 1, " red edge ")).bands
+    np.testing.assert_array_equal(found, bands[[4, 0, 3]])
+    with pytest.raises(ValueError, match=r"has no band cirrus: its bands are blue, green, red, red edge, nir, swir"):
+        read(file, "rasterio", 1, ("cirrus",))
+    with pytest.raises(ValueError, match=r"has no band 7: it has 6 band\(s\)"):
+        read(file, "rasterio", 1, (7,))
+    with pytest.raises(ValueError, match="its bands have no names"):
+        read(geotiff(bands), "rasterio", 1, ("nir",))
+    assert band_numbers(("a", "b"), 3, ("a", "b", "a")) == [1, 2]
+    png = encoded(Image.fromarray(np.dstack([np.full((4, 4), value, np.uint8) for value in (1, 2, 3, 4)])), "PNG")
+    np.testing.assert_array_equal(read(png, "pillow", 2, (4, 2)).bands[:, 0, 0], [4, 2])
+
+
+def test_no_data_of_a_file_is_masked_band_by_band():
+    bands = scene(5, bands=4).astype(np.float32)
+    bands[0, :8] = -9999
+    bands[2, :, 5] = np.nan
+    found = read(geotiff(bands, nodata=-9999), "rasterio", 4)
+    assert found.valid is not None
+    assert not found.valid[0, :8].any()
+    assert found.valid[1].all()
+    pixels = Scaling(16, ((0, 4000),))(found)
+    assert (pixels[:8, :, 0] == 0).all()
+    assert (pixels[:, 5, 2] == 0).all()
+    assert (pixels[8:, :5] > 0).all()
+
+
+def test_gray_and_colour_of_deep_files():
+    deep = scene(6, bands=3)
+    gray = read(geotiff(deep), "rasterio", 1).bands
+    assert gray.dtype == np.uint16
+    np.testing.assert_allclose(gray[0], np.tensordot((0.299, 0.587, 0.114), deep.astype(float), axes=1), atol=0.51)
+    np.testing.assert_array_equal(read(geotiff(deep[:1]), "rasterio", 3).bands, deep[[0, 0, 0]])
+    np.testing.assert_array_equal(read(geotiff(scene(6, bands=5)), "rasterio", 3).bands, scene(6, bands=5)[:3])
+
+
+def test_png_of_16_bits_keeps_them():
+    """Pillow would drop half of each value, and GDAL would not notice that the file ends early."""
+    pixels = scene(7, bands=3)
+    with MemoryFile() as memory:
+        with memory.open(driver="PNG", count=3, height=64, width=64, dtype="uint16") as out:
+            out.write(pixels)
+        file = bytes(memory.read())
+    header = read_header(file, "png", codec=False)
+    assert header is not None
+    assert header.dtype == "uint16"
+    np.testing.assert_array_equal(read(file, "rasterio", 3).bands, pixels)
+    with pytest.raises(ValueError, match="16 bits in several channels"):
+        read(file, "pillow", 3)
+    with pytest.raises((OSError, SyntaxError)):
+        read(file[: len(file) // 2], "rasterio", 3)
+    with pytest.raises(ValueError, match="left to Pillow"):
+        read(encoded(Image.new("RGB", (4, 4)), "PNG"), "rasterio", 3)
+
+
+# What a run decides
+
+
+def config(*overrides: str):
+    return small_config("data.bands=[1,2,3,4,5,6]", *overrides)
+
+
+def ranges(cfg) -> list[list[float]]:
+    assert cfg.data.band_range is not None
+    return cfg.data.band_range
+
+
+def test_most_files_decide_the_depth(tmp_path):
+    shallow, deep = np.zeros((3, 40, 40), np.uint8), scene(1, bands=3, side=40)
+    for number in range(3):
+        (tmp_path / f"{number}.tif").write_bytes(raster(deep))
+        (tmp_path / f"{number + 3}.tif").write_bytes(raster(shallow))
+    half = open_or_build(tmp_path, cfg := small_config())
+    assert cfg.data.depth == "8"
+    assert not is_deep(half)
+    assert half.readable.decoder.to_pylist().count("dali") > 0
+    (tmp_path / "7.tif").write_bytes(raster(deep))
+    most = open_or_build(tmp_path, cfg := small_config())
+    assert cfg.data.depth == "16"
+    assert is_deep(most)
+    assert set(most.readable.decoder.to_pylist()) == {"rasterio"}
+    assert "(7 known, 0 checked" in open_or_build(tmp_path, small_config()).summary  # not checked in turns
+    open_or_build(tmp_path, cfg := small_config("data.depth=8"))
+    assert (cfg.data.depth, cfg.data.band_range) == ("8", None)
+
+
+def test_ranges_are_percentiles_of_the_files(folder):
+    manifest = open_or_build(folder, cfg := config("data.band_scale=percentile:2,98"))
+    values = np.stack([scene(key) for key in range(8)], 1).reshape(6, -1)
+    expected = np.percentile(values, [2, 98], axis=1).T
+    np.testing.assert_allclose(ranges(cfg), expected, rtol=0.01)
+    assert cfg.data.depth == "16"
+    assert manifest.decided == {"depth": "16", "band_range": cfg.data.band_range}
+    open_or_build(folder, again := config("data.band_scale=percentile:2,98"))
+    assert again.data.band_range == cfg.data.band_range
+    open_or_build(folder, auto := config())
+    np.testing.assert_allclose(ranges(auto), np.percentile(values, [0.5, 99.5], axis=1).T, rtol=0.01)
+
+
+def test_no_data_is_not_measured(tmp_path):
+    bands = scene(1, bands=2).astype(np.float32)
+    bands[0, :40] = -9999
+    bands[1, 3, 3] = np.nan
+    (tmp_path / "a.tif").write_bytes(geotiff(bands, nodata=-9999))
+    open_or_build(tmp_path, cfg := small_config("model.in_chans=2"))
+    assert ranges(cfg)[0][0] > 90
+    assert np.isfinite(ranges(cfg)).all()
+    (tmp_path / "a.tif").write_bytes(geotiff(np.full_like(bands, -9999), nodata=-9999))
+    with pytest.raises(UserError, match=r"channel 1 has no value in the 1 file\(s\) that were measured"):
+        open_or_build(tmp_path, small_config("model.in_chans=2"))
+
+
+def test_given_and_divided_ranges_are_not_measured(folder, monkeypatch):
+    monkeypatch.setattr(index_module, "measure", measure := index_module.measure)
+    monkeypatch.setattr("pera_fast.data.sensor.sample_bands", None)
+    open_or_build(folder, cfg := config("data.band_range=[[0,4095]]"))
+    assert measure
+    assert scaling_of(cfg) == Scaling(16, ((0, 4095),), keep_8_bit=False)
+    open_or_build(folder, cfg := config("data.band_scale=divide:10000"))
+    assert scaling_of(cfg) == Scaling(16, ((0, 10000),), keep_8_bit=False)
+
+
+def test_what_was_decided_is_kept_with_the_index(folder, tmp_path):
+    manifest = open_or_build(folder, cfg := config())
+    manifest.save(tmp_path / "index.parquet")
+    adopt(fresh := config(), Manifest.load(tmp_path / "index.parquet"))
+    assert (fresh.data.depth, fresh.data.band_range) == (cfg.data.depth, cfg.data.band_range)
+    assert describe(cfg).startswith("6 band(s) at 16 bits; auto scale [")
+    own = config("data.band_range=[[0,9]]", "data.depth=8")
+    adopt(own, manifest)
+    assert (own.data.depth, own.data.band_range) == ("8", [[0, 9]])
+
+
+def test_8_bit_images_stay_with_dali(tmp_path):
+    write_scenes(tmp_path, 4)
+    manifest = open_or_build(tmp_path, cfg := small_config())
+    assert (cfg.data.depth, cfg.data.band_range) == ("8", None)
+    assert probe_settings(cfg).encoded
+    assert set(manifest.readable.decoder.to_pylist()) == {"dali"}
+    assert describe(cfg) == ""
+
+
+def test_files_without_the_bands_are_listed(folder, tmp_path):
+    for number, count in enumerate((6, 6, 4)):
+        (tmp_path / f"{number}.tif").write_bytes(geotiff(scene(number, bands=count), NAMES[:count]))
+    manifest = open_or_build(tmp_path, small_config("data.bands=[red,swir]"))
+    ((path, reason),) = manifest.unreadable()
+    assert path == "2.tif"
+    assert "rasterio: has no band swir: its bands are blue, green, red, red edge" in reason
+
+
+# To the network
+
+
+def batch_of(root: Path, tmp_path: Path, cfg, size: int = 4):
+    manifest = open_or_build(root, cfg)
+    with Loader(cfg, manifest, batch_size=size, device=CPU, skipped=SkippedFiles(tmp_path / "skipped.csv")) as loader:
+        return next(loader)
+
+
+def test_loader_gives_crops_of_16_bits(folder, tmp_path):
+    cfg = small_config("data.bands=[nir,red,green,blue]", "views.rgb_bands=[red,green,blue]", "views.student_color=1")
+    assert cfg.rgb_channels() == [1, 2, 3]
+    batch = batch_of(folder, tmp_path, cfg)
+    assert batch.global_.pixels.shape == (8, 48, 48, 4)
+    assert batch.global_.pixels.dtype == batch.local.pixels.dtype == torch.uint16
+    spread = batch.global_.pixels.float().flatten(0, 2)
+    assert (spread.amax(0) > 60000).all()  # no band is dark
+    assert (spread.amin(0) < 6000).all()
+    assert 3 in batch.global_.student.order  # hue, as there are colours
+    plain = batch_of(folder, tmp_path, small_config("data.bands=[4,3,2,1]", "views.student_color=1"))
+    assert plain.global_.student.order.max() <= 1
+
+
+def test_8_bit_bands_stay_at_8_bits(tmp_path):
+    for key in range(4):
+        (tmp_path / f"{key}.tif").write_bytes(geotiff((scene(key, bands=5) // 16).astype(np.uint8)))
+    batch = batch_of(tmp_path, tmp_path, cfg := small_config("model.in_chans=5"))
+    assert batch.global_.pixels.dtype == torch.uint8
+    assert (cfg.data.depth, cfg.data.band_range) == ("8", None)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 6])
+def test_a_12_bit_gradient_survives_with_at_least_10_bits(tmp_path, channels):
+    """File to crop to normalised patch rows. 4096 levels in, cropped and resized; a straight line must come out."""
+    side = 256
+    y, x = np.mgrid[0:side, 0:side]
+    fine = np.round(x * 16 + y / 16).clip(0, 4095).astype(np.uint16)
+    assert len(np.unique(fine)) > 4000
+    (tmp_path / "gradient.tif").write_bytes(geotiff(np.repeat(fine[None], channels, 0)))
+    follow = [] if channels == 3 else [f"model.in_chans={channels}"]
+    cfg = small_config(
+        *follow, "data.band_range=[[0,4095]]", "views.global_size=256", "views.num_local=0", "views.num_global=1",
+        "views.global_scale=[0.6,0.9]", "views.aspect=[1,1]", "views.hflip=0", "views.vflip=0", "model.patch_size=16",
+    )  # fmt: skip
+    pixels = batch_of(tmp_path, tmp_path, cfg, size=1).global_.pixels
+    assert pixels.shape == (1, side, side, channels)
+    index = torch.arange(256, dtype=torch.int32)[None]
+    zeros, ones = [0.0] * channels, [1.0] * channels
+    rows = visible_patches(pixels, index, None, None, None, zeros, ones, 16, torch.float32)
+    image = rows.view(16, 16, channels, 16, 16).permute(2, 0, 3, 1, 4).reshape(channels, side, side).double().numpy()
+    for band in image:
+        inner = band[8:-8, 8:-8]
+        plane = np.stack([x[8:-8, 8:-8].ravel(), y[8:-8, 8:-8].ravel(), np.ones(inner.size)], 1)
+        fitted = plane @ np.linalg.lstsq(plane, inner.ravel(), rcond=None)[0]
+        rms = np.sqrt(np.mean((inner.ravel() - fitted) ** 2))
+        span = inner.max() - inner.min()
+        assert span > 0.7
+        bits = np.log2(1 / (rms * np.sqrt(12)))  # of a quantiser with this error over [0, 1]
+        assert bits >= 10
+        assert len(np.unique(inner)) >= 1024 * span
+
+
+def test_real_sensor_data(tmp_path):
+    """4-band WorldView-3 images of 11 bits, stored as float64: each band fills its range."""
+    bands = shared_data() / "bands"
+    for number in (1, 2, 3):
+        (tmp_path / f"{number}.tif").symlink_to(bands / f"solaris__ms{number}.tif")
+    batch = batch_of(tmp_path, tmp_path, cfg := small_config("model.in_chans=4"), size=3)
+    assert cfg.data.depth == "16"
+    assert all(100 < high < 2047 for _, high in ranges(cfg))
+    values = batch.global_.pixels.float().flatten(0, 2) / 65535
+    assert (values.mean(0) > 0.05).all()  # unscaled: 0.002
+    assert (values.amax(0) > 0.9).all()
+
+
+def test_nothing_is_warned_about(folder, caplog):
+    with caplog.at_level(logging.WARNING, logger="pera_fast"):
+        open_or_build(folder, config())
+    assert not caplog.records
