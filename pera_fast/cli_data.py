@@ -92,3 +92,35 @@ def dedupe(
     from pera_fast.data.dedupe import dedupe as run
 
     typer.echo(run(directory, bits=threshold, out=out, move_to=move, workers=workers))
+
+
+@data_app.command()
+def show(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings, such as train.seed=1.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The picture.")] = Path("sheet.png"),
+    sample: Annotated[list[int] | None, typer.Option(help="Number; may be repeated.", show_default="the first")] = None,
+    epoch: Annotated[int, typer.Option(help="Counted from 0.")] = 0,
+    count: Annotated[int, typer.Option(help="Samples, where none is named.")] = 6,
+    recipe: Annotated[str, typer.Option(help="Of the training that it is for.")] = "vit_b16",
+    run: Annotated[
+        Path | None, typer.Option(help="Show what this run sees.", show_default="the recipe's own settings")
+    ] = None,
+) -> None:
+    """Draw what the networks see: crops, both colourings, masks; exactly as training draws them."""
+    from pera_fast.demo.show import show as draw
+
+    typer.echo(
+        draw(
+            directory,
+            out,
+            samples=sample or (),
+            epoch=epoch,
+            count=count,
+            recipe=recipe,
+            run=run,
+            overrides=overrides or [],
+        )
+    )

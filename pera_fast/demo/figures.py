@@ -10,13 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pera_fast.demo.panels import HIDDEN, PREDICTED, STUDENT, TEACHER, colored_view, keep_only, unpatch
 from pera_fast.model.inputs import GroupInputs, StepInputs
 from pera_fast.model.pera import PerA
 from pera_fast.page import png
-from pera_kernels.visible_patches import contrast_mean, visible_patches
 
-STUDENT, TEACHER, PREDICTED = "#d1495b", "#2e6f95", "#edae49"
-HIDDEN = 0.94  # gray of what a network does not see
 LOSSES = {
     "loss": "total",
     "global_cls_loss": "distillation, global crops",
@@ -24,35 +22,6 @@ LOSSES = {
     "koleo_loss": "KoLeo",
     "pixel_loss": "pixel / 100",
 }
-
-
-def _view(group: GroupInputs, who: str, patch: int) -> np.ndarray:
-    """A network's coloured view of every crop, all patches shown: float [N, H, W, 3] in [0, 1]."""
-    order, factors = getattr(group, f"{who}_order"), getattr(group, f"{who}_factors")
-    n, size, _, channels = group.crops.shape
-    grid = size // patch
-    index = torch.arange(grid * grid, dtype=torch.int32).repeat(n, 1)
-    gray = contrast_mean(group.crops, order, factors)
-    plain = [0.0] * channels, [1.0] * channels
-    rows = visible_patches(group.crops, index, order, factors, gray, *plain, patch, torch.float32)
-    return _unpatch(rows.view(n, grid * grid, channels, patch, patch).permute(0, 1, 3, 4, 2), grid).numpy()
-
-
-def _unpatch(patches: Tensor, grid: int) -> Tensor:
-    """[N, L, p, p, C] -> [N, grid * p, grid * p, C]."""
-    n, _, p, _, channels = patches.shape
-    return patches.reshape(n, grid, grid, p, p, channels).transpose(2, 3).reshape(n, grid * p, grid * p, channels)
-
-
-def _keep_only(view: np.ndarray, index: np.ndarray, patch: int) -> np.ndarray:
-    """The view with everything but some patches grayed out."""
-    out = np.full_like(view, HIDDEN)
-    columns = view.shape[1] // patch
-    for number in index:
-        y, x = divmod(int(number), columns)
-        at = np.s_[y * patch : (y + 1) * patch, x * patch : (x + 1) * patch]
-        out[at] = view[at]
-    return out
 
 
 def _mark(axes: plt.Axes, index: np.ndarray, patch: int, grid: int, color: str, fill: bool = True) -> None:
@@ -79,12 +48,12 @@ def _predictions(model: PerA, inputs: StepInputs) -> np.ndarray:
     pixels = caught[0].float().view(n, -1, patch, patch, channels)
     pixels = pixels * torch.tensor(model.cfg.views.std) + torch.tensor(model.cfg.views.mean)
     shown = torch.full((n, grid * grid, patch, patch, channels), HIDDEN)
-    view = torch.from_numpy(_view(group, "student", patch))
-    whole = view.view(n, grid, patch, grid, patch, channels).transpose(2, 3).reshape_as(shown)
+    whole = torch.from_numpy(colored_view(group, "student", patch))
+    whole = whole.view(n, grid, patch, grid, patch, channels).transpose(2, 3).reshape_as(shown)
     rows = torch.arange(n)[:, None]
     shown[rows, group.student_index.long()] = whole[rows, group.student_index.long()]
     shown[rows, group.predicted_index.long()] = pixels
-    return _unpatch(shown, grid).clamp(0, 1).numpy()
+    return unpatch(shown, grid).clamp(0, 1).numpy()
 
 
 def pairs(model: PerA, inputs: StepInputs, images: int) -> bytes:
@@ -104,8 +73,8 @@ def pairs(model: PerA, inputs: StepInputs, images: int) -> bytes:
     figure, grid_axes = plt.subplots(images, len(titles), figsize=(1.75 * len(titles), 1.85 * images), squeeze=False)
     for axes, title in zip(grid_axes[0], titles, strict=True):
         axes.set_title(title, fontsize=9)
-    views = {who: _view(inputs.global_, who, patch) for who in ("student", "teacher")}
-    small = {who: _view(locals_, who, patch) for who in ("student", "teacher")} if locals_ else {}
+    views = {who: colored_view(inputs.global_, who, patch) for who in ("student", "teacher")}
+    small = {who: colored_view(locals_, who, patch) for who in ("student", "teacher")} if locals_ else {}
     for i, row in enumerate(grid_axes):
         _draw_global(row[:5], inputs.global_, views, predicted, i, patch)
         if locals_:
@@ -119,8 +88,8 @@ def pairs(model: PerA, inputs: StepInputs, images: int) -> bytes:
 
 def _draw_seen(row: Sequence[plt.Axes], group: GroupInputs, views: dict[str, np.ndarray], i: int, patch: int) -> None:
     row[0].imshow(group.crops[i].numpy())
-    row[1].imshow(_keep_only(views["student"][i], group.student_index[i].numpy(), patch))
-    row[2].imshow(_keep_only(views["teacher"][i], group.teacher_index[i].numpy(), patch))
+    row[1].imshow(keep_only(views["student"][i], group.student_index[i].numpy(), patch))
+    row[2].imshow(keep_only(views["teacher"][i], group.teacher_index[i].numpy(), patch))
 
 
 def _draw_global(
