@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from data_sides import ours, pillow
 from PIL import Image
 
+from data_sides import ours, pillow
 from pera_fast.config import load_config
 from pera_fast.data.pack import pack
 

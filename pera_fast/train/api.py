@@ -27,7 +27,7 @@ from pera_fast.train.host_memory import reuse_freed_memory
 from pera_fast.train.inputs import make_inputs
 from pera_fast.train.loop import Run, fit
 from pera_fast.train.optim import DTYPES, make_optimizer, make_scaler
-from pera_fast.train.run_folder import RunFolder, Start, check_resumed_batch, start_new, start_resumed
+from pera_fast.train.run_folder import RunFolder, Start, check_resumed_batch, resumed_position, start_new, start_resumed
 from pera_fast.train.schedules import make_schedules
 from pera_fast.train.signals import StopRequest, exit_on_termination
 
@@ -96,19 +96,24 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
     cfg = start.cfg
     plan = cfg.train.resolve_batch(here.size)
     if start.checkpoint:
-        check_resumed_batch(start.checkpoint, plan.total)
+        check_resumed_batch(start.checkpoint, plan.total, here.size)
     manifest = _open_data(data, folder, start, here)
+    position = 0
+    if start.checkpoint:
+        position, note = resumed_position(start.checkpoint, plan.total, here.size, len(manifest.readable))
+        start.notes += [note] if note else []
     for note in start.notes:
         log.info("%s", note)
     with StopRequest() as stop:  # from here on a signal waits for the next step's end
         loader = Loader(
             cfg, manifest,
             batch_size=plan.per_device, accumulate=plan.accumulate, rank=here.rank, world_size=here.size,
-            device=here.device, skipped=SkippedFiles(folder.skipped), start_micro_step=start.step * plan.accumulate,
+            device=here.device, skipped=SkippedFiles(folder.skipped), start_micro_step=position * plan.accumulate,
             transform=lambda batch: make_inputs(batch, cfg, here.rank),
         )  # fmt: skip
         try:
             run = _build(folder, start, here, manifest, loader)
+            run.position = position
             if here.main:
                 folder.write_config(cfg)
                 folder.cut_metrics(run.step)
@@ -231,4 +236,4 @@ def _announce(run: Run) -> None:
         student, _, teacher = _tokens(cfg)["local"]
         text += f"; {cfg.views.num_local} local crops: {student} student, {teacher} teacher patches"
     log.info("%s", text)
-    log.info("steps %d to %d", run.step, run.schedules.steps)
+    log.info("steps %d to %d", run.step, run.step + run.schedules.steps - run.place)

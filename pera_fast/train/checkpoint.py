@@ -31,6 +31,8 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "model": Mapping,  # state dict: student, teacher, heads, mask token, center
     "optimizer": Mapping,
     "scaler": Mapping,  # empty unless fp16
+    # Since later, so not asked for: "position" (int, place in the data in steps; equals step unless the total batch
+    # changed) and "devices" (int).
 }
 _NAME = re.compile(r"step_(\d{8,})\.pt")
 

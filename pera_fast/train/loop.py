@@ -48,7 +48,13 @@ class Run:
     data: str  # digest of the data
     export: Callable[[Any, Any], Any]  # (model, path): writes the teacher
     step: int = 0  # optimiser steps done
+    position: int = 0  # place in the data, in steps of this total batch from epoch 0; differs if the batch once changed
     nonfinite: dict[str, int] = field(default_factory=lambda: {"total": 0, "row": 0})
+
+    @property
+    def place(self) -> int:
+        """In the schedules: they follow the data where the length is given in epochs, else the steps."""
+        return self.position if self.cfg.train.steps is None else self.step
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds (checkpoint.FIELDS)."""
@@ -58,6 +64,8 @@ class Run:
             "recipe": self.cfg.recipe,
             "config": to_yaml(self.cfg),
             "total_batch": self.plan.total,
+            "position": self.position,
+            "devices": self.world.size,
             "images": self.images,
             "data": self.data,
             "nonfinite": dict(self.nonfinite),
@@ -77,6 +85,7 @@ class Run:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{source}: does not fit this version's {self.cfg.recipe} model: {reason}") from None
         self.step, self.nonfinite = state["step"], dict(state["nonfinite"])
+        self.position = state.get("position", self.step)
 
 
 def fit(run: Run, stop: StopRequest) -> tuple[int, dict[str, Any]]:
@@ -92,16 +101,16 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, dict[str, Any]]:
     metrics: dict[str, Any] = {}
     writer = MetricsWriter(run.folder.metrics if world.main else None, run.step)
     try:
-        with Progress(run.schedules.steps, run.step, world.main) as progress:
-            while run.step < run.schedules.steps:
+        with Progress(run.schedules.steps, run.place, world.main) as progress:
+            while run.place < run.schedules.steps:
                 metrics, result = _one_step(run, stop)
                 writer.write(metrics)
-                progress.update(run.step, metrics)
+                progress.update(run.place, metrics)
                 _note_nonfinite(run, result)
                 stopped = 143 if result.stop[1] else 130 if result.stop[0] else 0
                 if world.size == 1:
                     stopped = stop.exit_code  # also if it came after the step had asked
-                last = run.step == run.schedules.steps
+                last = run.place == run.schedules.steps
                 if stopped or last or run.step % cfg.train.checkpoint_every == 0:
                     saved = _save(run)
                     if last and not saved:
@@ -127,18 +136,19 @@ def _one_step(run: Run, stop: StopRequest) -> tuple[dict[str, Any], StepResult]:
             waited += run.inputs.wait_seconds
             yield batch
 
-    values = run.schedules.at(run.step)
+    values = run.schedules.at(run.place)
     result = train_step(
         run.model, run.pera, run.optimizer, run.scaler, inputs(), run.plan.accumulate, values, run.cfg.optim.clip,
         run.world, stop.asked,
     )  # fmt: skip
     seconds = time.perf_counter() - began
     run.step += 1
+    run.position += 1
     rate = run.plan.total / seconds
     peak = device_peak(run.world.device, run.cfg.train.precision)
     metrics: dict[str, Any] = {
         "step": run.step,
-        "epoch": (run.step - 1) // run.inputs.steps_per_epoch,
+        "epoch": (run.position - 1) // run.inputs.steps_per_epoch,
         **result.losses,
         "lr": values.lr,
         "wd": values.weight_decay,

@@ -188,10 +188,28 @@ def _list(changed: dict[str, tuple[Any, Any]]) -> str:
     return ", ".join(words[:8]) + (f" and {len(words) - 8} more" if len(words) > 8 else "")
 
 
-def check_resumed_batch(state: dict[str, Any], total: int) -> None:
-    """Raises UserError if a step would take other images than the checkpoint's did."""
-    if state["total_batch"] != total:
+def check_resumed_batch(state: dict[str, Any], total: int, devices: int) -> None:
+    """Raises UserError if a step would take other images than the checkpoint's did, on as many devices as then."""
+    before = state.get("devices", devices)  # checkpoints did not always say
+    if state["total_batch"] != total and before == devices:
         raise UserError(
             f"the checkpoint's steps take {state['total_batch']} images in total, these would take {total};"
             f" give train.total_batch_size={state['total_batch']}, or as many processes as before"
         )
+
+
+def resumed_position(state: dict[str, Any], total: int, devices: int, images: int) -> tuple[int, str]:
+    """Where in the data a run goes on, in steps of `total` images from its start, and what to say about it.
+
+    With the total batch of the checkpoint that is where it stopped, to the image, on any number of devices. With
+    another one (another number of devices, `train.batch_size` as it was) steps do not meet: the epoch begins again.
+    """
+    position, before = state.get("position", state["step"]), state.get("devices", devices)
+    if state["total_batch"] == total:
+        same = f"{devices} device(s) instead of {before}, the same total batch: the epoch goes on with the same images"
+        return position, "" if before == devices else same
+    epoch = position // max(1, state["images"] // state["total_batch"])
+    return epoch * (images // total), (
+        f"{devices} device(s) instead of {before}: a step takes {total} images instead of {state['total_batch']}; epoch"
+        f" {epoch} restarts from its beginning (train.total_batch_size={state['total_batch']} would go on within it)"
+    )

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from train_support import SMALL, environment
 
+from pera_fast.data.pack import PackSettings, pack
 from pera_fast.errors import UserError
 from pera_fast.train import api
 from pera_fast.train.checkpoint import checkpoint_path, find_checkpoints, load_checkpoint
@@ -181,6 +182,45 @@ def test_files_that_came_and_went_do_not_shift_the_others(whole: Path, images: P
     moved = data.rename(tmp_path / "moved")
     api.pretrain(moved, out, "tiny", resume=True)
     assert rows(out) == rows(whole)
+
+
+def test_shards_are_trained_on_and_resumed_as_the_folder_is(whole: Path, images: Path, tmp_path: Path):
+    """Stopped in the middle of an epoch: the same remaining sequence."""
+    out = tmp_path / "run"
+    pack(images, tmp_path / "shards", PackSettings(size_mib=0.03), progress=False)
+    assert len(list((tmp_path / "shards").glob("*.tar"))) > 2
+    api.pretrain(tmp_path / "shards", out, "tiny", overrides=[*KEYS, "train.steps=12", "train.checkpoint_every=5"])
+    assert rows(out) == rows(whole)
+    for step in (10, 12):
+        checkpoint_path(out / "checkpoints", step).unlink()
+    api.pretrain((tmp_path / "shards").rename(tmp_path / "moved"), out, "tiny", resume=True)
+    assert rows(out) == rows(whole)
+
+
+def test_on_another_number_of_devices_the_epoch_restarts_and_the_log_says_so(images: Path, tmp_path: Path):
+    """The checkpoint is made one of two devices with batch 2; one device goes on with it."""
+    out, length = (
+        tmp_path / "run",
+        ["train.steps=null", "train.epochs=3", "optim.warmup_epochs=1", "optim.teacher_temp_warmup_epochs=1"],
+    )
+    api.pretrain(images, out, "tiny", overrides=[*KEYS, *length, "train.checkpoint_every=5"])
+    path = checkpoint_path(out / "checkpoints", 5)  # of 9, 3 an epoch: within epoch 1
+    checkpoint_path(out / "checkpoints", 9).unlink()
+    state = load_checkpoint(path)
+    state["devices"], state["config"] = 2, state["config"].replace("batch_size: 4", "batch_size: 2")
+    torch.save(state, path)
+    result = api.pretrain(images, out, "tiny", resume=True)
+    log = (out / "train.log").read_text()
+    assert (
+        "1 device(s) instead of 2: a step takes 2 images instead of 4; epoch 1 restarts from its beginning"
+        " (train.total_batch_size=4 would go on within it)"
+    ) in log
+    assert (result.exit_code, result.steps) == (0, 5 + 2 * 7)  # two epochs of 7 steps
+    assert [row["epoch"] for row in rows(out)] == [0] * 3 + [1] * 2 + [1] * 7 + [2] * 7
+    assert [row["step"] for row in rows(out)] == list(range(1, 20))
+    rates = [row["lr"] for row in rows(out)]
+    assert rates[-1] == min(rates[5:]), "the schedule ends with the last epoch"
+    assert (load_checkpoint(checkpoint_path(out / "checkpoints", 19))["position"]) == 3 * 7
 
 
 def under_torchrun(images: Path, out: Path, *more: str) -> "subprocess.CompletedProcess[str]":

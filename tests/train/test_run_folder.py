@@ -10,7 +10,7 @@ from train_support import flip_middle, state
 from pera_fast.config import load_config, to_yaml
 from pera_fast.errors import UserError
 from pera_fast.train.checkpoint import checkpoint_path
-from pera_fast.train.run_folder import RunFolder, check_resumed_batch, start_new, start_resumed
+from pera_fast.train.run_folder import RunFolder, check_resumed_batch, resumed_position, start_new, start_resumed
 
 RECIPE = ["train.steps=8", "model.depth=2"]
 
@@ -129,9 +129,32 @@ def test_resume_from_a_damaged_checkpoint(held: RunFolder):
 def test_resume_with_another_total_batch(held: RunFolder):
     start = start_resumed(held, "tiny", [])
     assert start.checkpoint is not None
-    check_resumed_batch(start.checkpoint, 16)
+    check_resumed_batch(start.checkpoint, 16, 1)
     with pytest.raises(UserError, match=r"train\.total_batch_size=16"):
-        check_resumed_batch(start.checkpoint, 32)
+        check_resumed_batch(start.checkpoint, 32, 1)
+    start.checkpoint["devices"] = 1
+    with pytest.raises(UserError, match=r"train\.total_batch_size=16"):
+        check_resumed_batch(start.checkpoint, 32, 1)
+    check_resumed_batch(start.checkpoint, 32, 2)
+
+
+def test_position_on_as_many_devices_and_on_others():
+    """100 images, 4 a step: 25 steps an epoch; stopped in epoch 2."""
+    stopped = state(57, total_batch=4, images=100, devices=2)
+    assert resumed_position(stopped, 4, 2, 100) == (57, "")
+    position, note = resumed_position(stopped, 4, 4, 100)
+    assert position == 57
+    assert note == "4 device(s) instead of 2, the same total batch: the epoch goes on with the same images"
+    position, note = resumed_position(stopped, 8, 4, 100)
+    assert position == 2 * 12
+    assert note == (
+        "4 device(s) instead of 2: a step takes 8 images instead of 4; epoch 2 restarts from its beginning"
+        " (train.total_batch_size=4 would go on within it)"
+    )
+    again = state(58, total_batch=8, images=100, devices=4, position=25)  # one step later
+    assert resumed_position(again, 8, 4, 100) == (25, "")
+    assert resumed_position(again, 2, 1, 100)[0] == 2 * 50
+    assert resumed_position(state(57, total_batch=4, images=100), 4, 2, 100) == (57, ""), "written before it was kept"
 
 
 def test_two_processes_do_not_train_in_one_folder(held: RunFolder):
