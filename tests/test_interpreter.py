@@ -26,6 +26,7 @@ SELECTIONS = {
     "embed_tokens": [*PACKED, "embed_tokens and triton and not opcheck"],
     "mask_tokens": [*PACKED, "mask_tokens and triton and not opcheck"],
     "sequence_add": [*PACKED, "sequence_add and triton and not opcheck"],
+    "prototype_losses": ["tests/kernels/test_prototype_losses.py", "-k", "triton and not alone"],
     "sequence_norm": [*PACKED, "sequence_norm and triton and not opcheck"],
     "a whole training step": ["tests/test_official_parity.py", "-k", "every_backend and triton"],
 }

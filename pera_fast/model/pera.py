@@ -9,10 +9,11 @@ from torch.nn.init import normal_
 
 from pera_fast.config import Config
 from pera_fast.ranges import span
-from pera_kernels.distillation_loss import distillation_loss, prototype_logits_mean, sinkhorn_center
-from pera_kernels.koleo import koleo, koleo_rows
+from pera_kernels.distillation_loss import prototype_logits_mean, sinkhorn_center
+from pera_kernels.koleo import koleo_rows
 from pera_kernels.mask_tokens import mask_tokens
 from pera_kernels.pixel_loss import pixel_loss
+from pera_kernels.prototype_losses import prototype_losses
 from pera_kernels.visible_patches import contrast_mean, visible_patches
 
 from .heads import ClsHead, PixelHead
@@ -94,15 +95,18 @@ class PerA(nn.Module):
         if cfg.loss.centering == "sinkhorn":
             center = sinkhorn_center(_all_ranks(teacher_rows), prototypes.weight_v, prototypes.weight_g, teacher_temp)
         student = self.student.cls_head.last_layer
-        entropies = distillation_loss(
+        spread = cfg.loss.koleo_on if cfg.loss.koleo_weight else "nothing"
+        entropies, koleo_sum = prototype_losses(
             *(student_rows, student.weight_v, student.weight_g),
             *(teacher_rows, prototypes.weight_v, prototypes.weight_g),
             *(center, cfg.loss.student_temp, teacher_temp),
+            *((num_global, cfg.views.num_global) if spread == "logits" else (0, 1)),
         )
+        if spread == "bottleneck":
+            koleo_sum = koleo_rows(student_rows[:num_global], cfg.views.num_global)
         # The sum over pairs of batch means, over the number of pairs, is the mean over all rows.
         global_cls = entropies[:num_global].sum() / entropies.shape[0]
         local_cls = entropies[num_global:].sum() / entropies.shape[0]
-        koleo_sum = self._koleo(student_rows[:num_global])
         total = global_cls + local_cls + cfg.loss.koleo_weight * koleo_sum + cfg.loss.pixel_weight * pixel
         return {
             "loss": total,
@@ -112,15 +116,6 @@ class PerA(nn.Module):
             "pixel_loss": pixel.detach() / (100 * cfg.views.num_global),
             "teacher_mean": teacher_rows.float().mean(0),
         }
-
-    def _koleo(self, rows: Tensor) -> Tensor:
-        """Sum over the global crops of the KoLeo loss, 0 if it has no weight."""
-        if self.cfg.loss.koleo_weight == 0:
-            return rows.new_zeros((), dtype=torch.float32)
-        if self.cfg.loss.koleo_on == "bottleneck":
-            return koleo_rows(rows, self.cfg.views.num_global)
-        layer = self.student.cls_head.last_layer
-        return koleo(rows, layer.weight_v, layer.weight_g, self.cfg.views.num_global)
 
     @torch.no_grad()
     def teacher_rows(self, inputs: StepInputs) -> Tensor:

@@ -14,6 +14,7 @@ from .. import products
 from .weight_norm import (
     NATIVE,
     Chunk,
+    LowRank,
     accumulation_dtype,
     chunk_size,
     chunks,
@@ -157,10 +158,12 @@ def backward(
     need_rows: bool = True,
     need_prototypes: bool = True,
     native: bool = False,
+    other: LowRank | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of student rows, v and g for the loss's gradient ``grad`` [N]; recomputes both logits by chunk.
 
-    A gradient that is not needed has no elements; its product and its passes are left out.
+    A gradient that is not needed has no elements; its product and its passes are left out. ``other`` is a gradient of
+    the student's effective prototypes from elsewhere, which those of v and g are to hold as well.
     """
     n, k = student_rows.shape[0], student_v.shape[0]
     dtype = accumulation_dtype(student_rows.dtype)
@@ -175,6 +178,7 @@ def backward(
     if need_prototypes:
         grad_v = torch.empty(student_v.shape, dtype=student_v.dtype, device=student_v.device)
         grad_g = torch.empty(student_g.shape, dtype=student_g.dtype, device=student_g.device)
+    factors = student.rows if other is None else torch.cat([student.rows, other.rows])
     for (chunk, s), (teacher_chunk, t) in zip(student, teacher, strict=True):
         dz, along = differentiate(chunk, s, teacher_chunk, t)
         dz = dz.to(student.dtype)
@@ -183,8 +187,11 @@ def backward(
         elif need_rows:
             grad_rows.add_(torch.mm(dz, chunk.direction))
         if need_prototypes:
+            if other is not None:
+                other_dz, other_along = other.at(chunk, student_g[chunk.rows].detach())
+                dz, along = torch.cat([dz, other_dz]), along + other_along
             grad_g[chunk.rows, 0] = along.to(grad_g.dtype)
-            write_grad_v(grad_v[chunk.rows], dz, student.rows, student_v[chunk.rows].detach(), along, chunk)
+            write_grad_v(grad_v[chunk.rows], dz, factors, student_v[chunk.rows].detach(), along, chunk)
     return grad_rows.to(student_rows.dtype), grad_v, grad_g
 
 

@@ -15,7 +15,7 @@ backend.register("distillation_loss", "native", available=backend.needs_native(*
 backend.register("distillation_loss", "chunked")
 
 
-def _walk(student_rows: Tensor, student_v: Tensor, student_g: Tensor, teacher_v: Tensor, teacher_g: Tensor):
+def implementation(student_rows: Tensor, student_v: Tensor, student_g: Tensor, teacher_v: Tensor, teacher_g: Tensor):
     """forward and backward of the implementation that runs; where it does not take these dtypes, of the next one."""
     tensors = student_rows, student_v, student_g, teacher_v, teacher_g
     match backend.choose("distillation_loss", student_rows.device):
@@ -42,7 +42,7 @@ def _forward(
     student_temp: float,
     teacher_temp: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    forward, _ = _walk(student_rows, student_v, student_g, teacher_v, teacher_g)
+    forward, _ = implementation(student_rows, student_v, student_g, teacher_v, teacher_g)
     return forward(
         student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp
     )
@@ -73,7 +73,7 @@ def _backward(
     need_rows: bool,
     need_prototypes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _, backward = _walk(student_rows, student_v, student_g, teacher_v, teacher_g)
+    _, backward = implementation(student_rows, student_v, student_g, teacher_v, teacher_g)
     student, teacher = (student_rows, student_v, student_g), (teacher_rows, teacher_v, teacher_g)
     constants = center, student_lse, teacher_lse, inverse_norms, student_temp, teacher_temp
     return backward(grad, *student, *teacher, *constants, need_rows, need_prototypes)
@@ -158,14 +158,15 @@ def distillation_loss(
     Raises:
         TypeError, ValueError: an argument of another type or shape; the message names it.
     """
-    _check(student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp)
+    check(student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp)
     arguments = (student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center)
     if not torch.compiler.is_compiling() and backend.choose("distillation_loss", student_rows.device) == "reference":
         return reference.distillation_loss(*arguments, student_temp, teacher_temp)
     return _forward(*arguments, student_temp, teacher_temp)[0]
 
 
-def _check(student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp):
+def check(student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp):
+    """Raises TypeError or ValueError, naming the argument, unless they are what ``distillation_loss`` takes."""
     check_prototypes(student_v, student_g, "student_")
     check_prototypes(teacher_v, teacher_g, "teacher_")
     for name, rows, v in (("student", student_rows, student_v), ("teacher", teacher_rows, teacher_v)):

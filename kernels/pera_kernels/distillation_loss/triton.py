@@ -301,6 +301,7 @@ def backward(
     teacher_temp: float,
     need_rows: bool = True,
     need_prototypes: bool = True,
+    other: weight_norm.LowRank | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of student rows, v and g, as ``chunked.backward``; without elements where not needed."""
     n, k, dim = student_rows.shape[0], student_v.shape[0], student_rows.shape[1]
@@ -317,6 +318,7 @@ def backward(
     grad_v = torch.empty(student_v.shape if need_prototypes else 0, dtype=student_v.dtype, device=device)
     grad_g = torch.empty(student_g.shape if need_prototypes else 0, dtype=student_g.dtype, device=device)
     inverse_norms = torch.empty_like(inverse_norms)  # what was saved is not to be written
+    factors = student if other is None else torch.cat([student, other.rows])
     for part in walk:
         w, s = _logits(walk, student, student_v, student_g, inverse_norms[0], part, student_weights, first)
         _, t = _logits(walk, teacher, teacher_v, teacher_g, inverse_norms[1], part, teacher_weights, second)
@@ -329,8 +331,13 @@ def backward(
         if need_rows:
             grad_rows.add_(mm(dz, w, grad_part))
         if need_prototypes:
+            if other is not None:  # W's own gradient is wanted here, before weight norm
+                other_dz = torch.mm(other.rows, w.t()).float()
+                other_dz[:-1] *= other.weights
+                other_dz[-1] = 1
+                dz = torch.cat([dz, other_dz.to(dz.dtype)])
             chunk = student_v[part].contiguous(), student_g[part].contiguous()
-            effective_backward(mm(dz.t(), student, grad_w[:count]), *chunk, grad_v[part], grad_g[part])
+            effective_backward(mm(dz.t(), factors, grad_w[:count]), *chunk, grad_v[part], grad_g[part])
     return grad_rows.to(student_rows.dtype), grad_v, grad_g
 
 

@@ -37,6 +37,31 @@ class Chunk(NamedTuple):
     native: bool = False  # the passes over the chunk run in the native library
 
 
+class LowRank(NamedTuple):
+    """A gradient of W that is W times a matrix of low rank, plus the same row t for every prototype.
+
+    W Z' diag(a) Z + 1 t'. It goes through weight norm together with others: by chunk it is two thin products.
+    """
+
+    rows: Tensor  # [E, d]: Z and, as the last row, t; dtype of the products
+    weights: Tensor  # [E - 1, 1]: a; accumulation dtype
+
+    def at(self, chunk: Chunk, g: Tensor) -> tuple[Tensor, Tensor]:
+        """For a chunk of prototypes and its g [c, 1]: what ``write_grad_v`` takes.
+
+        Returns:
+            The gradient [E, c] of ``rows @ w.T`` times the chunk's scale, dtype of the products; and that of g [c].
+        """
+        unit = torch.mm(self.rows, chunk.direction.t()).to(chunk.scale.dtype)  # to become products with v / ||v||
+        if not chunk.unit:
+            unit.mul_(chunk.inverse_norm)
+        dz = torch.ones_like(unit)
+        torch.mul(unit[:-1], self.weights, out=dz[:-1])
+        dz[:-1].mul_(g[:, 0].to(dz.dtype))
+        along = unit.mul_(dz).sum(0)
+        return dz.mul_(chunk.scale).to(self.rows.dtype), along
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of softmax and sums for rows of that dtype: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)

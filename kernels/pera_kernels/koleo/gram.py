@@ -14,6 +14,7 @@ from pera_kernels import products
 from pera_kernels.distillation_loss.weight_norm import (
     MAX_CHUNK,
     Chunk,
+    LowRank,
     accumulation_dtype,
     chunk_size,
     chunks,
@@ -40,12 +41,19 @@ def prefers_gram(rows: Tensor) -> bool:
     return 4 * rows.shape[0] >= rows.shape[1]
 
 
-def forward(rows: Tensor, v: Tensor, g: Tensor, groups: int, native: bool = False) -> Forward:
-    """Arguments as ``koleo`` takes them; native: with the native library's passes over the prototypes."""
-    inverse_norms = torch.zeros(v.shape[0], dtype=accumulation_dtype(rows.dtype), device=v.device)
+def forward(
+    rows: Tensor, v: Tensor, g: Tensor, groups: int, native: bool = False, inverse_norms: Tensor | None = None
+) -> Forward:
+    """Arguments as ``koleo`` takes them.
+
+    native: with the native library's passes over the prototypes. inverse_norms: [K], 1 / ||v|| if that is known.
+    """
+    known = inverse_norms is not None
+    if inverse_norms is None:
+        inverse_norms = torch.zeros(v.shape[0], dtype=accumulation_dtype(rows.dtype), device=v.device)
     if rows.shape[0] == 0:
         return _empty(rows, inverse_norms)
-    return (_gram if prefers_gram(rows) else _streamed)(rows, v, g, groups, inverse_norms, native)
+    return (_gram if prefers_gram(rows) else _streamed)(rows, v, g, groups, inverse_norms, known, native)
 
 
 def _empty(rows: Tensor, inverse_norms: Tensor) -> Forward:
@@ -61,9 +69,9 @@ def _walk(rows: Tensor, v: Tensor, g: Tensor, width: int, inverse_norms: Tensor,
     return dtype, chunks(v, g, *shape, native, inverse_norms, known)
 
 
-def _gram(rows: Tensor, v: Tensor, g: Tensor, groups: int, inverse_norms: Tensor, native: bool) -> Forward:
+def _gram(rows: Tensor, v: Tensor, g: Tensor, groups: int, inverse_norms: Tensor, known: bool, native: bool) -> Forward:
     """One walk over the prototypes: G = W'W and s = W'1, 2 K d d FLOPs whatever the batch."""
-    dtype, walk = _walk(rows, v, g, min(v.shape[1], MAX_CHUNK), inverse_norms, False, native)
+    dtype, walk = _walk(rows, v, g, min(v.shape[1], MAX_CHUNK), inverse_norms, known, native)
     accumulate = accumulation_dtype(rows.dtype)
     gram = torch.zeros(v.shape[1], v.shape[1], dtype=accumulate, device=v.device)
     total = torch.zeros(v.shape[1], dtype=accumulate, device=v.device)
@@ -84,10 +92,12 @@ def _gram(rows: Tensor, v: Tensor, g: Tensor, groups: int, inverse_norms: Tensor
     return _finish(norms, neighbours, squares, gram_rows, gram_differences, inverse_norms, groups, accumulate)
 
 
-def _streamed(rows: Tensor, v: Tensor, g: Tensor, groups: int, inverse_norms: Tensor, native: bool) -> Forward:
+def _streamed(
+    rows: Tensor, v: Tensor, g: Tensor, groups: int, inverse_norms: Tensor, known: bool, native: bool
+) -> Forward:
     """Two walks with the R rows, 8 R K d FLOPs: one for norms and neighbours, one for the chosen differences."""
     accumulate = accumulation_dtype(rows.dtype)
-    dtype, walk = _walk(rows, v, g, rows.shape[0], inverse_norms, False, native)
+    dtype, walk = _walk(rows, v, g, rows.shape[0], inverse_norms, known, native)
     x, narrow = rows.double(), rows.to(dtype)
     dots = x.new_zeros(rows.shape[0], rows.shape[0])
     gram_rows = torch.zeros(rows.shape, dtype=accumulate, device=rows.device)
@@ -172,6 +182,26 @@ def backward(
     none = v.new_empty(0), g.new_empty(0)
     if rows.shape[0] == 0:
         return torch.zeros_like(rows), *((torch.zeros_like(v), torch.zeros_like(g)) if need_prototypes else none)
+    saved = norms, neighbours, distances, gram_rows, gram_differences
+    grad_rows, low_rank = differentiate(grad, rows, *saved, groups)
+    grads = _grad_prototypes(low_rank, rows, v, g, inverse_norms, native) if need_prototypes else none
+    return grad_rows.to(rows.dtype), *grads
+
+
+def differentiate(
+    grad: Tensor,
+    rows: Tensor,
+    norms: Tensor,
+    neighbours: Tensor,
+    distances: Tensor,
+    gram_rows: Tensor,
+    gram_differences: Tensor,
+    groups: int,
+) -> tuple[Tensor, LowRank]:
+    """Gradients of rows [R, d], float64, and of the effective prototypes W, for the loss's gradient ``grad`` []; R > 0.
+
+    dW = W Z' diag(a) Z + 1 t' for Z = [D; x], a = [pull; turn], t = eps sum pull D.
+    """
     x = rows.double()
     clamped = norms.clamp_min(EPS)
     differences = normalised_differences(x, norms, neighbours)
@@ -185,44 +215,19 @@ def backward(
     turn = -(grad_points * x).sum(1) / clamped**3
     turn = torch.where(norms > EPS, turn, torch.zeros_like(turn))
     grad_rows = grad_points / clamped[:, None] + turn[:, None] * gram_rows
-    if not need_prototypes:
-        return grad_rows.to(rows.dtype), *none
-    grads = _grad_prototypes(rows, v, g, x, differences, pull, turn, inverse_norms, native)
-    return grad_rows.to(rows.dtype), *grads
+    shift = EPS * (pull @ differences)
+    z = torch.cat([differences, x, shift[None]]).to(products.product_dtype(rows.dtype, rows.device))  # [2R + 1, d]
+    return grad_rows, LowRank(z, torch.cat([pull, turn])[:, None].to(accumulation_dtype(rows.dtype)))
 
 
 def _grad_prototypes(
-    rows: Tensor,
-    v: Tensor,
-    g: Tensor,
-    x: Tensor,
-    differences: Tensor,
-    pull: Tensor,
-    turn: Tensor,
-    inverse_norms: Tensor,
-    native: bool,
+    low_rank: LowRank, rows: Tensor, v: Tensor, g: Tensor, inverse_norms: Tensor, native: bool
 ) -> tuple[Tensor, Tensor]:
-    """dW = W Z' diag(a) Z + 1 t' for Z = [D; x], a = [pull; turn], t = eps sum pull D; then through weight norm.
-
-    As two thin products per chunk (t is one more row of Z, whose products' gradient is 1); each is written once.
-    """
-    accumulate = accumulation_dtype(rows.dtype)
-    shift = EPS * (pull @ differences)
-    z = torch.cat([differences, x, shift[None]])  # [2R + 1, d]
-    weights = torch.cat([pull, turn])[:, None].to(accumulate)
-    dtype, walk = _walk(rows, v, g, z.shape[0], inverse_norms, True, native)
-    z = z.to(dtype)
+    """Gradients of v and g, each written once."""
     grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     grad_g = torch.empty(g.shape, dtype=g.dtype, device=g.device)
-    for chunk in walk:
-        unit = torch.mm(z, chunk.direction.t()).to(accumulate)  # [2R + 1, c], to become products with v / ||v||
-        if not chunk.unit:
-            unit.mul_(chunk.inverse_norm)
-        dz = torch.ones_like(unit)
-        torch.mul(unit[:-1], weights, out=dz[:-1])
-        dz[:-1].mul_(g[chunk.rows, 0].detach().to(accumulate))
-        along = unit.mul_(dz).sum(0)
+    for chunk in _walk(rows, v, g, low_rank.rows.shape[0], inverse_norms, True, native)[1]:
+        dz, along = low_rank.at(chunk, g[chunk.rows].detach())
         grad_g[chunk.rows, 0] = along.to(g.dtype)
-        dz = dz.mul_(chunk.scale).to(dtype)
-        write_grad_v(grad_v[chunk.rows], dz, z, v[chunk.rows].detach(), along, chunk)
+        write_grad_v(grad_v[chunk.rows], dz, low_rank.rows, v[chunk.rows].detach(), along, chunk)
     return grad_v, grad_g

@@ -18,7 +18,7 @@ backend.register("koleo", "native", available=backend.needs_native(*NATIVE_NAMES
 backend.register("koleo", "chunked")
 
 
-def _native(rows: Tensor, v: Tensor, g: Tensor) -> bool:
+def runs_in_native(rows: Tensor, v: Tensor, g: Tensor) -> bool:
     return backend.choose("koleo", rows.device) == "native" and runs_native(rows, v, g)
 
 
@@ -26,7 +26,7 @@ def _native(rows: Tensor, v: Tensor, g: Tensor) -> bool:
 def _forward(
     rows: Tensor, v: Tensor, g: Tensor, groups: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return gram.forward(rows, v, g, groups, _native(rows, v, g))
+    return gram.forward(rows, v, g, groups, runs_in_native(rows, v, g))
 
 
 @_forward.register_fake
@@ -61,7 +61,7 @@ def _backward(
     need_prototypes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     saved = norms, neighbours, distances, gram_rows, gram_differences, inverse_norms
-    return gram.backward(grad, rows, v, g, *saved, groups, need_prototypes, _native(rows, v, g))
+    return gram.backward(grad, rows, v, g, *saved, groups, need_prototypes, runs_in_native(rows, v, g))
 
 
 @_backward.register_fake
@@ -127,7 +127,7 @@ def koleo(rows: Tensor, v: Tensor, g: Tensor, groups: int) -> Tensor:
         TypeError, ValueError: an argument of another type or shape; the message names it.
     """
     check_prototypes(v, g, "")
-    _check_rows(rows, groups)
+    check_rows(rows, groups)
     if rows.shape[1] != v.shape[1]:
         raise ValueError(f"rows must be [groups * B, {v.shape[1]}], got {list(rows.shape)}")
     if not torch.compiler.is_compiling() and backend.choose("koleo", rows.device) == "reference":
@@ -148,14 +148,15 @@ def koleo_rows(rows: Tensor, groups: int) -> Tensor:
     Raises:
         TypeError, ValueError: an argument of another type or shape; the message names it.
     """
-    _check_rows(rows, groups)
+    check_rows(rows, groups)
     dtype = accumulation_dtype(rows.dtype)
     if rows.shape[0] == 0:
         return rows.sum(dtype=dtype)
     return torch.stack([reference.nearest_neighbour_entropy(p) for p in rows.to(dtype).chunk(groups)]).sum()
 
 
-def _check_rows(rows: Tensor, groups: int) -> None:
+def check_rows(rows: Tensor, groups: int) -> None:
+    """Raises TypeError or ValueError unless rows are floating [groups * B, d]."""
     if not rows.is_floating_point():
         raise TypeError(f"rows must be floating point, got {rows.dtype}")
     if rows.ndim != 2:

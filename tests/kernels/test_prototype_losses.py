@@ -1,0 +1,181 @@
+"""pera::prototype_losses against the two losses that it joins: values, gradients, what is in memory."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pera_kernels import backend
+from pera_kernels.distillation_loss import distillation_loss, weight_norm
+from pera_kernels.koleo import koleo
+from pera_kernels.prototype_losses import prototype_losses, reference
+
+IMPLEMENTATIONS = ["triton", "native", "chunked"]
+TEMPS = 0.1, 0.05
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_norm, "MIN_CHUNK", 64)
+    monkeypatch.setattr(weight_norm, "CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr(weight_norm, "CACHE_BYTES", 64)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest):
+    with backend.use(request.param):
+        try:
+            backend.choose("prototype_losses", torch.device("cpu"))
+        except RuntimeError as error:
+            pytest.skip(str(error))
+        yield request.param
+
+
+def make(n: int = 12, k: int = 200, d: int = 24, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    student = draw(n, d).to(dtype), draw(k, d).to(wide), (draw(k, 1).abs() + 0.5).to(wide)
+    teacher = draw(n, d).to(dtype), draw(k, d).to(wide), (draw(k, 1).abs() + 0.5).to(wide)
+    return [*(x.requires_grad_() for x in student), *teacher, draw(k).to(wide)]
+
+
+def evaluate(losses, arguments: list[Tensor], spread_rows: int = 8, groups: int = 2) -> list[Tensor]:
+    """Both losses and the gradients of a weighted sum of them."""
+    entropies, spread = losses(*arguments, *TEMPS, spread_rows, groups)
+    total = (entropies * torch.linspace(0.5, 1.5, len(entropies), dtype=entropies.dtype)).sum() + 0.7 * spread
+    return [entropies.detach(), spread.detach(), *torch.autograd.grad(total, arguments[:3])]
+
+
+def apart(*arguments) -> tuple[Tensor, Tensor]:
+    *both, spread_rows, groups = arguments
+    student_rows, student_v, student_g = both[:3]
+    return distillation_loss(*both), koleo(student_rows[:spread_rows], student_v, student_g, groups)
+
+
+def wide(arguments: list[Tensor]) -> list[Tensor]:
+    return [x.detach().double().requires_grad_(x.requires_grad) for x in arguments]
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm().clamp_min(1e-300)).item()
+
+
+@pytest.mark.parametrize("shape", [(12, 200, 24), (8, 131, 7), (9, 64, 40)], ids=str)
+def test_equals_reference_in_float64(shape: tuple[int, int, int]) -> None:
+    arguments = make(*shape, dtype=torch.float64)
+    wanted = evaluate(reference.prototype_losses, arguments)
+    for got, want in zip(evaluate(prototype_losses, arguments), wanted, strict=True):
+        assert error(got, want) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_error_within_that_of_both_apart(implementation: str, dtype: torch.dtype) -> None:
+    if implementation == "triton" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's bfloat16 arithmetic is wrong")
+    arguments = make(dtype=dtype)
+    exact = evaluate(reference.prototype_losses, wide(arguments))
+    plain = evaluate(apart, arguments)
+    names = "entropies", "koleo", "rows", "v", "g"
+    for name, got, other, want in zip(names, evaluate(prototype_losses, arguments), plain, exact, strict=True):
+        assert got.dtype == other.dtype
+        assert got.shape == want.shape
+        assert error(got, want) <= 3 * max(error(other, want), torch.finfo(dtype).eps / 8), name
+
+
+@pytest.mark.parametrize(("spread_rows", "groups"), [(0, 1), (1, 1), (2, 2), (12, 3), (12, 12)])
+def test_any_share_of_the_rows(implementation: str, spread_rows: int, groups: int) -> None:
+    arguments = make()
+    wanted = evaluate(apart, arguments, spread_rows, groups)
+    for got, want in zip(evaluate(prototype_losses, arguments, spread_rows, groups), wanted, strict=True):
+        assert error(got, want.double()) < 2e-5
+
+
+def test_each_loss_alone(implementation: str) -> None:
+    arguments = make()
+    for pick in (0, 1):
+        got = torch.autograd.grad(prototype_losses(*arguments, *TEMPS, 8, 2)[pick].sum(), arguments[:3])
+        want = torch.autograd.grad(apart(*arguments, *TEMPS, 8, 2)[pick].sum(), arguments[:3])
+        for a, b in zip(got, want, strict=True):
+            assert error(a, b.double()) < 2e-5
+
+
+def test_repeats_give_equal_bits(implementation: str) -> None:
+    arguments = make()
+    for a, b in zip(evaluate(prototype_losses, arguments), evaluate(prototype_losses, arguments), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_opcheck() -> None:
+    for arguments in (make(), make(dtype=torch.bfloat16)):
+        torch.library.opcheck(torch.ops.pera.prototype_losses, (*arguments, *TEMPS, 8, 2))
+
+
+def test_compiles_as_one_graph() -> None:
+    arguments = make()
+
+    def total(*tensors: Tensor) -> Tensor:
+        entropies, spread = prototype_losses(*tensors, *TEMPS, 8, 2)
+        return entropies.sum() + spread
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(*arguments), arguments[:3])
+    for a, b in zip(got, torch.autograd.grad(total(*arguments), arguments[:3]), strict=True):
+        assert torch.equal(a, b)
+
+
+class Made(TorchDispatchMode):
+    """The ops that return tensors of a shape, as the autograd engine calls them."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.ops = shape, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        values = out if isinstance(out, (tuple, list)) else [out]
+        views = "detach", "view", "alias"
+        if any(isinstance(x, Tensor) and tuple(x.shape) == self.shape for x in values):
+            self.ops += [name] if (name := func.overloadpacket.__name__) not in views else []
+        return out
+
+
+@pytest.mark.parametrize(
+    ("losses", "ops"),
+    [
+        (prototype_losses, ["prototype_losses_backward"]),
+        (apart, ["koleo_backward", "distillation_loss_backward", "add"]),
+    ],
+)
+def test_the_gradient_of_the_prototypes_is_made_once(losses, ops: list[str]) -> None:
+    arguments = make(k=401)
+    loss = sum(x.sum() for x in losses(*arguments, *TEMPS, 8, 2))
+    with Made((401, 24)) as seen:
+        loss.backward()
+    assert seen.ops == ops
+
+
+def test_fake_tensors_hold_no_logits() -> None:
+    with FakeTensorMode():
+        rows = torch.empty(80, 384, dtype=torch.bfloat16, requires_grad=True)
+        student = torch.empty(131072, 384, requires_grad=True), torch.empty(131072, 1, requires_grad=True)
+        teacher = torch.empty(80, 384, dtype=torch.bfloat16), torch.empty(131072, 384), torch.empty(131072, 1)
+        entropies, spread = prototype_losses(rows, *student, *teacher, torch.empty(131072), *TEMPS, 16, 2)
+        (entropies.sum() + spread).backward()
+        assert student[0].grad is not None
+        assert student[0].grad.shape == student[0].shape
+
+
+def test_bad_arguments() -> None:
+    arguments = make()
+    with pytest.raises(ValueError, match="spread_rows must be 0 to 12"):
+        prototype_losses(*arguments, *TEMPS, 13, 1)
+    with pytest.raises(ValueError, match="groups must be at least 1 and divide the 8 rows"):
+        prototype_losses(*arguments, *TEMPS, 8, 3)
+    with pytest.raises(ValueError, match="student_temp must be positive"):
+        prototype_losses(*arguments, 0.0, 0.05, 8, 2)
