@@ -1,9 +1,13 @@
 """Matrix products in the dtype that the device is fast in."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
+
+_always_half = False
 
 
 @cache
@@ -22,7 +26,18 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     takes four times as long as the float32 one, which is also the more precise.
     """
     half = dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if half and device.type == "cpu" and not _cpu_has(dtype) else dtype
+    return torch.float32 if half and device.type == "cpu" and not _always_half and not _cpu_has(dtype) else dtype
+
+
+@contextmanager
+def half_products() -> Iterator[None]:
+    """While the block runs, for all threads: products in half types on any CPU. For simulations of another device."""
+    global _always_half
+    before, _always_half = _always_half, True
+    try:
+        yield
+    finally:
+        _always_half = before
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

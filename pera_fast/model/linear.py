@@ -14,20 +14,20 @@ from torch import Tensor
 from pera_kernels import products
 from pera_kernels.sequence_norm.op import sequence_norm_backward, sequence_norm_with_stats
 
+# Gradients are taken apart, because what one of them needs is large and can be freed before the other is made.
 
-def _gradients(
+
+def _parameter_gradients(
     grad: Tensor,  # [T, out]
     x: Tensor,  # [T, in]
     weight: Tensor,  # [out, in]
     bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x, weight and bias of a linear layer, in the dtypes of grad, weight and bias (None: has no bias)."""
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of weight and bias of a linear layer, in their dtypes (None: it has no bias)."""
     dtype = products.product_dtype(grad.dtype, grad.device)
-    wide = grad.to(dtype)
-    grad_weight = (wide.t() @ x.to(dtype)).to(weight.dtype)
+    grad_weight = (grad.to(dtype).t() @ x.to(dtype)).to(weight.dtype)
     sums = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    grad_bias = None if bias_dtype is None else grad.sum(0, dtype=sums).to(bias_dtype)
-    return (wide @ weight.to(dtype)).to(grad.dtype), grad_weight, grad_bias
+    return grad_weight, None if bias_dtype is None else grad.sum(0, dtype=sums).to(bias_dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -40,7 +40,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        return _gradients(grad, x, weight, ctx.bias_dtype)
+        grad_x = products.matmul(grad, weight)
+        return grad_x, *_parameter_gradients(grad, x, weight, ctx.bias_dtype)
 
 
 class _NormLinear(torch.autograd.Function):
@@ -55,10 +56,10 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, norm_weight, norm_bias, mean, rstd, keep, weight = ctx.saved_tensors
         normed = sequence_norm_with_stats(x, norm_weight, norm_bias, ctx.eps, ctx.groups, keep, ctx.kept)[0]
-        grad_normed, grad_weight, grad_bias = _gradients(grad, normed, weight, ctx.bias_dtype)
+        grad_weight, grad_bias = _parameter_gradients(grad, normed, weight, ctx.bias_dtype)
         del normed
         grad_x, grad_norm_weight, grad_norm_bias = sequence_norm_backward(
-            grad_normed.contiguous(), x, norm_weight, mean, rstd, keep, ctx.groups, ctx.kept
+            products.matmul(grad, weight), x, norm_weight, mean, rstd, keep, ctx.groups, ctx.kept
         )
         return grad_x, grad_norm_weight, grad_norm_bias, None, None, None, None, grad_weight, grad_bias
 
@@ -73,8 +74,10 @@ class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden, weight = ctx.saved_tensors
-        grad_act, grad_weight, grad_bias = _gradients(grad, F.gelu(hidden), weight, ctx.bias_dtype)
-        return torch.ops.aten.gelu_backward(grad_act, hidden), grad_weight, grad_bias
+        grad_weight, grad_bias = _parameter_gradients(grad, F.gelu(hidden), weight, ctx.bias_dtype)
+        grad_hidden = products.matmul(grad, weight)
+        torch.ops.aten.gelu_backward.grad_input(grad_hidden, hidden, grad_input=grad_hidden)
+        return grad_hidden, grad_weight, grad_bias
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

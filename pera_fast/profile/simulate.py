@@ -22,6 +22,7 @@ from pera_fast.train.optim import make_optimizer, make_scaler
 from pera_fast.train.schedules import StepValues
 from pera_fast.train.step import train_step
 from pera_kernels import backend
+from pera_kernels.products import half_products
 
 VALUES = StepValues(lr=1e-4, weight_decay=0.04, momentum=0.99, teacher_temp=0.04)
 CPU = torch.device("cpu")
@@ -85,7 +86,7 @@ def simulate_step(cfg: Config) -> StepMemory:
     # allow_non_fake_inputs: scalars that ops make of Python numbers, and the meta parameters on their way here
     fake, count = FakeTensorMode(allow_non_fake_inputs=True), _Step()
     # Compiled kernels cannot run on fake tensors; what they hold is at most what the PyTorch implementations hold.
-    with backend.without("native", "triton"), fake, count, listening(count.label):
+    with backend.without("native", "triton"), half_products(), fake, count, listening(count.label):
         with count.label("weights"):
             model = model.to_empty(device="cpu")
         optimizer, scaler = make_optimizer(model.parameters(), cfg), make_scaler(cfg, CPU)

@@ -12,6 +12,8 @@ from pera_fast.profile.points import Point, Variant
 from pera_fast.profile.simulate import part, simulate_step
 from pera_kernels import backend
 from pera_kernels.pixel_loss import pixel_loss
+from pera_kernels.products import half_products
+from pera_kernels.prototype_losses import prototype_losses
 from pera_kernels.sequence_norm import sequence_norm
 from pera_kernels.visible_patches import contrast_mean, visible_patches
 
@@ -45,7 +47,7 @@ def test_storages_are_counted_from_birth_to_death() -> None:
 
 def test_ops_are_opened_once_for_equal_shapes() -> None:
     """A LayerNorm of half rows takes a float32 copy of them where no kernel of our own runs."""
-    with backend.without("native", "triton"), FakeTensorMode(), LiveBytes() as count:
+    with backend.without("native", "triton"), FakeTensorMode(), LiveBytes(skip=PIECEWISE) as count:
         x = torch.empty(256, 64, dtype=torch.bfloat16)
         weight, bias = torch.empty(64, dtype=torch.bfloat16), torch.empty(64, dtype=torch.bfloat16)
         before = count.live
@@ -148,3 +150,29 @@ def test_vit_b16_memory(policy: str, slope: float) -> None:
     print(f"vit_b16 {policy}: {line.fixed / MIB:.0f} + {line.slope / MIB:.1f} * batch MiB")
     assert line.slope / MIB <= slope
     assert line.fixed / MIB <= 3400
+
+
+def loss_bytes(images: int) -> tuple[int, int]:
+    """Most bytes alive of the losses on the prototypes at vit_b16, and those kept between forward and backward."""
+    cfg = load_config("vit_b16", [])
+    k, d, crops = cfg.model.prototypes, cfg.model.bottleneck, cfg.views.num_global
+    n = images * (crops + cfg.views.num_local)
+    with backend.without("native", "triton"), half_products(), FakeTensorMode(), LiveBytes() as count:
+        rows, teacher_rows = torch.empty(2, n, d, dtype=torch.bfloat16).requires_grad_().unbind()
+        v, teacher_v = (torch.empty(k, d, requires_grad=True) for _ in range(2))
+        g, teacher_g = (torch.empty(k, 1, requires_grad=True) for _ in range(2))
+        before, since = count.live, len(count.events)
+        networks = rows, v, g, teacher_rows.detach(), teacher_v.detach(), teacher_g.detach()
+        entropies, spread = prototype_losses(*networks, torch.empty(k), 0.1, 0.05, images * crops, crops)
+        loss = entropies.sum() + spread
+        kept = count.live - before
+        loss.backward()
+        return count.peak(since)[0] - before, kept
+
+
+def test_losses_take_little_memory_per_image() -> None:
+    """A logit of each of an image's ten rows to 131072 prototypes, in float32, would be 5 MiB per network."""
+    (first, first_kept), (second, second_kept) = loss_bytes(8), loss_bytes(16)
+    print(f"losses: {(second - first) / 8 / MIB:.3f} MiB per image, kept {(second_kept - first_kept) / 8 / MIB:.3f}")
+    assert second - first <= 2 * 8 * MIB
+    assert second_kept - first_kept <= 0.1 * 8 * MIB
