@@ -55,20 +55,20 @@ class HostCropper:
 
 def _crop(image: np.ndarray, start: np.ndarray, end: np.ndarray, side: int, out: np.ndarray) -> None:
     (top, left), (bottom, right) = np.minimum(start, end), np.maximum(start, end)
-    window = torch.from_numpy(image[top:bottom, left:right])
-    if start[1] > end[1]:
-        window = _mirrored(window)
+    window = torch.from_numpy(image[top:bottom, left:right])[None]
     # Unsqueezed first, permuted then: its strides say channels-last, which is what the fast path looks for.
-    resized = interpolate(window[None].permute(0, 3, 1, 2), size=(side, side), mode="bilinear", antialias=True)
-    pixels = resized[0].permute(1, 2, 0).numpy()
-    out[...] = pixels[::-1] if start[0] > end[0] else pixels
+    resized = interpolate(window.permute(0, 3, 1, 2), size=(side, side), mode="bilinear", antialias=True)
+    pixels = resized[0].permute(1, 2, 0)
+    if start[0] > end[0]:
+        out = out[::-1]
+    if start[1] > end[1]:
+        _mirror(pixels, out)
+    else:
+        out[...] = pixels.numpy()
 
 
-def _mirrored(window: torch.Tensor) -> torch.Tensor:
+def _mirror(pixels: torch.Tensor, out: np.ndarray) -> None:
     """Left and right exchanged, in pieces that PyTorch does not share out to a team of threads for each of ours."""
-    height, width, channels = window.shape
-    rows = max(1, (_GRAIN - 1) // (width * channels))
-    mirrored = np.empty((height, width, channels), np.uint8)
-    for top in range(0, height, rows):
-        mirrored[top : top + rows] = window[top : top + rows].flip(1).numpy()
-    return torch.from_numpy(mirrored)
+    rows = max(1, (_GRAIN - 1) // pixels[0].numel())
+    for top in range(0, len(out), rows):
+        out[top : top + rows] = pixels[top : top + rows].flip(1).numpy()
