@@ -24,10 +24,12 @@ from pera_fast.profile.batches import blank_batch  # noqa: F401 - where bench/st
 
 Label = tuple[str, ...]
 
-# Not opened: both their kernels and their PyTorch implementations walk over the pixels in pieces that fit the caches, a
-# few MiB whatever the batch (a test opens them), and opening the walks would take most of the time.
+# Not opened: their kernels and their PyTorch implementations walk over pixels or prototypes in pieces that fit the
+# caches, a few MiB beside their results whatever the batch (a test opens them); the walks would take most of the time.
 PIECEWISE = frozenset(
-    f"pera::{name}" for name in ("contrast_mean", "visible_patches", "pixel_loss", "pixel_loss_backward")
+    f"pera::{name}{direction}"
+    for name in ("contrast_mean", "visible_patches", "pixel_loss", "koleo", "distillation_loss")
+    for direction in ("", "_backward")
 )
 # Not opened: a GPU's kernels hold their results and a few KiB. What runs on fake tensors in their place widens half
 # types and writes gathered rows and scores out, up to 10 MiB per image at vit_b16.

@@ -88,6 +88,7 @@ def trace(
         step()
     synchronize(chosen)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if chosen.type == "cuda" else [])
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # it says on stderr when it starts and stops
     with torch.profiler.profile(activities=activities) as recorded:
         for _ in range(steps):
             with torch.profiler.record_function(PREFIX + "step"):
@@ -173,6 +174,8 @@ def _show(found: Trace, cfg: Config, batch_size: int, device: torch.device) -> N
         for row in rows:
             table.add_row(row.name, f"{row.calls:g}", f"{row.seconds * 1e3:.3f}", f"{row.share:.1%}")
         console.print(table)
-    snapshot = "memory snapshot: needs CUDA" if found.snapshot is None else f"memory snapshot: {found.snapshot}"
-    print(f"{snapshot} (pytorch.org/memory_viz shows it)")
+    if found.snapshot is None:
+        print("memory snapshot: none, it needs CUDA")
+    else:
+        print(f"memory snapshot: {found.snapshot} (pytorch.org/memory_viz shows it)")
     print(f"trace: {found.path} (ui.perfetto.dev shows it)", flush=True)

@@ -11,6 +11,8 @@ from pera_fast.profile.live import PIECEWISE, LiveBytes
 from pera_fast.profile.points import Point, Variant
 from pera_fast.profile.simulate import part, simulate_step
 from pera_kernels import backend
+from pera_kernels.distillation_loss import distillation_loss
+from pera_kernels.koleo import koleo
 from pera_kernels.pixel_loss import pixel_loss
 from pera_kernels.products import half_products
 from pera_kernels.prototype_losses import prototype_losses
@@ -67,23 +69,30 @@ def test_ops_are_opened_once_for_equal_shapes() -> None:
 def test_ops_that_are_not_opened_hold_a_few_mib(images: int) -> None:
     cfg = load_config("vit_b16", ["views.global_size=224", "views.num_local=0"])
     crops = blank_batch(cfg, images).global_
+    mean, std = cfg.views.mean, cfg.views.std
     with backend.without("native", "triton"), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         count = LiveBytes(skip=frozenset())
-        pixels, order, factors = (
-            fake.from_tensor(t) for t in (crops.pixels, crops.student.order, crops.student.factors)
-        )
+        given = crops.pixels, crops.student.order, crops.student.factors
+        pixels, order, factors = (fake.from_tensor(t) for t in given)
         index = torch.zeros(pixels.shape[0], 40, dtype=torch.int32)
         pred = torch.zeros(pixels.shape[0] * 40, 768, dtype=torch.bfloat16, requires_grad=True)
-        mean, std = cfg.views.mean, cfg.views.std
+        rows = torch.zeros(40 * images, 384, dtype=torch.bfloat16, requires_grad=True)
+        v, g = (torch.ones(8192, width, requires_grad=True) for width in (384, 1))
         with count:
             gray = contrast_mean(pixels, order, factors)
             visible_patches(pixels, index, order, factors, gray, mean, std, 16, torch.bfloat16)
             pixel_loss(pred, pixels, index, order, factors, gray, mean, std, 16).backward()
+            koleo(rows, v, g, 2).backward()
+            teacher = rows.detach(), v.detach(), g.detach()
+            distillation_loss(rows, v, g, *teacher, v.detach()[:, 0], 0.1, 0.05).sum().backward()
     opened = {name: size for (name, *_), size in count._opened.items()}
-    assert opened.keys() >= PIECEWISE
+    assert PIECEWISE & opened.keys() == opened.keys()
+    assert len(opened) == 8, "two have no gradient"
+    prototypes = rows.nbytes + v.nbytes + g.nbytes
     results = {"pera::visible_patches": pred.nbytes, "pera::pixel_loss_backward": pred.nbytes}
-    for name in PIECEWISE:
-        assert 0 < opened[name] - results.get(name, 0) < 32 * MIB
+    results |= {"pera::koleo_backward": prototypes, "pera::distillation_loss_backward": prototypes}
+    for name, size in opened.items():
+        assert 0 < size - results.get(name, 0) < 32 * MIB, name
 
 
 def test_parts_of_a_small_step() -> None:
