@@ -28,7 +28,7 @@ Label = tuple[str, ...]
 # caches, a few MiB beside their results whatever the batch (a test opens them); the walks would take most of the time.
 PIECEWISE = frozenset(
     f"pera::{name}{direction}"
-    for name in ("contrast_mean", "visible_patches", "pixel_loss", "koleo", "distillation_loss")
+    for name in ("contrast_mean", "visible_patches", "pixel_loss", "koleo", "distillation_loss", "prototype_losses")
     for direction in ("", "_backward")
 )
 # Not opened: a GPU's kernels hold their results and a few KiB. What runs on fake tensors in their place widens half

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pera_fast.config import load_config
 from pera_fast.profile.batches import blank_batch
 from pera_fast.profile.fits import MemoryFit, fit_line, fit_points
-from pera_fast.profile.live import PIECEWISE, LiveBytes
+from pera_fast.profile.live import FUSED, PIECEWISE, LiveBytes
 from pera_fast.profile.points import Point, Variant
 from pera_fast.profile.simulate import part, simulate_step
 from pera_kernels import backend
@@ -85,12 +85,14 @@ def test_ops_that_are_not_opened_hold_a_few_mib(images: int) -> None:
             koleo(rows, v, g, 2).backward()
             teacher = rows.detach(), v.detach(), g.detach()
             distillation_loss(rows, v, g, *teacher, v.detach()[:, 0], 0.1, 0.05).sum().backward()
+            entropies, spread = prototype_losses(rows, v, g, *teacher, v.detach()[:, 0], 0.1, 0.05, 8, 2)
+            (entropies.sum() + spread).backward()
     opened = {name: size for (name, *_), size in count._opened.items()}
     assert PIECEWISE & opened.keys() == opened.keys()
-    assert len(opened) == 8, "two have no gradient"
+    assert len(opened) == 10, "two have no gradient"
     prototypes = rows.nbytes + v.nbytes + g.nbytes
     results = {"pera::visible_patches": pred.nbytes, "pera::pixel_loss_backward": pred.nbytes}
-    results |= {"pera::koleo_backward": prototypes, "pera::distillation_loss_backward": prototypes}
+    results |= {f"pera::{name}_backward": prototypes for name in ("koleo", "distillation_loss", "prototype_losses")}
     for name, size in opened.items():
         assert 0 < size - results.get(name, 0) < 32 * MIB, name
 
@@ -166,7 +168,7 @@ def loss_bytes(images: int) -> tuple[int, int]:
     cfg = load_config("vit_b16", [])
     k, d, crops = cfg.model.prototypes, cfg.model.bottleneck, cfg.views.num_global
     n = images * (crops + cfg.views.num_local)
-    with backend.without("native", "triton"), half_products(), FakeTensorMode(), LiveBytes() as count:
+    with backend.without("native", "triton"), half_products(), FakeTensorMode(), LiveBytes(skip=FUSED) as count:
         rows, teacher_rows = torch.empty(2, n, d, dtype=torch.bfloat16).requires_grad_().unbind()
         v, teacher_v = (torch.empty(k, d, requires_grad=True) for _ in range(2))
         g, teacher_g = (torch.empty(k, 1, requires_grad=True) for _ in range(2))
