@@ -124,3 +124,26 @@ def show(
             overrides=overrides or [],
         )
     )
+
+
+@data_app.command()
+def stats(
+    data: Annotated[Path, typer.Argument(metavar="DIR|MANIFEST", help="Folder, or index.parquet.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings, such as data.bands=[4,3,2].")
+    ] = None,
+    sample: Annotated[int, typer.Option(help="Files that are read; 0: all.")] = 4096,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of files.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Also write everything here.", show_default=False)] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the histograms here.", show_default=False)] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="one per core")] = None,
+) -> None:
+    """Mean, deviation and percentiles of each band, and the settings for pretraining that follow."""
+    from pera_fast.data import measure
+
+    measured = measure.measure_data(data, sample=sample, seed=seed, overrides=overrides or [], workers=workers)
+    measure.show(measured)
+    if json is not None:
+        measure.write_json(measured, json)
+    if plot is not None:
+        measure.write_plot(measured, plot)

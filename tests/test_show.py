@@ -173,3 +173,21 @@ def test_wrong_use_is_one_line(data, tmp_path, options, line):
     with pytest.raises(UserError) as caught:
         show(data[0], **given)
     assert str(caught.value) == line
+
+
+def test_many_deep_bands_are_shown_by_their_colours(tmp_path):
+    from data_support import raster
+
+    root = tmp_path / "data"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        bands = rng.uniform(100, 3000, (6, 4, 4)).repeat(16, 1).repeat(16, 2).astype(np.uint16)
+        (root / f"{number}.tif").write_bytes(raster(bands))
+    given = ["model.in_chans=6", "views.rgb_bands=[4,3,2]", f"data.index={tmp_path / 'i.parquet'}"]
+    out = tmp_path / "sheet.png"
+    show(root, out, recipe="tiny", count=2, overrides=given)
+    with Image.open(out) as opened:
+        whole = np.asarray(opened.crop((8, 58, 264, 314)).convert("RGB"))
+    assert whole.std() > 20
+    assert len(np.unique(whole.reshape(-1, 3), axis=0)) > 14

@@ -11,6 +11,7 @@ from queue import SimpleQueue
 import numpy as np
 
 from pera_fast.data import decode
+from pera_fast.data.formats import HEAD_BYTES, sniff
 from pera_fast.data.manifest import Manifest
 from pera_fast.data.probe import ProbeResult, ProbeSettings, os_reason, read_file
 from pera_fast.data.sandbox import Sandbox
@@ -183,10 +184,18 @@ class SampleSource:
         """The sample's values as they are stored; None if it cannot be used."""
         try:
             data, known = self._load(sample)
-            return decode.read(data, known.decoder, self._settings.channels, self._settings.bands)
-        except Exception as error:  # whoever measures takes another one
+        except _UnusableError as error:  # whoever measures takes another one
             _log.debug("%s cannot be measured: %s", self._path(sample), error)
             return None
+        # DALI gives 8 bits whatever is stored. What it decodes one of the others does.
+        for decoder in ("rasterio", "pillow") if known.decoder == "dali" else (known.decoder,):
+            if not decode.can_decode(decoder, sniff(data[:HEAD_BYTES])):
+                continue
+            try:
+                return decode.read(data, decoder, self._settings.channels, self._settings.bands)
+            except Exception as error:
+                _log.debug("%s cannot be measured: %s", self._path(sample), error)
+        return None
 
     def _probe(self, path: str | Member, decoders: tuple[str, ...] | None = None) -> ProbeResult:
         sandbox = self._idle.get()

@@ -11,6 +11,8 @@ from pera_fast.config import Config
 from pera_fast.data import decode
 from pera_fast.data.manifest import Manifest
 from pera_fast.data.probe import read_file
+from pera_fast.data.scaling import by_type
+from pera_fast.data.sensor import probe_settings, scaling_of
 from pera_fast.data.shards import locate
 from pera_fast.data.views import draw_windows
 from pera_fast.demo.panels import HIDDEN, PREDICTED, STUDENT, TEACHER, colored_view
@@ -146,12 +148,14 @@ def _colored(cfg: Config, group: GroupInputs) -> _Views:
     if not len(group.crops):
         empty = np.empty((0, 0, 0, 3))
         return _Views(group, empty, empty)
-    return _Views(group, *(_as_rgb(cfg, colored_view(group, who, patch)) for who in ("student", "teacher")))
+    return _Views(
+        group, *(_as_rgb(cfg, colored_view(group, who, patch, cfg.rgb_channels())) for who in ("student", "teacher"))
+    )
 
 
 def _as_rgb(cfg: Config, view: np.ndarray) -> np.ndarray:
-    """Three channels to look at: red, green and blue if they are known, else the first ones."""
-    return view[..., :3] if view.shape[-1] >= 3 else view[..., [0, 0, 0]]
+    """Three channels to look at, [..., C] to [..., 3]: red, green and blue if they are known, else the first ones."""
+    return view[..., cfg.rgb_channels() or ([0, 1, 2] if view.shape[-1] >= 3 else [0, 0, 0])]
 
 
 def _outline(image: Image.Image, region: np.ndarray, color: str) -> None:
@@ -205,17 +209,18 @@ def _whole(cfg: Config, manifest: Manifest, epoch: int, sample: int) -> Image.Im
 
 
 def _read_whole(cfg: Config, manifest: Manifest, sample: int) -> Image.Image | None:
-    files = manifest.readable
-    path = locate(
-        os.fspath(manifest.root), files.paths[sample].as_py(), int(files.offset[sample]), int(files.size[sample])
-    )
+    files, settings = manifest.readable, probe_settings(cfg)
+    path, offset, size = files.paths[sample].as_py(), int(files.offset[sample]), int(files.size[sample])
     try:
-        data, _ = read_file(path)
+        data, _ = read_file(locate(os.fspath(manifest.root), path, offset, size))
     except OSError:
         return None
-    for decoder in ("pillow", "rasterio"):
+    for decoder in ("pillow", "rasterio") if settings.encoded else settings.decoders:
         try:
-            return Image.fromarray(decode.decode(data, decoder, 3))
+            if settings.encoded:
+                return Image.fromarray(decode.decode(data, decoder, 3))
+            pixels = scaling_of(cfg)(decode.read(data, decoder, settings.channels, settings.bands))
+            return Image.fromarray(np.ascontiguousarray(by_type(_as_rgb(cfg, pixels))))
         except Exception:  # the other may know it
             continue
     return None

@@ -8,6 +8,7 @@ from pera_fast.config import Config, from_yaml, load_config
 from pera_fast.data.index import open_or_build
 from pera_fast.data.manifest import Manifest
 from pera_fast.data.order import SampleOrder
+from pera_fast.data.sensor import adopt
 from pera_fast.data.skipped import SkippedFiles
 from pera_fast.demo.sheet import draw_sheet
 from pera_fast.errors import UserError
@@ -77,7 +78,9 @@ def _of_run(run: Path, root: Path, overrides: Sequence[str]) -> tuple[Config, Ma
         raise UserError(f"data folder {root} does not exist")
     manifest = Manifest.load(folder.index)
     manifest.root = root.absolute()
-    return from_yaml(folder.config.read_text(encoding="utf-8")), manifest
+    cfg = from_yaml(folder.config.read_text(encoding="utf-8"))
+    adopt(cfg, manifest)
+    return cfg, manifest
 
 
 def _choose(cfg: Config, files: int, samples: Sequence[int], epoch: int, count: int) -> list[int]:
