@@ -158,6 +158,7 @@ class TrainConfig:
     max_nonfinite: int = _count(10)  # steps with a non-finite loss in a row that end the run
     device: str = _key("auto", choices=("auto", "cpu", "cuda"))
     compile: bool = False  # the transformer's blocks, by torch.compile
+    cuda_graph: bool = False  # forward and backward as one CUDA graph; on one GPU
 
     def resolve_batch(self, world_size: int) -> BatchPlan:
         """The batch for `world_size` devices; whatever is null follows from the rest. Raises UserError if it cannot."""

@@ -53,14 +53,14 @@ class StepInputs:
     local: GroupInputs
     keep: Tensor | None = None
 
+    def apply(self, fn) -> StepInputs:
+        """fn on every tensor."""
+        keep = None if self.keep is None else fn(self.keep)
+        return StepInputs(self.global_.apply(fn), self.local.apply(fn), keep)
+
     def to(self, device: torch.device, non_blocking: bool = True) -> StepInputs:
         """All tensors on a device."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
-
-        keep = None if self.keep is None else move(self.keep)
-        return StepInputs(self.global_.apply(move), self.local.apply(move), keep)
+        return self.apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
 def num_kept(sequences: int, drop_path: float) -> int:

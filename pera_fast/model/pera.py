@@ -67,12 +67,13 @@ class PerA(nn.Module):
         self.s_mask_token = nn.Parameter(normal_(torch.empty(1, 1, cfg.model.embed_dim), std=0.02))
         self.register_buffer("center", torch.zeros(1, cfg.model.prototypes))
 
-    def forward(self, inputs: StepInputs, teacher_temp: float) -> dict[str, Tensor]:
+    def forward(self, inputs: StepInputs, teacher_temp: float | Tensor) -> dict[str, Tensor]:
         """One micro-batch through both networks.
 
         Args:
             inputs: crops, colours, indices and kept sequences, on the model's device.
-            teacher_temp: the teacher's temperature at this step.
+            teacher_temp: the teacher's temperature at this step; a float32 [] tensor in a CUDA graph, whose numbers
+                are fixed (with centering=center only).
 
         Returns:
             ``loss``, the differentiable total (METHOD.md section 5), and, detached: ``global_cls_loss``,
@@ -87,18 +88,21 @@ class PerA(nn.Module):
             return self._loss(student_rows, teacher_rows, pixel, inputs.global_.crops.shape[0], teacher_temp)
 
     def _loss(
-        self, student_rows: Tensor, teacher_rows: Tensor, pixel: Tensor, num_global: int, teacher_temp: float
+        self, student_rows: Tensor, teacher_rows: Tensor, pixel: Tensor, num_global: int, teacher_temp: float | Tensor
     ) -> dict[str, Tensor]:
         """What ``forward`` returns, from both networks' rows [crops * B, bottleneck] and the pixel loss."""
         cfg, center = self.cfg, self.center[0]
         prototypes = self.teacher.cls_head.last_layer
         if cfg.loss.centering == "sinkhorn":
             center = sinkhorn_center(_all_ranks(teacher_rows), prototypes.weight_v, prototypes.weight_g, teacher_temp)
+        teacher_g = prototypes.weight_g
+        if isinstance(teacher_temp, Tensor):  # a number that the ops cannot take goes into what they multiply
+            center, teacher_g, teacher_temp = center / teacher_temp, teacher_g / teacher_temp, 1.0
         student = self.student.cls_head.last_layer
         spread = cfg.loss.koleo_on if cfg.loss.koleo_weight else "nothing"
         entropies, koleo_sum = prototype_losses(
             *(student_rows, student.weight_v, student.weight_g),
-            *(teacher_rows, prototypes.weight_v, prototypes.weight_g),
+            *(teacher_rows, prototypes.weight_v, teacher_g),
             *(center, cfg.loss.student_temp, teacher_temp),
             *((num_global, cfg.views.num_global) if spread == "logits" else (0, 1)),
         )

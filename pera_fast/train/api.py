@@ -30,6 +30,7 @@ from pera_fast.train.optim import DTYPES, make_optimizer, make_scaler
 from pera_fast.train.run_folder import RunFolder, Start, check_resumed_batch, resumed_position, start_new, start_resumed
 from pera_fast.train.schedules import make_schedules
 from pera_fast.train.signals import StopRequest, exit_on_termination
+from pera_fast.train.step import make_graph
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,9 @@ def pretrain(
 def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunResult:
     cfg = start.cfg
     plan = cfg.train.resolve_batch(here.size)
+    if cfg.train.cuda_graph and (here.device.type != "cuda" or here.size > 1):
+        where = f"{here.size} {here.device.type} device(s)"
+        raise UserError(f"train.cuda_graph=true: wants one GPU, this run has {where}; leave it out")
     if start.checkpoint:
         check_resumed_batch(start.checkpoint, plan.total, here.size)
     manifest = _open_data(data, folder, start, here)
@@ -132,20 +136,22 @@ def _build(folder: RunFolder, start: Start, here: World, manifest: Manifest, loa
     if here.device.type == "cpu":
         reuse_freed_memory()
     pera = make_model(cfg).to(here.device)  # while the first batches are read
+    plan, scaler = cfg.train.resolve_batch(here.size), make_scaler(cfg, here.device)
     run = Run(
         cfg=cfg,
         folder=folder,
         world=here,
-        plan=cfg.train.resolve_batch(here.size),
+        plan=plan,
         schedules=make_schedules(cfg, loader.steps_per_epoch),
         pera=pera,
         model=here.wrap(pera, unused=_tokens(cfg)["global"][1] == 0),
         optimizer=make_optimizer(pera.parameters(), cfg),
-        scaler=make_scaler(cfg, here.device),
+        scaler=scaler,
         inputs=loader,
         images=len(manifest.readable),
         data=_digest(manifest),
         export=export_teacher,
+        graph=make_graph(pera, scaler, plan.accumulate) if cfg.train.cuda_graph else None,
     )
     if start.checkpoint:
         run.load(start.checkpoint, str(folder.root))

@@ -14,6 +14,7 @@ from pera_fast.train.checkpoint import FORMAT, save_checkpoint
 from pera_fast.train.console import Progress
 from pera_fast.train.distributed import World
 from pera_fast.train.flops import device_peak, flops_per_image
+from pera_fast.train.graph import StepGraph
 from pera_fast.train.metrics import MetricsWriter, memory_mib
 from pera_fast.train.run_folder import RunFolder
 from pera_fast.train.schedules import Schedules
@@ -47,6 +48,7 @@ class Run:
     images: int
     data: str  # digest of the data
     export: Callable[[Any, Any], Any]  # (model, path): writes the teacher
+    graph: StepGraph | None = None  # of the micro-batches
     step: int = 0  # optimiser steps done
     position: int = 0  # place in the data, in steps of this total batch from epoch 0; differs if the batch once changed
     nonfinite: dict[str, int] = field(default_factory=lambda: {"total": 0, "row": 0})
@@ -139,7 +141,7 @@ def _one_step(run: Run, stop: StopRequest) -> tuple[dict[str, Any], StepResult]:
     values = run.schedules.at(run.place)
     result = train_step(
         run.model, run.pera, run.optimizer, run.scaler, inputs(), run.plan.accumulate, values, run.cfg.optim.clip,
-        run.world, stop.asked,
+        run.world, stop.asked, run.graph,
     )  # fmt: skip
     seconds = time.perf_counter() - began
     run.step += 1

@@ -28,7 +28,7 @@ HARMLESS = {
     "data.loader_threads", "data.prefetch", "data.verify", "data.index", "data.max_pixels", "model.recompute",
 }  # fmt: skip
 # These go on, but not bit for bit.
-NOTED = {"train.steps", "train.epochs", "train.precision", "train.device", "train.compile"}
+NOTED = {"train.steps", "train.epochs", "train.precision", "train.device", "train.compile", "train.cuda_graph"}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pera_fast.ranges import span
 from pera_fast.train.distributed import World, gradient_sync
+from pera_fast.train.graph import StepGraph
 from pera_fast.train.optim import apply_gradients
 from pera_fast.train.schedules import StepValues
 
@@ -52,6 +53,7 @@ def train_step(
     clip: float,
     world: World,
     stop: Callable[[], tuple[bool, bool]] = lambda: (False, False),
+    graph: StepGraph | None = None,
 ) -> StepResult:
     """Takes `accumulate` micro-batches from `inputs` and makes one update. Reads from the device once, at its end.
 
@@ -59,14 +61,18 @@ def train_step(
         model: called for the losses; `pera` itself, or `pera` in DDP.
         pera: the model with its center and teacher.
         stop: says whether (SIGINT, SIGTERM) came to this process; all ranks learn it, in `StepResult.stop`.
+        graph: made by `make_graph`, runs the micro-batches; None: they run op by op.
     """
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=graph is None)  # a graph knows the gradients by their addresses
     parts = []  # f32 [5 + bottleneck] each: loss parts, then the mean teacher row
     for micro in range(accumulate):
         with span("data"):
             batch = next(inputs).to(world.device, non_blocking=True)
         with gradient_sync(model, last=micro + 1 == accumulate):
-            parts.append(_backward(model, scaler, batch, values, accumulate))
+            if graph is None:
+                parts.append(_backward(model, scaler, batch, values.teacher_temp, accumulate))
+            else:
+                parts.append(graph(batch, values.teacher_temp))
     total = torch.stack(parts).sum(0)
     # One collective for all that the ranks must agree on: the losses, the center's input, and whether to stop.
     total = world.mean(torch.cat([total, *(total.new_full((1,), float(flag)) for flag in stop())]))
@@ -83,11 +89,16 @@ def train_step(
     return StepResult(losses, grad_norm, applied, (sigint > 0, sigterm > 0))
 
 
+def make_graph(model: nn.Module, scaler: torch.amp.GradScaler, accumulate: int) -> StepGraph:
+    """For `train_step` on one GPU: its micro-batches as a CUDA graph, recorded at the first one."""
+    return StepGraph(lambda batch, temp: _backward(model, scaler, batch, temp, accumulate), model.parameters())
+
+
 def _backward(
-    model: nn.Module, scaler: torch.amp.GradScaler, batch: Any, values: StepValues, accumulate: int
+    model: nn.Module, scaler: torch.amp.GradScaler, batch: Any, teacher_temp: float | Tensor, accumulate: int
 ) -> Tensor:
     """Gradients of one micro-batch; returns its share of the step's means, f32 [5 + bottleneck]."""
-    out = model(batch, values.teacher_temp)
+    out = model(batch, teacher_temp)
     with span("backward"):
         scaler.scale(out["loss"] / accumulate).backward()
     losses = torch.stack([out[name].detach().float() for name in LOSSES])

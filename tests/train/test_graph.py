@@ -1,0 +1,103 @@
+"""The recorded step: on a CPU with a recorder that runs the work again, on a GPU for real."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pera_fast.config import Config, load_config
+from pera_fast.errors import UserError
+from pera_fast.model.pera import PerA
+from pera_fast.profile.batches import blank_batch
+from pera_fast.train.distributed import World
+from pera_fast.train.graph import StepGraph
+from pera_fast.train.inputs import make_inputs
+from pera_fast.train.optim import make_optimizer, make_scaler
+from pera_fast.train.schedules import StepValues
+from pera_fast.train.step import _backward, make_graph, train_step
+
+SMALL = ["train.batch_size=4", "train.precision=fp32", "model.prototypes=256", "model.depth=2"]
+
+
+def run_again(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """What ``record`` does, without a graph."""
+    out = function()
+
+    def replay() -> None:
+        out.copy_(function())
+
+    return replay, out
+
+
+def batches(cfg: Config, count: int):
+    for number in range(count):
+        batch = blank_batch(cfg, 4)
+        batch.micro_step = number
+        for group in (batch.global_, batch.local):
+            group.pixels.random_(0, 256, generator=torch.Generator().manual_seed(number))
+        yield make_inputs(batch, cfg)
+
+
+def train(device: torch.device, accumulate: int, graph: Callable[..., Any] | None) -> tuple[list[float], list[Tensor]]:
+    """Losses and last parameters of four steps with a changing temperature."""
+    cfg = load_config("tiny", SMALL)
+    torch.manual_seed(0)
+    model = PerA(cfg).to(device)
+    optimizer, scaler = make_optimizer(model.parameters(), cfg), make_scaler(cfg, device)
+    inputs, losses = batches(cfg, 4 * accumulate), []
+    recorded = None if graph is None else graph(model, scaler, accumulate)
+    for number in range(4):
+        values = StepValues(lr=1e-3, weight_decay=0.1, momentum=0.9, teacher_temp=0.03 + 0.01 * number)
+        result = train_step(
+            model, model, optimizer, scaler, inputs, accumulate, values, 3.0, World(0, 1, device), graph=recorded
+        )
+        losses.append(result.losses["loss"])
+    return losses, [p.detach().cpu() for p in model.parameters()]
+
+
+def same(device: torch.device, accumulate: int, graph: Callable[..., Any]) -> None:
+    plain, recorded = train(device, accumulate, None), train(device, accumulate, graph)
+    assert recorded[0] == pytest.approx(plain[0], rel=1e-4)
+    assert len(set(recorded[0])) == 4
+    for a, b in zip(plain[1], recorded[1], strict=True):
+        assert (a - b).norm() <= 1e-2 * a.norm()  # AdamW turns rounding of a small gradient into a step
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_replays_give_what_steps_give(accumulate: int) -> None:
+    def rerun(model: PerA, scaler: torch.amp.GradScaler, accumulate: int) -> StepGraph:
+        return StepGraph(lambda x, t: _backward(model, scaler, x, t, accumulate), model.parameters(), run_again)
+
+    same(torch.device("cpu"), accumulate, rerun)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_cuda_graph_gives_what_steps_give(accumulate: int) -> None:
+    same(torch.device("cuda"), accumulate, make_graph)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_in_a_step_waits_for_the_host() -> None:
+    cfg = load_config("tiny", SMALL)
+    device = torch.device("cuda")
+    model = PerA(cfg).to(device)
+    scaler = make_scaler(cfg, device)
+    for number, inputs in enumerate(batches(cfg, 3)):
+        moved = inputs.to(device)
+        torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first one compiles
+        try:
+            parts = _backward(model, scaler, moved, 0.04, 1)
+            model.update_center(parts[5:])
+            model.update_teacher(0.99)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_is_refused_where_it_cannot_be() -> None:
+    with pytest.raises(UserError, match=r"^train.cuda_graph=true: goes with loss.centering=center only"):
+        load_config("tiny", ["train.cuda_graph=true", "loss.centering=sinkhorn"])
