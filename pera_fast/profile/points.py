@@ -50,7 +50,7 @@ class Point:
         peak: most bytes of tensors alive (simulate), allocated (cuda), or resident (cpu).
         reserved: most bytes that CUDA's allocator held; equals peak elsewhere.
         outside: bytes of the card in use that the allocator does not hold (CUDA context, other processes); cuda only.
-        between_steps: bytes that stay between steps; simulate and cuda.
+        between_steps: bytes that stay between steps; simulate, and cuda (there with the gradients of the last step).
         at_peak: bytes at the peak by what they belong to; simulate only.
         step_seconds: median, least and most of the timed steps; empty for simulate.
         flops_per_image: of the method's matrix products (``pera_fast.train.flops``).

@@ -125,5 +125,6 @@ class Worker:
 
 
 def simulating_jobs() -> int:
-    """Processes that simulate at a time: one a core."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processes that simulate at a time: one a core, up to a few, for each takes up to a GB."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)

@@ -172,6 +172,8 @@ def _yes(value: bool) -> str:
 def notes(profile: Profile) -> list[str]:
     """What did not run, and why; what the claim is."""
     lines = [f"{p.variant.name()}, batch {p.batch_size}: {p.status}: {p.note}" for p in profile.points if not p.ok]
+    if profile.device == "cuda" and (outside := max((p.outside for p in profile.points if p.ok), default=0)):
+        lines.append(f"beside the allocator (CUDA context, libraries, other processes): {outside / GIB:.2f} GiB")
     return lines + [str(claim) for claim in profile.claims]
 
 

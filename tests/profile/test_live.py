@@ -163,6 +163,18 @@ def test_vit_b16_memory(policy: str, slope: float) -> None:
     assert line.fixed / MIB <= 3400
 
 
+@pytest.mark.slow
+def test_masks_save_memory_at_vit_b16() -> None:
+    """The paper's claim: more than three times the batch fits, because neither network sees what is masked."""
+    slopes = []
+    for masking in ("random", "none"):
+        variant = Variant("vit_b16", ("model.recompute=cheap", f"model.masking={masking}"))
+        peaks = [simulate_step(variant.config(batch)).peak for batch in (64, 128)]
+        slopes.append((peaks[1] - peaks[0]) / 64)
+    print(f"sparse {slopes[0] / MIB:.1f}, dense {slopes[1] / MIB:.1f} MiB per image: {slopes[1] / slopes[0]:.2f}x")
+    assert 3 < slopes[1] / slopes[0] < 5
+
+
 def loss_bytes(images: int) -> tuple[int, int]:
     """Most bytes alive of the losses on the prototypes at vit_b16, and those kept between forward and backward."""
     cfg = load_config("vit_b16", [])
