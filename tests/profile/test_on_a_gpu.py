@@ -1,4 +1,4 @@
-"""What only a GPU can show: simulated slopes are the measured ones, out of memory is survived, kernels are in a trace."""
+"""What only a GPU can show: simulated slopes are the measured ones, out of memory is survived, kernels are traced."""
 
 from pathlib import Path
 
