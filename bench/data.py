@@ -1,6 +1,6 @@
 """Loaders side by side: a Pillow and PyTorch pipeline of the same recipe, ours on a folder, ours on its shards.
 
-    python bench/data.py --formats jpeg png tiff --sizes 512 --threads 1 2 --out bench/results
+    python bench/data.py --formats jpeg png tiff --sizes 512 --threads 1 2 --out bench/results/loaders
 
 Ours goes up to the normalised bf16 patch rows of student and teacher; the other side to its float views, as published
 code hands them to the networks. Every measurement is pinned to as many cores as it has threads. Images/s per core

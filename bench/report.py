@@ -11,6 +11,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from loaders_table import loaders_table
+
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 POINT = ("recipe", "images", "precision")
@@ -164,7 +166,7 @@ def section(folder: Path) -> str:
     on_gpu = [record for record in records if record["machine"]["kind"] == "cuda"]
     lines = [] if on_gpu else ["Nothing has been measured on a GPU yet.", ""]
     lines += step_table(records)
-    lines += loader_lines(records) + memory_table(folder)
+    lines += loader_lines(records) + loaders_table(folder / "loaders") + memory_table(folder)
     tables = [line for record in records for line in op_tables(record)]
     if tables:
         lines += [

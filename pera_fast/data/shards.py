@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from pera_fast.data.formats import has_image_suffix
 from pera_fast.data.scan import BATCH_ROWS, Listing, Rows, is_dir
+from pera_fast.data.shard_index import read_index
 from pera_fast.data.tar import Member, TarDamageError, list_members
 
 _log = logging.getLogger("pera_fast")
@@ -118,9 +119,10 @@ def _list_shard(root: str, shard: str, take: Callable[[Rows], None]) -> int:
     rows = Rows()
     names: set[str] = set()
     others = 0
+    where = os.path.join(root, shard)
     try:
-        mtime_ns = os.stat(os.path.join(root, shard)).st_mtime_ns
-        for found in list_members(os.path.join(root, shard)):
+        mtime_ns = os.stat(where).st_mtime_ns
+        for found in read_index(where) or list_members(where):
             if not has_image_suffix(found.name):
                 others += 1
                 continue

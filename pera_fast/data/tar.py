@@ -82,7 +82,7 @@ def read_member(member: Member, max_bytes: int) -> tuple[bytes, FileState]:
     if len(data) != end - start or (after.st_size, after.st_mtime_ns) != (state.st_size, state.st_mtime_ns):
         raise OSError("changed while it was read")
     try:
-        header = _parse(data[:BLOCK])
+        header = parse_header(data[:BLOCK])
     except tarfile.HeaderError:
         header = None
     if header is None or header.size != member.size or header.type not in _REGULAR:
@@ -116,7 +116,7 @@ def _walk(fd: int, end: int) -> Iterator[Found]:
         if len(block) < BLOCK:
             raise TarDamageError(f"ends after {end} bytes without an end mark: it was cut short")
         try:
-            header = _parse(block)
+            header = parse_header(block)
         except tarfile.HeaderError as error:
             known = "not a tar file" if position == 0 else f"damaged at byte {position}"
             raise TarDamageError(f"{known} ({error})") from None
@@ -137,12 +137,13 @@ def _walk(fd: int, end: int) -> Iterator[Found]:
         extended = {}
         if header.type == tarfile.DIRTYPE or (header.type in _REGULAR and name.endswith("/")):
             continue
-        yield Found(name, content, size, _refusal(name, tarfile.GNUTYPE_SPARSE if sparse else header.type))
+        yield Found(name, content, size, refusal(name, tarfile.GNUTYPE_SPARSE if sparse else header.type))
         if header.type in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE):
             position = content  # these have no content, whatever the size says
 
 
-def _refusal(name: str, kind: bytes) -> str:
+def refusal(name: str, kind: bytes) -> str:
+    """Why a member of this name and type is not taken; empty if it is."""
     if kind not in _REGULAR:
         return _KINDS.get(kind, f"is of unknown kind {kind!r}")
     if name.startswith("/"):
@@ -152,8 +153,8 @@ def _refusal(name: str, kind: bytes) -> str:
     return ""
 
 
-def _parse(block: bytes) -> tarfile.TarInfo:
-    """Raises tarfile.HeaderError, also for what tarfile itself stumbles over."""
+def parse_header(block: bytes) -> tarfile.TarInfo:
+    """A block as a header. Raises tarfile.HeaderError, also for what tarfile itself stumbles over."""
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:

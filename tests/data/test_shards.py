@@ -12,10 +12,14 @@ from data_support import bad_files, good_files, shared_data, small_config, write
 from tar_support import add, png, write_shards, write_tar
 from test_loader import check_against, index, same, skipped_rows, take
 
+from pera_fast.data import shards as shards_module
 from pera_fast.data.index import load_index
 from pera_fast.data.loader import Loader
+from pera_fast.data.pack import PackSettings, pack
+from pera_fast.data.shard_index import read_index
 from pera_fast.data.shards import list_shards
 from pera_fast.data.skipped import SkippedFiles
+from pera_fast.data.tar import list_members
 
 CPU = torch.device("cpu")
 SHARDS, EACH = 4, 6
@@ -224,3 +228,53 @@ def test_a_shard_that_was_touched_or_rewritten_alike_is_used_as_before(own, load
     (own.root / "shard-2.tar").write_bytes(content)
     assert all(map(same, reference, take(load(own), 6)))
     assert skipped_rows(tmp_path) == {}
+
+
+def test_an_index_beside_a_shard_replaces_the_walk_only_where_it_fits(tmp_path, monkeypatch):
+    write_scenes(tmp_path / "images", 8)
+    pack(tmp_path / "images", tmp_path / "shards", PackSettings(), progress=False)
+    tar, idx = (tmp_path / "shards" / f"shard-000000.{suffix}" for suffix in ("tar", "idx"))
+    walked = list(list_members(str(tar)))
+    assert read_index(str(tar)) == walked
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_module, "list_members", None)  # is not called
+        assert len(index(tmp_path / "shards", tmp_path).readable) == 8
+
+    text, content = idx.read_text(), tar.read_bytes()
+    for wrong in (
+        "",
+        "v1.1" + text[4:],
+        text.replace("v1.2 8", "v1.2 9"),
+        text[: text.rindex("png")].rstrip("\n") + "\n",  # a sample less
+        text.replace(" 000000000.png", " other.png"),
+        text.replace("png 512 ", "png 1024 "),
+        text.replace("png 512 ", "png -512 "),
+        text.replace(".png json", ".png  json"),
+        "\0\xff",
+    ):
+        idx.write_text(wrong)
+        assert read_index(str(tar)) is None, wrong[:60]
+    idx.write_text(text)
+    tar.write_bytes(content[:-20480])
+    assert read_index(str(tar)) is None, "a shard cut short"
+    tar.write_bytes(content)
+    idx.unlink()
+    assert read_index(str(tar)) is None
+    idx.write_text(text.replace(" 000000001.png", " ../00001.png"))
+    assert [member.reason for member in read_index(str(tar)) if member.reason] == ["has a name with .."]
+
+
+def test_a_wrong_line_in_an_index_costs_its_sample(tmp_path, load):
+    write_scenes(tmp_path / "images", 8)
+    pack(tmp_path / "images", tmp_path / "shards", PackSettings(), progress=False)
+    idx = tmp_path / "shards" / "shard-000000.idx"
+    lines = idx.read_text().splitlines()
+    words = lines[4].split(" ")
+    words[1] = str(int(words[1]) + 512)
+    lines[4] = " ".join(words)
+    idx.write_text("\n".join(lines) + "\n")
+    manifest = index(tmp_path / "shards", tmp_path)
+    assert len(manifest.readable) == 7
+    ((name, reason),) = manifest.unreadable()
+    assert name == "shard-000000.tar/000000003.png"
+    assert "something else at this place" in reason
