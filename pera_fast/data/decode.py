@@ -51,21 +51,23 @@ def can_decode(decoder: str, kind: str | None, raw: bool = False) -> bool:
 def read_header(
     data: bytes | memoryview, kind: str | None, *, codec: bool = True, upright: bool = False
 ) -> Header | None:
-    """The header as nvImageCodec (DALI's own reader), else Pillow, else rasterio reads it; None if none of them can.
+    """The header as nvImageCodec (DALI's own reader), Pillow or rasterio reads it; None if none of them can.
 
     Args:
         data: the file's bytes.
         kind: its format (`formats.sniff`).
         codec: ask nvImageCodec, which hostile bytes can kill.
-        upright: swap width and height where EXIF says that the image lies on its side. A full decode tells anyway.
+        upright: swap width and height where EXIF says that the image lies on its side, which Pillow knows. A full
+            decode tells anyway.
     """
-    pillow = _try(_pillow_header, data) if upright else None
-    header = (_try(_codec_header, data) if codec else None) or pillow or _try(_pillow_header, data)
-    if header is None and can_decode("rasterio", kind):
-        header = _try(_rasterio_header, data)
-    if header is not None and pillow is not None:
-        header.width, header.height = pillow.width, pillow.height
-    return header
+    readers = [_codec_header] if codec else []
+    readers.insert(0 if upright else len(readers), _pillow_header)
+    if can_decode("rasterio", kind):
+        readers.append(_rasterio_header)
+    for reader in readers:
+        if (header := _try(reader, data)) is not None:
+            return header
+    return None
 
 
 def _try(reader: Callable[[bytes | memoryview], Header], data: bytes | memoryview) -> Header | None:
@@ -166,7 +168,7 @@ def read(data: bytes | memoryview, decoder: str, channels: int, bands: Bands = (
         return raster.pick([0, 0, 0])
     gray = np.tensordot(_LUMA, raster.bands.astype(np.float64), axes=1)[None]
     integer = raster.bands.dtype.kind in "iu"
-    valid = None if raster.valid is None else raster.valid.all(0, keepdims=True)
+    valid = None if raster.valid is None else np.asarray(raster.valid.all(0, keepdims=True))
     return Raster((np.rint(gray) if integer else gray).astype(raster.bands.dtype), valid)
 
 

@@ -1,5 +1,6 @@
 """Checks whether files can be decoded, and by what. A decoder may kill or hang the process: see `sandbox`."""
 
+import contextlib
 import os
 import re
 import stat
@@ -16,6 +17,7 @@ from pera_fast.data.tar import FileState, Member, read_member
 MAX_FILES = 64  # of one call
 MAX_BYTES = 2**31  # of one file; it is read as a whole
 _BATCH_PIXELS = 2**24  # decoded together
+_HEAD = 2**16  # bytes in which a header is looked for first
 
 _MEMORY_NAMES = re.compile(r"'?(/vsimem/)?[0-9a-f]{8}-[0-9a-f-]{27}[^\s:']*'?:?\s*|<_io.BytesIO object at 0x\w+>")
 
@@ -83,8 +85,12 @@ class _File:
         return not self.result.ok and not self.result.reason
 
 
-def read_file(path: str | Member) -> tuple[bytes, FileState]:
+def read_file(path: str | Member, most: int | None = None) -> tuple[bytes, FileState]:
     """The bytes of a regular file, or of a tar's member, and its state when they were read.
+
+    Args:
+        path: the file or member.
+        most: read no more than so many bytes of a file; None: all. Members are read whole.
 
     Raises:
         OSError: it cannot be read; also if it is no regular file, larger than MAX_BYTES or changed meanwhile.
@@ -98,11 +104,12 @@ def read_file(path: str | Member) -> tuple[bytes, FileState]:
             raise OSError("not a regular file")
         if state.st_size > MAX_BYTES:
             raise OSError(f"{state.st_size / 2**30:.1f} GiB are too much to read at once: cut it into tiles")
-        data = file.read(state.st_size) or b""
-        while len(data) < state.st_size and (more := file.read(state.st_size - len(data))):
+        wanted = state.st_size if most is None else min(most, state.st_size)
+        data = file.read(wanted) or b""
+        while len(data) < wanted and (more := file.read(wanted - len(data))):
             data += more
         after = os.fstat(fd)
-    if len(data) != state.st_size or (after.st_size, after.st_mtime_ns) != (state.st_size, state.st_mtime_ns):
+    if len(data) != wanted or (after.st_size, after.st_mtime_ns) != (state.st_size, state.st_mtime_ns):
         raise OSError("changed while it was read")
     return data, FileState(state.st_size, state.st_mtime_ns)
 
@@ -127,7 +134,7 @@ class Prober:
     ) -> list[ProbeResult]:
         """Results in the order of `paths`; at most MAX_FILES of them. `say` is told what is tried next."""
         decode.allow_pixels(settings.max_pixels)
-        files = [self._read(path) for path in paths]
+        files = [self._read(path, None if settings.verify else _HEAD) for path in paths]
         codec = "dali" in decoders  # one library: the header alone can kill it too
         if codec:
             say("dali")
@@ -145,10 +152,10 @@ class Prober:
         return [file.result for file in files]
 
     @staticmethod
-    def _read(path: str | Member) -> _File:
+    def _read(path: str | Member, most: int | None = None) -> _File:
         result = ProbeResult(str(path))
         try:
-            data, state = read_file(path)
+            data, state = read_file(path, most)
         except OSError as error:
             result.reason = os_reason(error)
             return _File(result)
@@ -165,6 +172,10 @@ class Prober:
             if not file.open:
                 continue
             header = decode.read_header(file.data, file.kind, codec=codec, upright=not settings.verify)
+            if header is None and len(file.data) < file.result.size:  # it stands further back
+                with contextlib.suppress(OSError):
+                    file.data, _ = read_file(file.result.path)
+                    header = decode.read_header(file.data, file.kind, codec=codec, upright=True)
             if header is None:
                 if not settings.verify:
                     file.failures.append("no readable header")

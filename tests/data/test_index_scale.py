@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from data_support import write_scenes
+from data_support import encoded, write_scenes
+from PIL import Image
 
+from pera_fast.data import probe
 from pera_fast.data.index import build_index, load_index
 from pera_fast.data.journal import Journal
 from pera_fast.data.probe import ProbeSettings
@@ -159,6 +162,23 @@ def test_readable_rows_are_the_tables_own_where_all_are(tmp_path):
     files = build(root, out).readable
     assert files.paths.to_pylist() == ["000.png", "001.png", "003.png"]
     assert files.size.tolist() == [os.path.getsize(root / name) for name in files.paths.to_pylist()]
+
+
+def test_headers_alone_are_read_from_the_beginning_of_a_file_unless_they_stand_further_back(tmp_path, monkeypatch):
+    root = tmp_path / "data"
+    root.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    (root / "noise.jpg").write_bytes(encoded(Image.fromarray(noise), "JPEG", quality=100))
+    tiff = encoded(Image.fromarray(noise), "TIFF", compression="raw")
+    directory = tiff[8 : 8 + 2 + 12 * int.from_bytes(tiff[8:10], "little") + 4]
+    (root / "back.tif").write_bytes(tiff[:4] + len(tiff).to_bytes(4, "little") + bytes(8) + tiff[16:] + directory)
+    read = []
+    reader = probe.read_file
+    monkeypatch.setattr(probe, "read_file", lambda path, most=None: read.append((path, most)) or reader(path, most))
+    results = probe.Prober()([str(root / "noise.jpg"), str(root / "back.tif")], ProbeSettings(verify=False), ("dali",))
+    assert [(result.ok, result.width, result.height) for result in results] == [(True, 400, 300)] * 2
+    assert [most for path, most in read if path.endswith("jpg")] == [2**16]
+    assert [result.size for result in results] == [os.path.getsize(root / name) for name in ("noise.jpg", "back.tif")]
 
 
 def test_a_journal_of_nothing_leaves_nothing(tmp_path):
