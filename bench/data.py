@@ -31,7 +31,7 @@ from pera_fast.data.pack import pack
 SUFFIXES = {"jpeg": "jpg", "png": "png", "tiff": "tif"}
 JPEG_QUALITY = 90
 BATCH = 16
-WARM_UP = 4  # batches
+WARM_UP = 2  # batches; nothing waits in a queue then, as no other work is done between them
 
 
 def make_images(folder: Path, kind: str, size: int, count: int, sources: list[Path]) -> int:
@@ -127,17 +127,27 @@ def main() -> None:
                     sides = compare(scratch, scratch / "images", scratch / "shards", threads, args.recipe, args.seconds)
                     rows.append({"format": kind, "size": size, "threads": threads, "bytes": total, "sides": sides})
                     print(_line(rows[-1], args.images), flush=True)
+                    if args.out:  # each time: a long comparison may be stopped
+                        write(args, rows)
     if args.out:
-        record = {
-            "bench": "data", "recipe": args.recipe, "batch_size": BATCH, "device": processor(), "rows": rows,
-            "images": args.images, "scenes": bool(sources), "jpeg_quality": JPEG_QUALITY, "torch": torch.__version__,
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(), "python": platform.python_version(),
-            "commit": commit(), "date": date.today().isoformat(),
-        }  # fmt: skip
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / f"data-{args.recipe}-cpu.json"
-        path.write_text(json.dumps(record, indent=2) + "\n")
-        print(path)
+        print(path_of(args))
+
+
+def path_of(args: argparse.Namespace) -> Path:
+    """The file of a comparison."""
+    return args.out / f"data-{args.recipe}-cpu.json"
+
+
+def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """What was measured, and where."""
+    record = {
+        "bench": "data", "recipe": args.recipe, "batch_size": BATCH, "device": processor(), "rows": rows,
+        "images": args.images, "scenes": args.scenes is not None, "jpeg_quality": JPEG_QUALITY,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
+        "python": platform.python_version(), "commit": commit(), "date": date.today().isoformat(),
+    }  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    path_of(args).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _line(row: dict[str, Any], images: int) -> str:

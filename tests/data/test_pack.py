@@ -4,8 +4,12 @@ import csv
 import errno
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -148,6 +152,44 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(scenes, tmp_path, monkeypa
     before = (tmp_path / "out" / "shard-000000.tar").stat()
     assert "samples in" in packed(scenes, tmp_path / "out", settings), "once more: nothing to do"
     assert (tmp_path / "out" / "shard-000000.tar").stat() == before
+
+
+KILLED = """
+import sys
+from pera_fast.data.pack import pack
+from pera_fast.data.pack_images import ImagePacker, PackSettings
+make, done = ImagePacker.__call__, []
+def slow(self, number, *rest):
+    if number >= 16:
+        input()  # for ever: nothing is written there
+    return make(self, number, *rest)
+ImagePacker.__call__ = slow
+pack(sys.argv[1], sys.argv[2], PackSettings(size_mib=50 / 1024), workers=1, progress=False)
+"""
+
+
+def test_killed_it_leaves_whole_shards_and_goes_on(scenes, tmp_path):
+    """A process that is killed while a shard is half written."""
+    packed(scenes, tmp_path / "whole")
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED, str(scenes), str(out)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 100
+        while not (out / ".shard-000002.tar.part").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    left, whole = shards_of(out), shards_of(tmp_path / "whole")
+    assert left == {name: whole[name] for name in left}
+    assert sorted(left)[-1] == "shard-000001.tar"
+    packed(scenes, out)
+    assert shards_of(out) == whole
+    assert not list(out.glob(".*.part"))
 
 
 def test_a_kill_between_two_files_is_mended(scenes, tmp_path):
