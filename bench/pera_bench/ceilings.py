@@ -42,9 +42,10 @@ def ceilings(device: torch.device, precision: str, *, remeasure: bool = False) -
 
 
 def cache_path(device: torch.device, precision: str) -> Path:
-    """One file for each device, version of torch, number of threads and precision."""
+    """One file for each device, version of torch, precision, and on a CPU number of threads."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    key = [device_name(device), device.type, torch.__version__, torch.get_num_threads(), precision]
+    threads = torch.get_num_threads() if device.type == "cpu" else None
+    key = [device_name(device), device.type, torch.__version__, threads, precision]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     return Path(cache) / "pera-fast" / "ceilings" / f"{device.type}-{precision}-{digest}.json"
 

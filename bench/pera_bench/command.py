@@ -62,7 +62,9 @@ def run(wish: Wish, *, json: Path | None, old: Path | None, out: Path | None, co
     for path in filter(None, (json, out and out / "bench.json")):
         record.save(path)
         console.print(f"JSON: {path}")
-    if out is not None:
+    if out is not None and importlib.util.find_spec("matplotlib") is None:
+        console.print("no plot: matplotlib is not installed")
+    elif out is not None:
         from pera_bench.plot import plot
 
         for path in plot(record, out):

@@ -12,7 +12,7 @@ from pera_bench.timing import Memory, clock, flusher
 from pera_bench.work import COMPILED, Unavailable, Whole, Work
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
-FEW_ROUNDS = 3  # of calls that take long
+FEW_ROUNDS = 3  # of calls that take long, or when there is no time
 
 
 @dataclass

@@ -89,8 +89,8 @@ class Point:
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, seed: int = 0) -> Tensor:
         """Standard normal values; of the activations' dtype if none is given."""
-        values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-        return values.to(self.device, dtype or self.dtype)
+        draw = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(*shape, generator=draw, device=self.device).to(dtype or self.dtype)
 
 
 def nbytes(*tensors: Tensor) -> int:

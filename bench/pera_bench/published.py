@@ -1,7 +1,7 @@
 """The authors' implementation as a benchmark's other side, from a checkout that PERA_OFFICIAL names.
 
 Nothing of it is in this repository. Its packages import every framework that its other methods need, so the modules of
-PerA alone are imported; where xFormers has no operator (CPU), attention is PyTorch's fused one, per sequence group.
+PerA alone are imported; where xFormers does not run, attention is PyTorch's fused one, per sequence group.
 """
 
 import importlib
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pera_fast.config import Config
+from pera_kernels.attention import xformers
 
 PACKAGES = ("Networks", "Networks.DinoV2", "Networks.PerA", "Utils", "Utils.loss")
 
@@ -80,13 +81,13 @@ class PublishedStep(nn.Module):
     Args:
         checkout: folder of the authors' repository.
         cfg: sizes, precision and optimiser settings.
-        device: where it runs; without CUDA, attention is PyTorch's.
+        device: where it runs.
     """
 
     def __init__(self, checkout: Path, cfg: Config, device: torch.device):
         super().__init__()
         model_class, loss_class = _import(checkout)
-        if device.type != "cuda":
+        if xformers.available(device) is not None:
             _use_sdpa()
         m = cfg.model
         space = types.SimpleNamespace

@@ -137,8 +137,9 @@ class Work:
         if out.ndim < 2:
             return torch.ones_like(out)
         if self._drawn is None or self._drawn.dtype != out.dtype:
-            draw = torch.Generator().manual_seed(1)
-            self._drawn = torch.randn(out.shape, generator=draw).to(self.arguments[0].dtype).to(out)
+            draw = torch.Generator(out.device).manual_seed(1)
+            values = torch.randn(out.shape, generator=draw, device=out.device)
+            self._drawn = values.to(self.arguments[0].dtype).to(out.dtype)
         return self._drawn
 
     _drawn: Tensor | None = field(default=None, init=False, repr=False)
@@ -177,10 +178,12 @@ class Whole:
     Attributes:
         make: by implementation, what makes it ready and gives the call to time; or that with the backend to force.
         cost: of one call.
+        labels: what a row says instead of the implementation's name.
     """
 
     make: dict[str, Make | tuple[Make, str]]
     cost: Cost
+    labels: dict[str, str] = field(default_factory=dict)
 
     def run(self, direction: str, implementation: str) -> Run:
         """Ready to be timed. Raises Unavailable."""
@@ -188,7 +191,8 @@ class Whole:
         if implementation not in self.make:
             raise Unavailable("it does not run on this device, or not in this case")
         make = self.make[implementation]
+        label = self.labels.get(implementation, implementation)
         if not isinstance(make, tuple):
-            return Run(make(), self.cost)
+            return Run(make(), self.cost, implementation=label)
         make, name = make
-        return Run(make(), self.cost, context=lambda: backend.use(name))
+        return Run(make(), self.cost, context=lambda: backend.use(name), implementation=label)

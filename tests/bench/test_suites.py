@@ -1,6 +1,5 @@
 """Every bench runs on the CPU in seconds, and what it says of costs is what the ops' READMEs say."""
 
-import json
 import os
 import re
 import subprocess
@@ -10,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pera_bench.ceilings import cache_path
+from pera_bench.command import Wish, command, environment
 from pera_bench.point import Point
 from pera_bench.record import Record
 from pera_bench.selection import chosen_implementations, load, select
@@ -32,15 +33,14 @@ def program(*args: str, cache: Path, **environment: str) -> subprocess.Completed
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
     """With ceilings in it, so that measuring them is not waited for."""
-    folder = tmp_path_factory.mktemp("cache")
-    code = (
-        "import torch; from pera_bench import ceilings; from pathlib import Path; import json\n"
-        "torch.set_num_threads(1)\npath = ceilings.cache_path(torch.device('cpu'), 'fp32')\n"
-        "path.parent.mkdir(parents=True); path.write_text(json.dumps({'copy': 1e10, 'matrix': 1e11}))"
-    )
-    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "bench"))
-    env = {**os.environ, "PYTHONPATH": paths, "XDG_CACHE_HOME": str(folder)}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+    folder, threads = tmp_path_factory.mktemp("cache"), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        torch.set_num_threads(1)
+        path = cache_path(CPU, "fp32")
+        torch.set_num_threads(threads)
+    path.parent.mkdir(parents=True)
+    path.write_text('{"copy": 1e10, "matrix": 1e11}')
     return folder
 
 
@@ -85,14 +85,13 @@ def test_machine_is_described(measured):
 
 
 def test_all_implementations_and_the_reasons_why_not(cache, tmp_path):
-    file = tmp_path / "r.json"
-    options = ["--recipe", "tiny", "--images", "1", "--seconds", "0.002", "--all", "--json", str(file)]
-    # Without TorchDynamo torch.compile gives its argument back; test_measure.py compiles something small.
-    done = program("sequence_add", *options, cache=cache, TORCHDYNAMO_DISABLE="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    record = json.loads(file.read_text())
-    assert {row["implementation"] for row in record["rows"]} == {"reference", "compiled", "native"}
-    assert {entry["reason"] for entry in record["skipped"]} == {"Triton kernels run on a GPU, not on cpu"}
+    """Without TorchDynamo torch.compile gives its argument back; test_measure.py compiles something small."""
+    wish = Wish(["sequence_add"], device="cpu", recipes="tiny", images="1", only="all", threads=1, seconds=0.002)
+    env = {**environment(wish), "XDG_CACHE_HOME": str(cache), "TORCHDYNAMO_DISABLE": "1"}
+    subprocess.run(command(wish, tmp_path / "rows"), env=env, check=True, stdout=subprocess.DEVNULL)
+    record = Record.from_lines((tmp_path / "rows").read_text())
+    assert {row["implementation"] for row in record.rows} == {"reference", "compiled", "native"}
+    assert {entry["reason"] for entry in record.skipped} == {"Triton kernels run on a GPU, not on cpu"}
 
 
 def test_list_of_suites_is_the_folder():

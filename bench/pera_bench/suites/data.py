@@ -14,14 +14,13 @@ from pera_bench.work import Cost, Unavailable, Whole
 from pera_fast.data.index import build_index
 from pera_fast.data.loader import Loader
 from pera_fast.data.skipped import SkippedFiles
-from pera_fast.demo.scenes import write_scenes
+from pera_fast.demo.scenes import CLASSES, write_scenes
 from pera_fast.errors import UserError
 from pera_fast.train.inputs import make_inputs
 
 IMPLEMENTATIONS = ("pera-fast",)
 CASES = {"jpeg": ("batch",)}
 SIDE = 512  # pixels of the scenes
-PER_CLASS = 4
 
 
 def make(point: Point, case: str) -> Whole:
@@ -33,8 +32,7 @@ def batches(point: Point) -> Callable[[], Any]:
     """A function that gives the next batch; the files stay in the page cache."""
     folder = tempfile.TemporaryDirectory(prefix="pera-bench-")
     root = Path(folder.name)
-    per_class = max(PER_CLASS, -(-point.images // 8))
-    write_scenes(root / "images", per_class, size=SIDE)
+    write_scenes(root / "images", -(-point.images // len(CLASSES)), size=SIDE)
     manifest = build_index(root / "images", out=root / "index.parquet", progress=False)
     pinned = os.sched_getaffinity(0)
     os.sched_setaffinity(0, CORES)  # the loader's threads inherit it: they are not to share one core
