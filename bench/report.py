@@ -6,6 +6,7 @@ python bench/report.py --check    exits with 1 if that part is not what the resu
 
 import argparse
 import json
+import statistics
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -136,6 +137,7 @@ def op_tables(record: Record) -> list[str]:
         ceilings = record["ceilings"]
         lines += [
             f"{where(record['machine'])}; {when(record['machine'])}: {recipe}, {images} images, {precision}.",
+            *([f"Other processes took {1 - alone:.0%} of the time."] if (alone := undisturbed(record)) < 0.9 else []),
             f"Ceilings: copy {ceilings['copy'] / 1e9:.3g} GB/s, products {ceilings['matrix'] / 1e12:.3g} TFLOP/s.",
             "",
             "| op | | runs | median ms (spread) | eager ms | times as fast | of copy | of products | error |",
@@ -144,6 +146,12 @@ def op_tables(record: Record) -> list[str]:
         lines += [op_line(row) for row in fastest(list(some))]
         lines.append("")
     return lines
+
+
+def undisturbed(record: Record) -> float:
+    """Share of the time in which a bench's own thread ran, the median over the benches; 1 on a GPU."""
+    shares = [row["busy"] for row in record["rows"] if row["busy"] is not None and row["suite"] != "data"]
+    return statistics.median(shares) if shares else 1.0
 
 
 def fastest(rows: list[Row]) -> list[Row]:

@@ -105,7 +105,7 @@ def bench(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.png.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU.", show_default="one per core")] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="For the timed calls of one bench.")] = 1.0,
+    seconds: Annotated[float, typer.Option(min=0, help="For the timed calls of one bench.")] = 0.5,
     remeasure: Annotated[
         bool, typer.Option("--remeasure", help="Measure bandwidth and matrix rate of this machine again.")
     ] = False,

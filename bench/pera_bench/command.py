@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,7 +49,7 @@ class Wish:
     sweep: bool = False
     only: str | None = None
     threads: int | None = None
-    seconds: float = 1.0
+    seconds: float = 0.5
     remeasure: bool = False
 
 
@@ -83,8 +85,10 @@ def measure(wish: Wish, console: Console) -> Record:
                 command(wish, rows), env=environment(wish), stdout=output, stderr=subprocess.STDOUT
             )
             try:
-                _follow(process, rows, console)
-            except KeyboardInterrupt:  # it came to the other process too
+                with suppress(KeyboardInterrupt), _terminable():
+                    _follow(process, rows, console)
+            finally:  # also after Ctrl-C or SIGTERM: what is measured is in the file
+                process.terminate()
                 process.wait()
         record = Record.from_lines(rows.read_text(encoding="utf-8")) if rows.exists() else None
         if record is None:
@@ -148,6 +152,20 @@ def environment(wish: Wish) -> dict[str, str]:
     threads = {"OMP_NUM_THREADS": str(wish.threads or len(CORES)), "OMP_PROC_BIND": "true", "OMP_PLACES": "threads"}
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     return {**inherited, **threads, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _follow(process: subprocess.Popen[bytes], rows: Path, console: Console) -> None:

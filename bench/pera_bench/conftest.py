@@ -33,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", help="device of the tensors")
     group.addoption("--threads", type=int, default=0, help="threads of the CPU; 0: torch's own number")
     group.addoption("--only", default="", help="implementations, separated by commas, or all")
-    group.addoption("--seconds", type=float, default=1.0, help="time for the rounds of one bench")
+    group.addoption("--seconds", type=float, default=0.5, help="time for the rounds of one bench")
     group.addoption("--remeasure", action="store_true", help="measure the ceilings again")
     group.addoption("--rows", type=Path, default=None, help="file for the rows, one JSON object a line")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,9 +64,9 @@ class Measure:
                 run.call()
                 seconds = now() - start
             error = run.error() if run.error else None
-            self._time(run.call, seconds)
+            busy = self._time(run.call, seconds)
         peak = (resident + memory.peak) / 2**20 or None  # the loader allocates in another thread: unknown
-        row = {"implementation": run.implementation or implementation, "error": error, "peak_mib": peak}
+        row = {"implementation": run.implementation or implementation, "error": error, "peak_mib": peak, "busy": busy}
         return row | self._numbers(run.cost.moved, run.cost.flops)
 
     def _warm_up(self, call: Any, implementation: str) -> None:
@@ -80,12 +81,16 @@ class Measure:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise Unavailable(f"torch.compile: {reason.strip()[:200]}") from error
 
-    def _time(self, call: Any, first: float) -> None:
+    def _time(self, call: Any, first: float) -> float | None:
+        """Takes the times. Returns the share of them in which this thread ran, on a CPU: others took the rest."""
         fitting = int(self.seconds / max(first, 1e-7))
         least = FEW_ROUNDS if first > 1 or self.seconds < 0.1 else MIN_ROUNDS
         rounds = min(max(fitting, least), MAX_ROUNDS)
-        flush = flusher(self.device)
-        self.benchmark.pedantic(call, setup=flush, rounds=rounds)
+        start, ran = time.perf_counter(), time.thread_time()
+        self.benchmark.pedantic(call, setup=flusher(self.device), rounds=rounds)
+        if self.device.type != "cpu":
+            return None
+        return (time.thread_time() - ran) / (time.perf_counter() - start)
 
     def _numbers(self, moved: int, flops: int) -> dict[str, Any]:
         s = self.benchmark.stats.stats

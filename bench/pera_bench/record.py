@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,16 @@ class Record:
         if record is not None:
             record.add_speedups()
         return record
+
+    @property
+    def undisturbed(self) -> float:
+        """Share of the time in which a bench's own thread ran, the median over the benches; 1 on a GPU.
+
+        A call that computes on a CPU keeps its thread busy; what is missing other processes took. The loader waits for
+        threads of its own and does not count.
+        """
+        shares = [row["busy"] for row in self.rows if row["busy"] is not None and row["suite"] != "data"]
+        return statistics.median(shares) if shares else 1.0
 
     def add_speedups(self) -> None:
         """Gives each row "speedup": the reference's median over its own, at the same point."""

@@ -11,6 +11,7 @@ from rich.table import Table
 from pera_bench.record import Change, Record
 
 NUMBERS = ("median", "spread", "GB/s", "of copy", "TFLOP/s", "of peak", "MiB", "error", "speed-up", "images/s")
+QUIET = 0.9  # share of the time below which a measurement is not to be trusted
 SHORT = {"forward": "fwd", "forward+backward": "fwd+bwd"}
 
 
@@ -23,6 +24,8 @@ def make_console() -> Console:
 def show(record: Record, console: Console) -> None:
     """All rows by recipe, images and precision, and below them what was left out and why."""
     console.print(headline(record), soft_wrap=True)
+    if record.undisturbed < QUIET:
+        console.print(f"other processes took {1 - record.undisturbed:.0%} of the time: measure again", style="yellow")
     for (recipe, images, precision), rows in groupby(record.rows, lambda r: (r["recipe"], r["images"], r["precision"])):
         table = _table(f"{recipe}, {images} images, {precision}", list(rows), record.ceilings)
         console.print(table)

@@ -1,6 +1,8 @@
 """`pera-fast bench`: what it makes of wrong input, as docs/messages.md has it, and of a run that ends early."""
 
+import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,21 @@ def test_what_was_measured_before_a_crash_is_kept(monkeypatch):
     record = command.measure(Wish(device="cpu"), Console(quiet=True))
     assert record.machine == {"device": "Chip"}
     assert record.failed == [{"bench": "the run", "reason": f"ended with status {-signal.SIGABRT}"}]
+
+
+def test_what_was_measured_before_sigterm_is_kept(monkeypatch):
+    runner(monkeypatch, f"open(rows, 'w').write('{HEAD}\\n'); import time; time.sleep(60)")
+
+    def follow(process, rows, console):
+        while not rows.exists() or not rows.read_text():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(command, "_follow", follow)
+    record = command.measure(Wish(device="cpu"), Console(quiet=True))
+    assert record.machine == {"device": "Chip"}
+    assert record.failed == [{"bench": "the run", "reason": f"ended with status {-signal.SIGTERM}"}]
 
 
 def test_a_runner_that_does_not_start_is_a_bug_that_says_why(monkeypatch):

@@ -24,7 +24,14 @@ def row(implementation: str, median: float, spread: float = 0.1, **other) -> dic
     times = {"median_s": median, "q1_s": median - half, "q3_s": median + half, "min_s": median / 2, "max_s": 2 * median}
     named = {"suite": "koleo", "case": "global", "direction": "forward", "recipe": "tiny", "images": 2}
     shares = {"of_copy": 0.5, "of_matrix": 0.25, "moved_bytes": 1, "flops": 1}
-    rest = {"precision": "fp32", "implementation": implementation, "rounds": 5, "error": 1e-6, "peak_mib": 1.0}
+    rest = {
+        "precision": "fp32",
+        "implementation": implementation,
+        "rounds": 5,
+        "error": 1e-6,
+        "peak_mib": 1.0,
+        "busy": 0.98,
+    }
     return {**named, **rest, **times, **shares, **other}
 
 
@@ -57,6 +64,15 @@ def test_lines_of_an_unfinished_run_are_read():
     assert made.failed == [{"bench": "c", "reason": "s"}]
     assert Record.from_lines("") is None
     assert Record.from_lines('{"machine"') is None
+
+
+def test_other_processes_are_noticed():
+    rows = [row("reference", 2.0, busy=0.5), row("native", 2.0, busy=0.6), row("native", 2.0, busy=0.1, suite="data")]
+    made = record(*rows)
+    assert made.undisturbed == 0.55
+    assert "other processes took 45% of the time" in printed(show, made)
+    assert record(row("native", 1.0, busy=None)).undisturbed == 1.0
+    assert "other processes" not in printed(show, record(row("native", 1.0)))
 
 
 def test_file_and_back(tmp_path):
@@ -114,4 +130,7 @@ def test_report_of_a_folder(report, tmp_path):
     parts = [{"results": {"bench": asdict(of_card)}}, {"results": {"ceilings": {"found": {}}}}]
     (tmp_path / "gpu.json").write_text(json.dumps({"parts": parts}))
     assert "Nothing" not in report.section(tmp_path)
+    assert "Other processes" not in report.section(tmp_path)
+    record(row("native", 1.0, busy=0.5)).save(tmp_path / "loud.json")
+    assert "Other processes took 50% of the time." in report.section(tmp_path)
     assert "Card, torch 2.0; abc" in report.section(tmp_path)
