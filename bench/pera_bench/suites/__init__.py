@@ -15,6 +15,7 @@ OPS = (
     "mask_tokens",
     "distillation_loss",
     "koleo",
+    "prototype_losses",
     "pixel_loss",
 )
 WHOLES = ("block", "update", "step", "data")
