@@ -13,7 +13,7 @@ from pera_fast import cli
 from pera_fast.config import load_config
 from pera_fast.data.index import build_index, open_or_build
 from pera_fast.data.loader import Loader
-from pera_fast.data.measure import measure_data
+from pera_fast.data.measure import measure_data, write_json, write_plot
 from pera_fast.data.skipped import SkippedFiles
 from pera_fast.errors import UserError
 
@@ -146,6 +146,11 @@ def test_the_command_prints_writes_and_draws(tmp_path, capsys):
     assert len(told["bands"]) == 5
     with Image.open(tmp_path / "s.png") as opened:
         assert opened.format == "PNG"
+    measured = run(tmp_path / "data", sample=1, overrides=["model.in_chans=5"])
+    with pytest.raises(UserError, match=r"--json .*s.json: cannot be written \(No such file or directory\)"):
+        write_json(measured, tmp_path / "no" / "s.json")
+    with pytest.raises(UserError, match=r"--plot .*s.doc: cannot be written \(Format 'doc' is not supported"):
+        write_plot(measured, tmp_path / "s.doc")
 
 
 @pytest.mark.parametrize(
@@ -154,12 +159,9 @@ def test_the_command_prints_writes_and_draws(tmp_path, capsys):
         ("{t}/data --sample -1", "--sample -1: give a number of files, or 0 for all"),
         ("{t}/none", "data folder {t}/none does not exist"),
         ("{t}/notes.txt", "cannot read the index {t}/notes.txt: "),
-        ("{t}/data --json {t}/no/s.json", "--json {t}/no/s.json: cannot be written (No such file or directory)"),
-        ("{t}/data --plot {t}/s.doc", "--plot {t}/s.doc: cannot be written (Format 'doc' is not supported"),
     ],
 )
 def test_wrong_use_is_one_line(tmp_path, capsys, line, said):
-    write_scenes(tmp_path / "data", 1)
     (tmp_path / "notes.txt").write_text("x" * 50)
     assert cli.run(["data", "stats", *line.format(t=tmp_path).split()]) == 2
     error = capsys.readouterr().err
