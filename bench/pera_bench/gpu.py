@@ -34,6 +34,7 @@ OPS = (
     *("distillation_loss", "koleo", "prototype_losses", "pixel_loss", "block", "update"),
 )
 KERNELS = "reference,pera-fast,triton,chunked,eager,xformers,varlen,sdpa"
+GRAPHS = "graph,compiled graph"
 ATTENTION = "attention=triton,attention=xformers,attention=varlen,attention=sdpa"
 
 
@@ -93,7 +94,7 @@ def parts(device: str, recipe: str, images: Sequence[int]) -> list[Part]:
         Part("memory", memory, 80),
         Part("tests", tests, 80),
         bench("loader", 50, "data", "--images", largest, seconds=3),
-        bench("compiled", 90, "step/cheap", "--images", middle, "--only", "pera-fast,compiled"),
+        bench("compiled", 90, "step/cheap", "--images", middle, "--only", f"pera-fast,compiled,{GRAPHS}"),
         bench("compiled_ops", 60, *OPS, "--images", middle, "--only", "compiled"),
     ]
 

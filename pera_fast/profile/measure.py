@@ -25,8 +25,9 @@ from pera_fast.profile.simulate import VALUES, simulate_step
 from pera_fast.train.api import make_model
 from pera_fast.train.distributed import World
 from pera_fast.train.flops import device_peak, flops_per_image
+from pera_fast.train.host_memory import reuse_freed_memory
 from pera_fast.train.optim import make_optimizer, make_scaler
-from pera_fast.train.step import train_step
+from pera_fast.train.step import make_graph, train_step
 
 WARM_UP = 3  # steps: the first makes AdamW's state, kernels are compiled and chosen
 
@@ -61,14 +62,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def real_step(cfg: Config, device: torch.device, data: Iterator[Any] | None = None) -> Callable[[], Any]:
     """The trainer's step on random crops that lie on the device already; every call is one optimiser step."""
+    if device.type == "cpu":
+        reuse_freed_memory()
     plan = cfg.train.resolve_batch(1)
     inputs = repeat(random_inputs(cfg, plan.per_device).to(device)) if data is None else data
     model = make_model(cfg).to(device)
     optimizer, scaler = make_optimizer(model.parameters(), cfg), make_scaler(cfg, device)
+    graph = make_graph(model, scaler, plan.accumulate) if cfg.train.cuda_graph else None
     world = World(0, 1, device)
 
     def step() -> Any:
-        return train_step(model, model, optimizer, scaler, inputs, plan.accumulate, VALUES, cfg.optim.clip, world)
+        return train_step(
+            model, model, optimizer, scaler, inputs, plan.accumulate, VALUES, cfg.optim.clip, world, graph=graph
+        )
 
     return step
 
