@@ -126,8 +126,12 @@ def build_index(
         raise UserError(f"data {root} is not a folder")
     settings = ProbeSettings(channels, max_pixels, verify, bands, scaled)
     target = Path(out) if out is not None else default_index_path(root)
-    with _locked(target), bars(progress) as shown:
-        manifest = _update(folder, target, settings, workers or _cores(), timeout, shown)
+    try:
+        with _locked(target), bars(progress) as shown:
+            manifest = _update(folder, target, settings, workers or _cores(), timeout, shown)
+    except KeyboardInterrupt:
+        _log.warning("stopped; what was checked is kept, and the next index of %s goes on from there", folder)
+        raise
     _log.info("%s", manifest.summary)
     return manifest
 

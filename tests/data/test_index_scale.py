@@ -106,7 +106,7 @@ def test_a_damaged_part_of_what_was_left_is_passed_over(tmp_path, asked):
     assert asked == [*names[:4], *names[8:]]
 
 
-def test_an_interrupt_keeps_what_was_checked(tmp_path, monkeypatch):
+def test_an_interrupt_keeps_what_was_checked(tmp_path, monkeypatch, caplog):
     root, out = tmp_path / "data", tmp_path / "index.parquet"
     write_scenes(root, 100, 8, 8)
     added = Journal.add
@@ -118,6 +118,7 @@ def test_an_interrupt_keeps_what_was_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(Journal, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(root, out)
+    assert "what was checked is kept" in caplog.text
     monkeypatch.undo()
     assert "(64 known, 36 checked" in build(root, out).summary
 
