@@ -227,7 +227,7 @@ def _read_rasterio(data: bytes | memoryview, bands: Bands, convert: bool) -> Ras
         flags = raster.mask_flag_enums
         if all(_ALL_VALID in {flag.name for flag in flags[number - 1]} for number in numbers):
             return Raster(values)
-        return Raster(values, raster.read_masks(numbers) != 0)
+        return Raster(values, np.asarray(raster.read_masks(numbers) != 0))
 
 
 def band_numbers(bands: Bands, count: int, names: Sequence[str | None]) -> list[int]:
