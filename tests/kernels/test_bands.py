@@ -21,9 +21,11 @@ from pera_kernels.visible_patches import contrast_mean, eager, reference, visibl
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLEMENTATIONS = ["reference", "eager", "native", *(["triton"] if INTERPRETED else [])]
 ORDERS = [*itertools.permutations(range(4)), (4, -1, -1, -1), (0, 4, 1, -1), (-1, -1, -1, -1), (1, -1, -1, -1)]
-SOME = ORDERS[::9] if INTERPRETED else ORDERS  # the interpreter takes 30 ms for what one program does
+SOME = ORDERS[:: 9 if INTERPRETED else 3]  # the interpreter takes 30 ms for what one program does
 LARGEST = {torch.uint8: 255, torch.uint16: 65535}
-BANDS = [(3, None), (3, (2, 1, 0)), (3, ()), (4, None), (6, (0, 1, 2)), (6, (4, 0, 3)), (1, None)]
+BANDS = [(3, (2, 1, 0)), (4, None), (6, (4, 0, 3))]
+if not INTERPRETED:
+    BANDS += [(3, None), (3, ()), (6, (0, 1, 2)), (1, None)]
 
 
 def available(name: str) -> bool:
@@ -175,7 +177,7 @@ def test_8_bit_rgb_is_what_it_was(implementation: str) -> None:
 
 
 def test_16_bits_of_8_bit_values_are_the_same_rows(implementation: str) -> None:
-    for channels, rgb in BANDS[:: 3 if INTERPRETED else 1]:
+    for channels, rgb in BANDS:
         eight = make_case(channels, rgb, torch.uint8)
         sixteen = replace(eight, crops=(eight.crops.int() * 257).to(torch.uint16))
         torch.testing.assert_close(sixteen.rows(torch.float32), eight.rows(torch.float32), rtol=3e-6, atol=3e-6)
@@ -207,7 +209,7 @@ def test_strides(implementation: str) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_any_bands(data: st.DataObject) -> None:
     channels = data.draw(st.integers(1, 9), label="channels")
     chosen = st.permutations(range(channels)).map(lambda order: tuple(order[:3])) if channels >= 3 else st.just(())
