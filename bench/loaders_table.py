@@ -6,6 +6,7 @@ from pathlib import Path
 HEAD = """\
 Loaders side by side, `python bench/data.py`: images/s per core (images/s), files in the page cache, on as many cores as threads.
 Ours goes up to the normalised bf16 patch rows of student and teacher, the Pillow and PyTorch pipeline to its float views.
+Per core means per second of processor time; where images/s are fewer than that, other work had the cores at the time.
 
 | device | images | threads | Pillow, PyTorch | ours, folder | ours, shards | ratio per core | commit, date |
 | --- | --- | --- | --- | --- | --- | --- | --- |""".splitlines()  # noqa: E501 - as it stands in the README
