@@ -37,14 +37,14 @@ class HostCropper:
             end: [crops, B, 2], the opposite corner; before `start` along an axis: a flip.
             out: for each crop uint8 [B, side, side, C].
         """
-        start, end = (corner.round().astype(np.int64) for corner in (start, end))
+        starts, ends = (corner.round().astype(np.int64).tolist() for corner in (start, end))  # plain numbers are faster
         results = [crop.numpy() for crop in out]
 
         sides = self._sides
 
         def work(slot: int) -> None:
             for crop, side in enumerate(sides):
-                _crop(images[slot], start[crop, slot], end[crop, slot], side, results[crop][slot])
+                _crop(images[slot], starts[crop][slot], ends[crop][slot], side, results[crop][slot])
 
         for _ in self._pool.map(work, range(len(images))):
             pass
@@ -53,8 +53,8 @@ class HostCropper:
         self._pool.shutdown()
 
 
-def _crop(image: np.ndarray, start: np.ndarray, end: np.ndarray, side: int, out: np.ndarray) -> None:
-    (top, left), (bottom, right) = np.minimum(start, end), np.maximum(start, end)
+def _crop(image: np.ndarray, start: list[int], end: list[int], side: int, out: np.ndarray) -> None:
+    (top, bottom), (left, right) = (sorted(axis) for axis in zip(start, end, strict=True))
     window = torch.from_numpy(image[top:bottom, left:right])[None]
     # Unsqueezed first, permuted then: its strides say channels-last, which is what the fast path looks for.
     resized = interpolate(window.permute(0, 3, 1, 2), size=(side, side), mode="bilinear", antialias=True)
