@@ -14,16 +14,24 @@ data_app = typer.Typer(
 @data_app.command()
 def index(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings of the training, such as data.bands=[4,3,2]."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The Parquet manifest.", show_default="in the user's cache")] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Decode every file fully.")] = True,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one per core")] = None,
-    channels: Annotated[int, typer.Option(min=1, help="model.in_chans of the training that it is for.")] = 3,
+    channels: Annotated[int | None, typer.Option(min=1, help="The same as model.in_chans=N.", show_default="3")] = None,
 ) -> None:
     """Check every image below DIR and write what was found into a manifest that pretraining reuses."""
-    from pera_fast.data.index import build_index
+    from pera_fast.config import load_config
+    from pera_fast.data.index import index_for
 
-    manifest = build_index(directory, out=out, verify=verify, workers=workers, channels=channels)
-    typer.echo(manifest.summary)
+    short = [] if channels is None else [f"model.in_chans={channels}"]
+    cfg = load_config("vit_b16", [*short, *(overrides or [])])
+    cfg.data.verify &= verify
+    cfg.data.index = cfg.data.index if out is None else str(out)
+    typer.echo(index_for(directory, cfg, workers=workers).summary)
 
 
 class _Encoding(str, Enum):

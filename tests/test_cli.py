@@ -102,11 +102,16 @@ def test_python_call_is_the_twin(stub):
 
 
 def test_index_convert_and_demo_call_their_parts(stub, capsys):
-    calls = stub("pera_fast.data.index", "build_index", types.SimpleNamespace(summary="3 images, 1 unreadable"))
+    calls = stub("pera_fast.data.index", "index_for", types.SimpleNamespace(summary="3 images, 1 unreadable"))
     assert cli.run(["data", "index", "DIR", "--out", "M", "--no-verify", "--workers", "3"]) == 0
-    expected = {"out": Path("M"), "verify": False, "workers": 3, "channels": 3}
-    assert calls == [((Path("DIR"),), expected)]
-    assert capsys.readouterr().out == "3 images, 1 unreadable\n"
+    assert cli.run(["data", "index", "DIR", "--channels", "6"]) == 0
+    assert cli.run(["data", "index", "DIR", "data.bands=[nir,red]"]) == 0
+    assert [(args[0], more) for args, more in calls] == [(Path("DIR"), {"workers": n}) for n in (3, None, None)]
+    plain, six, two = (args[1] for args, _ in calls)
+    assert (plain.data.index, plain.data.verify, plain.model.in_chans) == ("M", False, 3)
+    assert (six.data.index, six.data.verify, six.model.in_chans) == (None, True, 6)
+    assert (two.data.bands, two.model.in_chans) == (["nir", "red"], 2)
+    assert capsys.readouterr().out == "3 images, 1 unreadable\n" * 3
 
     calls = stub("pera_fast.interop.published", "convert")
     assert cli.run(["convert", "P.params", "--out", "O"]) == 0

@@ -48,9 +48,17 @@ def load_index(path: str | os.PathLike[str]) -> Manifest:
 
 
 def open_or_build(root: str | os.PathLike[str], cfg: Any, *, progress: bool = True) -> Manifest:
+    """`index_for`; puts what data.band_range comes to into `cfg` and the manifest too, see `sensor`."""
+    manifest = index_for(root, cfg, progress=progress)
+    measure(cfg, manifest, progress)
+    return manifest
+
+
+def index_for(root: str | os.PathLike[str], cfg: Any, *, workers: int | None = None, progress: bool = True) -> Manifest:
     """The manifest for a run: kept at cfg.data.index (or the default place), brought up to date with the folder.
 
-    Puts what data.depth and data.band_range come to into `cfg` and the manifest, see `sensor`.
+    Puts what data.depth comes to into `cfg`, as it decides which decoders check the files. Arguments and errors as of
+    `build_index`.
     """
 
     def build(settings: ProbeSettings) -> Manifest:
@@ -58,6 +66,7 @@ def open_or_build(root: str | os.PathLike[str], cfg: Any, *, progress: bool = Tr
             root,
             out=cfg.data.index,
             verify=cfg.data.verify,
+            workers=workers,
             progress=progress,
             channels=settings.channels,
             max_pixels=cfg.data.max_pixels,
@@ -67,16 +76,13 @@ def open_or_build(root: str | os.PathLike[str], cfg: Any, *, progress: bool = Tr
 
     settings = probe_settings(cfg)
     if cfg.data.depth != "auto":
-        manifest = build(settings)
-    else:
-        if settings.encoded and _were_scaled(cfg.data.index or default_index_path(root)):
-            settings = replace(settings, scaled=True)  # it will come out so again
-        manifest = build(settings)
-        cfg.data.depth = "16" if is_deep(manifest) else "8"
-        if probe_settings(cfg).decoders != settings.decoders:
-            manifest = build(probe_settings(cfg))
-    measure(cfg, manifest, progress)
-    return manifest
+        return build(settings)
+    if settings.encoded and _were_scaled(cfg.data.index or default_index_path(root)):
+        settings = replace(settings, scaled=True)  # it will come out so again
+    manifest = build(settings)
+    cfg.data.depth = "16" if is_deep(manifest) else "8"
+    needed = probe_settings(cfg)
+    return manifest if needed.decoders == settings.decoders else build(needed)
 
 
 def _were_scaled(target: str | os.PathLike[str]) -> bool:

@@ -1,6 +1,8 @@
 """Bands, bits and ranges: from files of any sensor to crops, and what a run decides about them."""
 
 import logging
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -344,3 +346,26 @@ def test_nothing_is_warned_about(folder, caplog):
     with caplog.at_level(logging.WARNING, logger="pera_fast"):
         open_or_build(folder, config())
     assert not caplog.records
+
+
+def test_other_threads_go_on_while_a_file_is_read():
+    """rasterio and the scaling release the interpreter, so reader threads run side by side."""
+    file = geotiff(scene(1, bands=4, side=1024), compress="deflate", predictor=2)
+    scaling = Scaling(16, ((100, 2000),))
+    stopped, spans = threading.Event(), []
+
+    def work() -> None:
+        for _ in range(3):
+            start = time.perf_counter()
+            scaling(read(file, "rasterio", 4))
+            spans.append(time.perf_counter() - start)
+        stopped.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    ticks = 0
+    while not stopped.is_set():
+        time.sleep(1e-4)
+        ticks += 1
+    thread.join()
+    assert ticks > 10 * len(spans)  # held, the lock would let it in a few times between the two steps
