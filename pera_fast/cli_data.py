@@ -95,11 +95,12 @@ def dedupe(
         Path | None, typer.Option(help="Move the duplicates to this folder.", show_default="only report")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="one per core")] = None,
+    channels: Annotated[int, typer.Option(min=1, help="model.in_chans of the training that it is for.")] = 3,
 ) -> None:
     """Report near-duplicate images. Of a group the one with the most pixels is kept; nothing is ever deleted."""
     from pera_fast.data.dedupe import dedupe as run
 
-    typer.echo(run(directory, bits=threshold, out=out, move_to=move, workers=workers))
+    typer.echo(run(directory, bits=threshold, out=out, move_to=move, workers=workers, channels=channels))
 
 
 @data_app.command()

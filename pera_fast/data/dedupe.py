@@ -45,7 +45,12 @@ class Duplicates:
 
 
 def find_duplicates(
-    root: str | os.PathLike[str], *, bits: int = BITS, workers: int | None = None, progress: bool = True
+    root: str | os.PathLike[str],
+    *,
+    bits: int = BITS,
+    channels: int = 3,
+    workers: int | None = None,
+    progress: bool = True,
 ) -> tuple[Manifest, Duplicates]:
     """Looks at every readable image of a folder (or of shards).
 
@@ -54,6 +59,7 @@ def find_duplicates(
     Args:
         root: the data folder.
         bits: of 64 in which the hashes of duplicates differ at most.
+        channels: model.in_chans of the training that it is for, whose index is used.
         workers: threads; None: one a core.
         progress: show bars, if there is a terminal.
 
@@ -62,7 +68,7 @@ def find_duplicates(
     """
     if not 0 <= bits <= MAX_BITS:
         raise UserError(f"--threshold {bits}: must be 0 to {MAX_BITS} of the 64 bits of a hash")
-    manifest = build_index(root, workers=workers, progress=progress)
+    manifest = build_index(root, workers=workers, progress=progress, channels=channels)
     files = manifest.readable
     hashes, means, ok = _fingerprints(manifest, workers or len(os.sched_getaffinity(0)), progress)
     rows = np.flatnonzero(ok)
@@ -213,6 +219,7 @@ def dedupe(
     bits: int = BITS,
     out: str | os.PathLike[str] = "duplicates.csv",
     move_to: str | os.PathLike[str] | None = None,
+    channels: int = 3,
     workers: int | None = None,
     progress: bool = True,
 ) -> str:
@@ -220,7 +227,7 @@ def dedupe(
     report = Path(out)
     if report.is_dir() or not report.absolute().parent.is_dir():
         raise UserError(f"--out {report}: give the name of a CSV file in a folder that exists")
-    manifest, duplicates = find_duplicates(root, bits=bits, workers=workers, progress=progress)
+    manifest, duplicates = find_duplicates(root, bits=bits, channels=channels, workers=workers, progress=progress)
     groups = write_report(duplicates, report)
     told = (
         f"{len(duplicates.rows)} of {len(duplicates.files)} images are near-duplicates of {groups} others,"

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from pera_fast.data import decode
+from pera_fast.data.scaling import by_type
 
 GRID = 4
 _SIDE, _KEPT = 32, 8
@@ -62,8 +63,14 @@ def read_small(data: bytes, decoder: str) -> np.ndarray:
                 if opened.format == "JPEG" and opened.mode in ("RGB", "L"):
                     opened.draft("RGB", (_DRAFT, _DRAFT))
                     return np.asarray(opened.convert("RGB"))
-            return decode.decode(data, "pillow", 3)
+            return _stretched(data, "pillow")
         except Exception:
             if decoder == "pillow":
                 raise
-    return decode.decode(data, "rasterio", 3)
+    return _stretched(data, "rasterio")
+
+
+def _stretched(data: bytes, decoder: str) -> np.ndarray:
+    """8 bits as they are, others from their least to their greatest value: 12 bits in 16 would leave 16 levels."""
+    bands = np.moveaxis(decode.read(data, decoder, 3).bands, 0, -1)
+    return by_type(bands if bands.dtype in (np.uint8, np.bool_) else bands.astype(np.float64))

@@ -125,6 +125,7 @@ def test_shards_are_reported_but_not_moved(folder, tmp_path):
     shards = tmp_path / "shards"
     write_tar(shards / "0.tar", {name: data for name, data in tree(folder).items() if "broken" not in name})
     assert run(shards, tmp_path / "report.csv").startswith("3 of 11 images")
+    assert run(shards, tmp_path / "report.csv", channels=1).startswith("3 of 11 images")
     with pytest.raises(UserError, match=r"--move .*: .*shards holds shards, from which nothing can be moved"):
         run(shards, tmp_path / "report.csv", move_to=tmp_path / "moved")
 

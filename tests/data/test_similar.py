@@ -104,6 +104,10 @@ def test_what_only_rasterio_reads_and_what_nothing_reads():
     assert (
         apart(look(raster(planes.astype(np.float64)), "dali"), look(encoded(Image.fromarray(scene(3)), "PNG")))[0] <= 4
     )
+    deep = (np.arange(4)[:, None, None] + 1) * planes[[0, 1, 2, 2]].astype(np.uint16) * 4  # 12 bits and four bands
+    bits, _ = apart(look(raster(deep), "rasterio"), look(raster(deep // 16 * 16), "rasterio"))
+    assert bits <= 1
+    assert apart(look(raster(deep), "rasterio"), look(raster(deep[:, ::-1].copy()), "rasterio"))[0] > 12
     with pytest.raises(Exception, match="cannot identify image file"):
         read_small(b"no image", "pillow")
     gray = io.BytesIO()
