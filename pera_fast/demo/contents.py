@@ -77,12 +77,12 @@ def _knn(found: DemoResult) -> Section:
 
 
 def _maps(cfg: Config, images: Images, before: PerA, after: PerA) -> Section:
-    pictures = load_images(_some_files(images), 2 * cfg.views.global_size)
+    pictures = load_images(_some_files(images), 2 * cfg.views.global_size, cfg)
     maps = [features(m.teacher.backbone, pictures, cfg.views.mean, cfg.views.std)[1] for m in (before, after)]
     return Section(
         "PCA maps of patch features",
         "Three principal components of the teacher's patch features as red, green and blue.",
-        figures.pca_maps(pictures, *maps),
+        figures.pca_maps((pictures.int() // 257).to(torch.uint8) if cfg.data.depth == "16" else pictures, *maps),
         "Patches of like colour have like features.",
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pera_fast.config import Config, load_config
+from pera_fast.config import Config, from_yaml
 from pera_fast.demo.found import DemoResult, Images, Probe, verdict
 from pera_fast.errors import UserError
 from pera_fast.eval.images import LabelledFiles, class_folders, load_images
@@ -62,7 +62,7 @@ def run(
     result = pretrain(images.folder, out / "run", "tiny", overrides=settings)
     if result.exit_code:
         raise SystemExit(result.exit_code)
-    cfg = load_config("tiny", settings)
+    cfg = from_yaml((out / "run" / "config.yaml").read_text(encoding="utf-8"))  # with what the images decided
     before, after = make_model(cfg), make_model(cfg)
     after.load_state_dict(_newest_weights(out / "run"))
     metrics = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -128,7 +128,7 @@ def _probe(cfg: Config, images: Images, before: PerA, after: PerA) -> Probe:
     """kNN on the teacher's features: mean of cls and of patches, whole images at the global crops' size."""
     if images.train is None or images.test is None:
         return Probe(None, None, 0.0, images.note)
-    train, test = (_loaded(part, cfg.views.global_size) for part in (images.train, images.test))
+    train, test = (_loaded(cfg, part) for part in (images.train, images.test))
     accuracy = []
     for model in (before, after):
         rows = [_descriptor(cfg, model.teacher.backbone, pictures) for pictures, _ in (train, test)]
@@ -139,9 +139,9 @@ def _probe(cfg: Config, images: Images, before: PerA, after: PerA) -> Probe:
     return Probe(accuracy[0], accuracy[1], 1 / len(images.train.classes), note)
 
 
-def _loaded(files: LabelledFiles, size: int) -> tuple[Tensor, Tensor]:
+def _loaded(cfg: Config, files: LabelledFiles) -> tuple[Tensor, Tensor]:
     rows = np.random.default_rng(0).permutation(len(files.files))[:PROBE_LIMIT]
-    pictures = load_images([files.files[i] for i in rows], size)
+    pictures = load_images([files.files[i] for i in rows], cfg.views.global_size, cfg)
     return pictures, torch.tensor([files.labels[i] for i in rows])
 
 

@@ -1,15 +1,23 @@
 """Labelled images for probes: a folder per class, or a CSV that names file, class and split."""
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from pera_fast.config import Config
+from pera_fast.data import decode
+from pera_fast.data.formats import HEAD_BYTES, sniff
+from pera_fast.data.probe import ProbeSettings
+from pera_fast.data.scaling import Raster
+from pera_fast.data.sensor import probe_settings, scaling_of
 from pera_fast.errors import UserError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp"})
@@ -85,19 +93,64 @@ def from_csv(path: Path, split: str | None = None) -> LabelledFiles:
     )
 
 
-def load_images(files: Sequence[Path], size: int) -> Tensor:
+def load_images(files: Sequence[Path], size: int, cfg: Config | None = None) -> Tensor:
     """Whole images, resized to a square.
 
     Args:
-        files: images that Pillow reads.
+        files: images.
         size: pixels a side; bilinear with antialias.
+        cfg: of a run: the bands, bits and ranges that it was trained with. None: 8-bit RGB.
 
     Returns:
-        uint8 [N, size, size, 3], RGB.
+        uint8 or uint16 [N, size, size, C].
+
+    Raises:
+        UserError: a file cannot be read, or not so.
     """
+    cfg = cfg or Config()
+    settings, scaling = probe_settings(cfg), scaling_of(cfg)
     pictures = []
     for file in files:
-        with Image.open(file) as image:
-            resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-            pictures.append(np.asarray(resized))
-    return torch.from_numpy(np.stack(pictures)) if pictures else torch.empty(0, size, size, 3, dtype=torch.uint8)
+        try:
+            data = file.read_bytes()
+            if settings.encoded:
+                pictures.append(_resized_8_bit(data, settings.channels, size))
+            else:
+                pictures.append(_resized(scaling(_first(data, settings)), size))
+        except Exception as error:  # a library may raise anything
+            told = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{file}: cannot be read as an image for evaluation ({told})") from error
+    if pictures:
+        return torch.stack(pictures)
+    dtype = torch.uint16 if scaling.depth == 16 else torch.uint8
+    return torch.empty(0, size, size, settings.channels, dtype=dtype)
+
+
+def _resized_8_bit(data: bytes, channels: int, size: int) -> Tensor:
+    mode = "L" if channels == 1 else "RGB"
+    try:
+        image = Image.open(io.BytesIO(data)).convert(mode)
+    except UnidentifiedImageError:
+        image = Image.fromarray(decode.decode(data, "rasterio", channels).squeeze())
+    array = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+    return torch.from_numpy(array.reshape(size, size, channels).copy())
+
+
+def _first(data: bytes, settings: ProbeSettings) -> Raster:
+    """What the first decoder that can reads."""
+    failures = []
+    for decoder in settings.decoders:
+        if decode.can_decode(decoder, sniff(data[:HEAD_BYTES]), raw=True):
+            try:
+                return decode.read(data, decoder, settings.channels, settings.bands)
+            except Exception as error:  # the next one may know better
+                failures.append(str(error))
+    raise ValueError("; ".join(failures))
+
+
+def _resized(pixels: np.ndarray, size: int) -> Tensor:
+    """uint8 or uint16 [H, W, C] -> [size, size, C]."""
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(torch.float32)
+    small = F.interpolate(planes, (size, size), mode="bilinear", antialias=True)[0].round()
+    dtype = torch.uint16 if pixels.dtype == np.uint16 else torch.uint8
+    return small.clamp(0, np.iinfo(pixels.dtype).max).permute(1, 2, 0).to(dtype).contiguous()
