@@ -62,10 +62,8 @@ def step_table(records: list[Record]) -> list[str]:
             if other:
                 how = other["implementation"].removeprefix("published")
                 against = f"{speed(other)}{how} | {other['median_s'] / row['median_s']:.2f}"
-            machine = record["machine"]
-            lines.append(
-                f"| {where(machine)} | {step} | {times} | {row['peak_mib']:.0f} | {against} | {when(machine)} |"
-            )
+            machine, memory = record["machine"], "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+            lines.append(f"| {where(machine)} | {step} | {times} | {memory} | {against} | {when(machine)} |")
     if not lines:
         return []
     return [
@@ -184,7 +182,12 @@ def section(folder: Path) -> str:
     lines += step_table(records)
     lines += loader_lines(records) + loaders_table(folder / "loaders") + memory_table(folder)
     tables = [line for record in records for line in op_tables(record)]
-    if tables:
+    if not tables:
+        lines += [
+            "The ops have no table yet, as no machine was quiet enough; their READMEs have times of one CPU thread.",
+            "",
+        ]
+    else:
         lines += [
             "Ops and blocks, `pera-fast bench`: median and interquartile range of the time; eager is the definition in"
             " plain PyTorch;",

@@ -82,7 +82,7 @@ def parts(device: str, recipe: str, images: Sequence[int]) -> list[Part]:
         "-o",
         "addopts=",
         "--continue-on-collection-errors",
-        "tests/kernels",
+        "tests",
     ]
     ours = "--only", "pera-fast"
     return [
