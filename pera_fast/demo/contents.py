@@ -82,7 +82,7 @@ def _maps(cfg: Config, images: Images, before: PerA, after: PerA) -> Section:
     return Section(
         "PCA maps of patch features",
         "Three principal components of the teacher's patch features as red, green and blue.",
-        figures.pca_maps((pictures.int() // 257).to(torch.uint8) if cfg.data.depth == "16" else pictures, *maps),
+        figures.pca_maps(pictures, *maps),
         "Patches of like colour have like features.",
     )
 

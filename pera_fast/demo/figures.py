@@ -87,7 +87,7 @@ def pairs(model: PerA, inputs: StepInputs, images: int) -> bytes:
 
 
 def _draw_seen(row: Sequence[plt.Axes], group: GroupInputs, views: dict[str, np.ndarray], i: int, patch: int) -> None:
-    row[0].imshow(group.crops[i].numpy())
+    row[0].imshow(_unit(group.crops[i]))
     row[1].imshow(keep_only(views["student"][i], group.student_index[i].numpy(), patch))
     row[2].imshow(keep_only(views["teacher"][i], group.teacher_index[i].numpy(), patch))
 
@@ -152,12 +152,12 @@ def pca_maps(images: Tensor, before: Tensor, after: Tensor) -> bytes:
     """The first three principal components of patch features as colours, under each image.
 
     Args:
-        images: uint8 [N, H, W, 3].
+        images: uint8 or uint16 [N, H, W, 3].
         before, after: patch features [N, L, D] of the untrained and the pretrained network.
     """
     n = images.shape[0]
     figure, rows = plt.subplots(3, n, figsize=(1.35 * n, 4.2), squeeze=False)
-    maps = [images.numpy(), _components(before), _components(after)]
+    maps = [_unit(images), _components(before), _components(after)]
     for row, pictures, label in zip(rows, maps, ("image", "untrained", "pretrained"), strict=True):
         row[0].set_ylabel(label, fontsize=9)
         for axes, picture in zip(row, pictures, strict=True):
@@ -166,6 +166,12 @@ def pca_maps(images: Tensor, before: Tensor, after: Tensor) -> bytes:
             axes.set_yticks([])
     figure.tight_layout(pad=0.3)
     return png(figure)
+
+
+def _unit(pixels: Tensor) -> np.ndarray:
+    """uint8 or uint16 to [0, 1]."""
+    array = pixels.numpy()
+    return array / np.iinfo(array.dtype).max
 
 
 def _components(features: Tensor) -> np.ndarray:
