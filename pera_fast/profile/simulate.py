@@ -8,7 +8,7 @@ from itertools import repeat
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from pera_fast.config import Config
 from pera_fast.model.inputs import StepInputs
@@ -56,6 +56,10 @@ class _Step(LiveBytes):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if reads_value(func):
             return 1.0
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
+        if not func._schema.returns and func._schema.is_mutable:  # AdamW, EMA: they make nothing, and are slow to fake
+            return None
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if func is torch.ops.aten._to_copy.default and self._is_weight(args[0]):
             number = self.number(out)
