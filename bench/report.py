@@ -37,7 +37,9 @@ def where(machine: dict[str, Any]) -> str:
     """Device, and on a CPU how much of it."""
     if machine["kind"] == "cuda":
         return f"{machine['device']}, torch {machine['torch']}"
-    return f"{machine['device']}, {machine['threads']} threads, {machine['cpu_capability']}, torch {machine['torch']}"
+    clock = "processor time, " if machine.get("clock") == "processor" else ""
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}, {clock}"
+    return f"{machine['device']}, {threads}{machine['cpu_capability']}, torch {machine['torch']}"
 
 
 def when(machine: dict[str, Any]) -> str:
@@ -147,7 +149,9 @@ def op_tables(record: Record) -> list[str]:
 
 
 def undisturbed(record: Record) -> float:
-    """Share of the time in which a bench's own thread ran, the median over the benches; 1 on a GPU."""
+    """Share of the time in which a bench's own thread ran, the median over the benches; 1 where that is no matter."""
+    if record["machine"].get("clock") == "processor":
+        return 1.0
     shares = [row["busy"] for row in record["rows"] if row["busy"] is not None and row["suite"] != "data"]
     return statistics.median(shares) if shares else 1.0
 

@@ -106,6 +106,9 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.png.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU.", show_default="one per core")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="For the timed calls of one bench.")] = 0.5,
+    processor_time: Annotated[
+        bool, typer.Option("--processor-time", help="Of the process, on a CPU: with --threads 1 on a busy machine.")
+    ] = False,
     remeasure: Annotated[
         bool, typer.Option("--remeasure", help="Measure bandwidth and matrix rate of this machine again.")
     ] = False,
@@ -126,6 +129,7 @@ def bench(
         only="all" if every else only,
         threads=threads,
         seconds=seconds,
+        processor_time=processor_time,
         remeasure=remeasure,
     )
     raise typer.Exit(run(wish, json=json, old=compare, out=out))

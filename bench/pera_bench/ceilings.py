@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,25 @@ from pera_fast.model.pera import PRECISIONS
 COPY_BYTES = {"cpu": 2**29, "cuda": 2**31}
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices
 ROUNDS = 12
+Clock = Callable[[], Any]
 
 
-def ceilings(device: torch.device, precision: str, *, remeasure: bool = False) -> dict[str, float]:
-    """{"copy": bytes/s read and written, "matrix": FLOP/s}, measured now or earlier on this machine."""
-    path = cache_path(device, precision)
+def ceilings(
+    device: torch.device, precision: str, *, processor: bool = False, remeasure: bool = False
+) -> dict[str, float]:
+    """{"copy": bytes/s read and written, "matrix": FLOP/s}, measured now or earlier on this machine.
+
+    Args:
+        processor: per second of processor time, see `timing.clock`.
+    """
+    path = cache_path(device, precision, processor)
     if not remeasure:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             pass
-    found = {"copy": copy_bandwidth(device), "matrix": matrix_rate(device, PRECISIONS[precision])}
+    now = clock(device, processor)
+    found = {"copy": copy_bandwidth(device, now), "matrix": matrix_rate(device, PRECISIONS[precision], now)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found), encoding="utf-8")
@@ -41,28 +50,28 @@ def ceilings(device: torch.device, precision: str, *, remeasure: bool = False) -
     return found
 
 
-def cache_path(device: torch.device, precision: str) -> Path:
-    """One file for each device, version of torch, precision, and on a CPU number of threads."""
+def cache_path(device: torch.device, precision: str, processor: bool = False) -> Path:
+    """One file for each device, version of torch, precision, and on a CPU number of threads and clock."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    threads = torch.get_num_threads() if device.type == "cpu" else None
-    key = [device_name(device), device.type, torch.__version__, threads, precision]
+    cpu = [torch.get_num_threads(), processor] if device.type == "cpu" else []
+    key = [device_name(device), device.type, torch.__version__, *cpu, precision]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     return Path(cache) / "pera-fast" / "ceilings" / f"{device.type}-{precision}-{digest}.json"
 
 
-def copy_bandwidth(device: torch.device, size: int | None = None) -> float:
+def copy_bandwidth(device: torch.device, now: Clock) -> float:
     """Bytes read and written per second by the fastest of several copies of a tensor larger than the caches."""
-    source = torch.ones(size or _fitting(device), dtype=torch.uint8, device=device)
+    source = torch.ones(_fitting(device), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / _fastest(device, lambda: target.copy_(source))
+    return 2 * source.numel() / _fastest(device, now, lambda: target.copy_(source))
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, side: int | None = None) -> float:
+def matrix_rate(device: torch.device, dtype: torch.dtype, now: Clock) -> float:
     """FLOP/s of the fastest of several products of square matrices."""
-    n = side or SIDE[device.type]
+    n = SIDE[device.type]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * n**3 / _fastest(device, lambda: torch.mm(a, b, out=out))
+    return 2 * n**3 / _fastest(device, now, lambda: torch.mm(a, b, out=out))
 
 
 def _fitting(device: torch.device) -> int:
@@ -71,9 +80,9 @@ def _fitting(device: torch.device) -> int:
     return min(COPY_BYTES[device.type], free // 4)
 
 
-def _fastest(device: torch.device, call: Any) -> float:
+def _fastest(device: torch.device, now: Clock, call: Callable[[], Any]) -> float:
     """Seconds. The fastest: a ceiling is what nothing can exceed, and disturbances only slow down."""
-    now, flush = clock(device), flusher(device)
+    flush = flusher(device)
     seconds = []
     for _ in range(2 + ROUNDS):
         flush()

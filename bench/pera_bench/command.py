@@ -39,6 +39,7 @@ class Wish:
         only: implementations, separated by commas, or "all"; None: the definition and what would run.
         threads: of the CPU; None: one for each core.
         seconds: for the timed calls of one bench.
+        processor_time: measured instead of the clock's, on a CPU.
     """
 
     benches: Sequence[str] = ()
@@ -50,6 +51,7 @@ class Wish:
     only: str | None = None
     threads: int | None = None
     seconds: float = 0.5
+    processor_time: bool = False
     remeasure: bool = False
 
 
@@ -141,10 +143,16 @@ def command(wish: Wish, rows: Path) -> list[str]:
         "--seconds": str(wish.seconds),
         "--rows": str(rows),
     }
-    flags = ["--remeasure"] if wish.remeasure else []
+    flags = {"--remeasure": wish.remeasure, "--processor-time": wish.processor_time}
     pytest = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--rootdir={here}"]
     plugins = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
-    return [*pytest, *plugins, str(here / "test_suites.py"), *(f"{k}={v}" for k, v in options.items()), *flags]
+    return [
+        *pytest,
+        *plugins,
+        str(here / "test_suites.py"),
+        *(f"{k}={v}" for k, v in options.items()),
+        *(k for k, v in flags.items() if v),
+    ]
 
 
 def environment(wish: Wish) -> dict[str, str]:

@@ -34,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", type=int, default=0, help="threads of the CPU; 0: torch's own number")
     group.addoption("--only", default="", help="implementations, separated by commas, or all")
     group.addoption("--seconds", type=float, default=0.5, help="time for the rounds of one bench")
+    group.addoption("--processor-time", action="store_true", help="of all threads, on a CPU")
     group.addoption("--remeasure", action="store_true", help="measure the ceilings again")
     group.addoption("--rows", type=Path, default=None, help="file for the rows, one JSON object a line")
 
@@ -44,9 +45,12 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(threads)
     reuse_freed_memory()  # as in training
     device = torch.device(option.device)
-    config.stash[CEILINGS] = found = ceilings(device, option.precision, remeasure=option.remeasure)
+    how = {"processor": option.processor_time, "remeasure": option.remeasure}
+    config.stash[CEILINGS] = found = ceilings(device, option.precision, **how)
     if (path := option.rows) is not None:
-        config.pluginmanager.register(RowWriter(path, {"machine": describe(device), "ceilings": found}))
+        config.pluginmanager.register(
+            RowWriter(path, {"machine": describe(device, option.processor_time), "ceilings": found})
+        )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -65,7 +69,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    timer = clock(torch.device(config.option.device))
+    timer = clock(torch.device(config.option.device), config.option.processor_time)
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=timer, disable_gc=True))
 

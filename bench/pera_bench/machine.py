@@ -42,12 +42,13 @@ def _git(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, check=False)
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """What belongs to every record of a measurement."""
+def describe(device: torch.device, processor: bool = False) -> dict[str, Any]:
+    """What belongs to every record of a measurement; `processor`: its times are processor time."""
     facts = {
         "device": device_name(device),
         "kind": device.type,
         "threads": torch.get_num_threads(),
+        "clock": "processor" if processor else "wall",
         "pinned": os.environ.get("OMP_PROC_BIND", "false").lower() not in ("", "false"),
         "cpu": device_name(torch.device("cpu")),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

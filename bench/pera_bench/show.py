@@ -24,7 +24,7 @@ def make_console() -> Console:
 def show(record: Record, console: Console) -> None:
     """All rows by recipe, images and precision, and below them what was left out and why."""
     console.print(headline(record), soft_wrap=True)
-    if record.undisturbed < QUIET:
+    if record.undisturbed < QUIET and record.machine.get("clock") != "processor":
         console.print(f"other processes took {1 - record.undisturbed:.0%} of the time: measure again", style="yellow")
     for (recipe, images, precision), rows in groupby(record.rows, lambda r: (r["recipe"], r["images"], r["precision"])):
         table = _table(f"{recipe}, {images} images, {precision}", list(rows), record.ceilings)
@@ -43,6 +43,7 @@ def headline(record: Record) -> str:
     """Device, threads, versions, commit, ceilings in one paragraph."""
     m, c = record.machine, record.ceilings
     where = m["device"] if m["kind"] == "cuda" else f"{m['device']}, {m['threads']} threads, {m['cpu_capability']}"
+    where += ", processor time" if m.get("clock") == "processor" else ""
     versions = f"torch {m['torch']}, Python {m['python']}, commit {m['commit']}, {m['date']}"
     return f"{where}; {versions}\nceilings: copy {c['copy'] / 1e9:.1f} GB/s, products {c['matrix'] / 1e12:.3g} TFLOP/s"
 
@@ -90,7 +91,7 @@ def duration(seconds: float) -> str:
 
 def show_changes(changes: list[Change], new: Record, old: Record, console: Console) -> None:
     """What moved beyond the spread of both runs."""
-    for name in ("device", "threads", "torch"):
+    for name in ("device", "threads", "clock", "torch"):
         if new.machine.get(name) != old.machine.get(name):
             console.print(
                 f"not alike: {name} {old.machine.get(name)} then, {new.machine.get(name)} now", style="yellow"

@@ -23,9 +23,16 @@ class Instant:
         return earlier.event.elapsed_time(self.event) / 1e3
 
 
-def clock(device: torch.device) -> Callable[[], Any]:
-    """A timer whose readings can be subtracted: events on a GPU, the host's monotonic clock elsewhere."""
-    return Instant if device.type == "cuda" else time.perf_counter
+def clock(device: torch.device, processor: bool = False) -> Callable[[], Any]:
+    """A timer whose readings can be subtracted: events on a GPU, the host's monotonic clock elsewhere.
+
+    Args:
+        processor: on a CPU, the time that all threads of this process ran instead: of one thread, what other processes
+            take does not count.
+    """
+    if device.type == "cuda":
+        return Instant
+    return time.process_time if processor else time.perf_counter
 
 
 def flusher(device: torch.device) -> Callable[[], None]:

@@ -96,6 +96,10 @@ def test_a_runner_that_does_not_start_is_a_bug_that_says_why(monkeypatch):
 def test_options_of_the_runner():
     made = command.command(Wish(device="cuda", sweep=True, only="all", threads=3), Path("R"))
     assert {"--recipes=vit_s16,vit_b16,vit_g16", "--images=4,16,64", "--precision=bf16", "--only=all"} <= set(made)
-    made = command.command(Wish(benches=["koleo", "block"], device="cpu", recipes="tiny", images="3"), Path("R"))
+    made = command.command(
+        Wish(benches=["koleo", "block"], device="cpu", recipes="tiny", images="3", remeasure=True), Path("R")
+    )
+    assert "--remeasure" in made
+    assert "--processor-time" not in made
     assert {"--suites=koleo,block", "--recipes=tiny", "--images=3", "--precision=fp32", "--rows=R"} <= set(made)
     assert command.environment(Wish(threads=3))["OMP_NUM_THREADS"] == "3"

@@ -1,6 +1,7 @@
 """How times, memory, errors and ceilings are taken."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -26,6 +27,13 @@ def test_clock_gives_seconds():
     start = now()
     torch.randn(1000, 1000).sum()
     assert 0 < now() - start < 10
+
+
+def test_processor_time_leaves_out_what_others_take():
+    now = clock(CPU, processor=True)
+    start = now()
+    time.sleep(0.3)
+    assert now() - start < 0.2
 
 
 def test_error_is_relative_to_the_largest_value_and_of_the_worst_result():
@@ -72,7 +80,7 @@ def test_ceilings_are_measured_once(tmp_path, monkeypatch):
     assert ceilings.ceilings(CPU, "fp32", remeasure=True)["copy"] > 1e8
     path.write_text("not JSON")
     assert ceilings.ceilings(CPU, "fp32")["copy"] > 1e8
-    assert ceilings.cache_path(CPU, "bf16") != path
+    assert len({path, ceilings.cache_path(CPU, "bf16"), ceilings.cache_path(CPU, "fp32", processor=True)}) == 3
 
 
 def test_point_has_the_shapes_of_a_step():
