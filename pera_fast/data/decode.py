@@ -157,7 +157,8 @@ def read(data: bytes | memoryview, decoder: str, channels: int, bands: Bands = (
     stored = len(raster.bands)
     if not convert:
         if stored != channels:
-            raise ValueError(f"has {stored} band(s), model.in_chans is {channels}: data.bands chooses among them")
+            hint = ": data.bands chooses among them" if stored > channels else ""
+            raise ValueError(f"has {stored} band(s), model.in_chans is {channels}{hint}")
         return raster
     if stored not in (1, 3):
         stored = 3 if stored > 3 else 1

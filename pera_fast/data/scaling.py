@@ -48,7 +48,7 @@ class Scaling:
         """Pixels [H, W, C], uint8 or uint16, contiguous."""
         bands = raster.bands
         if self.ranges is None or (self.keep_8_bit and bands.dtype in (np.uint8, np.bool_)):
-            out = by_type(np.moveaxis(bands, 0, -1), self.depth)
+            out = np.ascontiguousarray(by_type(np.moveaxis(bands, 0, -1), self.depth))
         else:
             ranges = self.ranges * len(bands) if len(self.ranges) == 1 else self.ranges
             out = np.empty((*bands.shape[1:], len(bands)), DTYPES[self.depth])

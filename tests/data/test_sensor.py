@@ -91,6 +91,15 @@ def test_what_is_no_data_becomes_the_low_end():
     assert Scaling(16, ((-20000, 10),))(Raster(values, valid)).ravel().tolist() == [0, 0, 0, 0, 65535]
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "bool", "float32"])
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("ranges", [None, ((0, 9),)])
+def test_pixels_lie_as_the_pipeline_takes_them(dtype, depth, ranges):
+    """Interleaved and without gaps, whatever the file's layout."""
+    for bands in (np.ones((4, 5, 6), dtype), np.moveaxis(np.ones((5, 6, 4), dtype), -1, 0)):
+        assert Scaling(depth, ranges)(Raster(bands)).flags.c_contiguous
+
+
 def test_8_bit_files_keep_their_range_unless_told_otherwise():
     bytes_ = np.array([[[0, 7, 255]]], np.uint8)
     assert Scaling(16, ((100, 2000),))(Raster(bytes_)).ravel().tolist() == [0, 7 * 257, 65535]
