@@ -72,18 +72,8 @@ def parts(device: str, recipe: str, images: Sequence[int]) -> list[Part]:
 
     ceilings = [sys.executable, "-m", "pera_bench.ceilings", device, "{out}/ceilings.json"]
     memory = [sys.executable, "-m", "pera_bench.memory", device, recipe, few, "{out}/memory.json"]
-    tests = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-o",
-        "addopts=",
-        "--continue-on-collection-errors",
-        "tests",
-    ]
+    options = "-m", "gpu", "-o", "addopts=", "--continue-on-collection-errors"
+    tests = [sys.executable, "-m", "pytest", "-q", *options, "tests"]
     ours = "--only", "pera-fast"
     return [
         Part("ceilings", ceilings, 40),
@@ -103,6 +93,8 @@ def run(part: Part, out: Path, seconds: float) -> None:
     """Runs a part, at most so many seconds, and fills in what came of it."""
     folder = out / part.name
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.json"):  # of an earlier run
+        path.unlink()
     command = [word.replace("{out}", str(folder)) for word in part.command]
     start = time.monotonic()
     with (folder / "log.txt").open("w") as log:

@@ -32,12 +32,15 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path, monkeypat
         Part("works", python(write), 20),
     ]
     monkeypatch.setattr(gpu, "parts", lambda *_: made)
+    (tmp_path / "fails").mkdir()
+    (tmp_path / "fails" / "old.json").write_text("{}")
     assert gpu.main([str(tmp_path), "--device", "cpu"]) == 1
     found = {part["name"]: part for part in json.loads((tmp_path / "results.json").read_text())["parts"]}
     assert {name: part["status"] for name, part in found.items()} == {
         "fails": "failed", "hangs": "too long", "has_no_need": "left out", "garbage": "ok", "works": "ok",
     }  # fmt: skip
     assert "no luck" in found["fails"]["reason"]
+    assert found["fails"]["results"] == {}, "what an earlier run left is not this one's"
     assert found["has_no_need"]["reason"] == "SOMETHING_UNSET is not set"
     assert "a.json" in found["garbage"]["reason"]
     assert found["hangs"]["results"] == {"found": {"rows": [1]}}, "what it had written before is kept"
