@@ -147,9 +147,8 @@ def breakdown(profile: Profile) -> bytes:
     axes.invert_yaxis()
     axes.set_xlim(0, left.max() * 1.08)
     axes.set_xlabel("GiB alive at the peak of a step", fontsize=10)
-    axes.legend(
-        fontsize=8.5, frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.42, -0.9 / len(chosen) - 0.06)
-    )
+    below = -0.62 / (0.62 * len(chosen) + 0.9)  # under the axis' label, whatever the number of bars
+    axes.legend(fontsize=8.5, frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.42, below), borderaxespad=0)
     return png(figure)
 
 
