@@ -1,16 +1,15 @@
 """Every bench runs on the CPU in seconds, and what it says of costs is what the ops' READMEs say."""
 
-import os
+import io
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from pera_bench.ceilings import cache_path
-from pera_bench.command import Wish, command, environment
+from pera_bench.command import Wish, run
 from pera_bench.point import Point
 from pera_bench.record import Record
 from pera_bench.selection import chosen_implementations, load, select
@@ -19,15 +18,7 @@ from pera_bench.work import BOTH, FORWARD
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-
-
-def program(*args: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`pera-fast bench` as a process of its own; under xdist a benchmark does not measure, so it is no worker of it."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    env |= {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "bench"))}
-    env |= {"XDG_CACHE_HOME": str(cache), **environment}
-    command = [sys.executable, "-m", "pera_fast", "bench", *args, "--device", "cpu", "--threads", "1"]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=250)
+ONLY = "reference,chosen,pera-fast,triton"
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +37,17 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(cache, tmp_path_factory) -> Record:
-    """All suites as they run by default, in the sizes of the tiny recipe."""
+    """All suites as they run by default, in the sizes of the tiny recipe, and what cannot run here."""
     out = tmp_path_factory.mktemp("out")
-    done = program("--recipe", "tiny", "--images", "2", "--seconds", "0.002", "--out", str(out), cache=cache)
-    assert done.returncode == 0, done.stdout + done.stderr
+    wish = Wish(device="cpu", recipes="tiny", images="2", only=ONLY, threads=1, seconds=0.002)
+    console = Console(width=170, record=True, file=io.StringIO())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        assert run(wish, json=None, old=None, out=out, console=console) == 0, console.export_text()
     assert (out / "bench.png").stat().st_size > 10_000
-    record = Record.load(out / "bench.json")
-    assert all(name in done.stdout for name in SUITES)
-    return record
+    text = console.export_text()
+    assert all(f"{name}/" in text for name in SUITES)
+    return Record.load(out / "bench.json")
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -84,14 +78,11 @@ def test_machine_is_described(measured):
     assert row["of_matrix"] == pytest.approx(row["flops"] / row["median_s"] / 1e11)
 
 
-def test_all_implementations_and_the_reasons_why_not(cache, tmp_path):
-    """Without TorchDynamo torch.compile gives its argument back; test_measure.py compiles something small."""
-    wish = Wish(["sequence_add"], device="cpu", recipes="tiny", images="1", only="all", threads=1, seconds=0.002)
-    env = {**environment(wish), "XDG_CACHE_HOME": str(cache), "TORCHDYNAMO_DISABLE": "1"}
-    subprocess.run(command(wish, tmp_path / "rows"), env=env, check=True, stdout=subprocess.DEVNULL)
-    record = Record.from_lines((tmp_path / "rows").read_text())
-    assert {row["implementation"] for row in record.rows} == {"reference", "compiled", "native"}
-    assert {entry["reason"] for entry in record.skipped} == {"Triton kernels run on a GPU, not on cpu"}
+def test_what_cannot_run_is_left_out_with_the_reason(measured):
+    triton = [entry for entry in measured.skipped if " triton," in entry["bench"]]
+    assert {entry["bench"].partition("/")[0] for entry in triton} == set(OPS) - {"koleo"}
+    assert {entry["reason"] for entry in triton} == {"Triton kernels run on a GPU, not on cpu"}
+    assert len(measured.rows) + len(measured.skipped) == measured.benches
 
 
 def test_list_of_suites_is_the_folder():
