@@ -165,16 +165,21 @@ def fastest(rows: list[Row]) -> list[Row]:
     return chosen
 
 
+def milliseconds(seconds: float) -> str:
+    """Three digits."""
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
+
+
 def op_line(row: Row) -> str:
     """One row of the ops' table."""
     spread = (row["q3_s"] - row["q1_s"]) / row["median_s"]
     faster = row.get("speedup")
     shares = " | ".join(f"{row[name]:.0%}" if name in row else "" for name in ("of_copy", "of_matrix"))
     error = "" if row["error"] is None else f"{row['error']:.0e}"
-    eager = f"{1e3 * faster * row['median_s']:.3g} | {faster:.2f}" if faster else "|"
+    eager = f"{milliseconds(faster * row['median_s'])} | {faster:.2f}" if faster else "|"
     return (
         f"| {row['suite']}, {row['case']} | {row['direction']} | {row['implementation']} "
-        f"| {1e3 * row['median_s']:.3g} ({spread:.0%}) | {eager} | {shares} | {error} |"
+        f"| {milliseconds(row['median_s'])} ({spread:.0%}) | {eager} | {shares} | {error} |"
     )
 
 
@@ -197,7 +202,8 @@ def section(folder: Path) -> str:
             " plain PyTorch;",
             "shares of what this machine was measured to do; the error is the largest difference from float64 over the"
             " largest value.",
-            "A share of the copy bandwidth over 100% means that the data stayed in a cache.",
+            "A share of the copy bandwidth over 100% means that the data stayed in a cache, or is updated in place:",
+            "a copy also reads what it overwrites.",
             "",
             *tables,
         ]
