@@ -20,8 +20,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pera_fast.profile.batches import blank_batch  # noqa: F401 - where bench/step.py looks for it
-
 Label = tuple[str, ...]
 
 # Not opened: their kernels and their PyTorch implementations walk over pixels or prototypes in pieces that fit the
