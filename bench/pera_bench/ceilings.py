@@ -96,8 +96,10 @@ def _fastest(device: torch.device, now: Clock, call: Callable[[], Any]) -> float
 def main(device_type: str, out: str) -> None:
     """`python -m pera_bench.ceilings cuda OUT.json`: measures anew, in every precision."""
     device = torch.device(device_type)
-    found = {precision: ceilings(device, precision, remeasure=True) for precision in PRECISIONS}
-    Path(out).write_text(json.dumps({"machine": describe(device), "found": found}, indent=1) + "\n", encoding="utf-8")
+    record: dict[str, Any] = {"machine": describe(device), "found": {}}
+    for precision in PRECISIONS:
+        record["found"][precision] = ceilings(device, precision, remeasure=True)
+        Path(out).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")  # what there is, if time runs out
 
 
 if __name__ == "__main__":
