@@ -97,6 +97,9 @@ class SampleSource:
 
     def distrust(self, sample: int, reason: str) -> None:
         """DALI failed on this sample in spite of the check: from now on another decoder reads it, or nothing does."""
+        if self._known(sample).decoder not in ("", "dali"):  # what that one made of it is what DALI refuses
+            self._reject(sample, f"DALI: {reason}")
+            return
         others = tuple(decoder for decoder in self._settings.decoders if decoder != "dali")
         result = self._probe(self._path(sample), others)
         if result.ok:
