@@ -2,6 +2,7 @@
 
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,26 @@ def test_library_of_the_wheel_runs_and_names_no_folder_of_the_builder(wheel, tmp
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "['native']"
     assert str(Path(wheel.filename).parent).encode() not in wheel.read(LIBRARY)
+
+
+def test_library_of_the_wheel_needs_the_stable_abi_alone(wheel, tmp_path):
+    """What it needs beside the C and C++ libraries, whose symbols have versions, are PyTorch's stable C functions."""
+    nm = shutil.which("nm") or pytest.skip("no nm")
+    library = wheel.extract(LIBRARY, tmp_path)
+    done = subprocess.run([nm, "-D", "--undefined-only", library], stdout=subprocess.PIPE, text=True, check=True)
+    symbols = [line.split() for line in done.stdout.splitlines()]
+    of_torch = [name for kind, name in symbols if kind == "U" and "@" not in name]
+    assert "torch_parallel_for" in of_torch
+    assert [name for name in of_torch if not name.startswith(("aoti_torch_", "torch_"))] == []
+
+
+def test_sources_include_no_header_of_torch_without_a_stable_abi():
+    """The inline code of the other headers needs no symbol, but knows how one version lays out its objects."""
+    sources = [path for path in (ROOT / "kernels").rglob("*") if path.suffix in (".cpp", ".h")]
+    included = [name for path in sources for name in re.findall(r"#include *[<\"]([^>\"]+)", path.read_text())]
+    of_torch = {name for name in included if name.startswith(("ATen", "c10", "torch"))}
+    assert of_torch
+    assert [name for name in of_torch if not name.startswith(("torch/csrc/stable/", "torch/headeronly/"))] == []
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def _load(path: Path) -> str | None:
         return f"this processor has no AVX2 (torch sees {capability})"
     try:
         torch.ops.load_library(str(path))
-    except (OSError, RuntimeError) as error:  # mostly a library built against another torch: an undefined symbol
+    except (OSError, RuntimeError) as error:  # built for another machine or on a newer system; or torch < 2.10
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return f"the native library does not load with torch {torch.__version__} ({first}): {BUILD_HINT}"
     return None

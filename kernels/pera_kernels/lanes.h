@@ -4,10 +4,8 @@
 // its end goes through a buffer of zeros. Values are rounded to nearest even, as c10 does.
 #pragma once
 
-#include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
-
 #include <bit>
+#include <cstdint>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -16,14 +14,7 @@
 #include <immintrin.h>
 #endif
 
-// Runs the lambda with `scalar_t` the dtype: float32, half or bfloat16. Any other dtype is an error.
-#define PERA_DISPATCH_LANES(DTYPE, NAME, ...)          \
-  AT_DISPATCH_SWITCH(                                  \
-      DTYPE,                                           \
-      NAME,                                            \
-      AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__)        \
-      AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__)         \
-      AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
+#include "tensors.h"
 
 namespace pera {
 
@@ -48,7 +39,7 @@ inline Floats load(const float* from) {
   return read<Floats>(from);
 }
 
-inline Floats load(const at::BFloat16* from) {
+inline Floats load(const BFloat16* from) {
 #ifdef __AVX2__
   const Words words = std::bit_cast<Words>(_mm256_cvtepu16_epi32(read<__m128i>(from)));
 #else
@@ -57,7 +48,7 @@ inline Floats load(const at::BFloat16* from) {
   return std::bit_cast<Floats>(words << 16);
 }
 
-inline Floats load(const at::Half* from) {
+inline Floats load(const Half* from) {
 #ifdef __F16C__
   return _mm256_cvtph_ps(read<__m128i>(from));
 #else
@@ -73,7 +64,7 @@ inline void store(float* to, Floats value) {
   std::memcpy(to, &value, sizeof(value));
 }
 
-inline void store(at::BFloat16* to, Floats value) {
+inline void store(BFloat16* to, Floats value) {
   const Words bits = std::bit_cast<Words>(value);
   const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Words is_nan = std::bit_cast<Words>(value != value); // all ones or zero; rounding could make it infinite
@@ -81,13 +72,13 @@ inline void store(at::BFloat16* to, Floats value) {
   std::memcpy(to, &shorts, sizeof(shorts));
 }
 
-inline void store(at::Half* to, Floats value) {
+inline void store(Half* to, Floats value) {
 #ifdef __F16C__
   const __m128i halves = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   std::memcpy(to, &halves, sizeof(halves));
 #else
   for (int64_t i = 0; i < kLanes; ++i) {
-    to[i] = static_cast<at::Half>(value[i]);
+    to[i] = static_cast<Half>(value[i]);
   }
 #endif
 }

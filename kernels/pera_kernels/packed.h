@@ -2,14 +2,12 @@
 // rows of packed tokens show a position.
 #pragma once
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <optional>
 #include <vector>
 
 #include "lanes.h"
+#include "tensors.h"
 
 namespace pera {
 
@@ -24,8 +22,8 @@ constexpr int64_t kDropped = -1;
 
 struct Packing {
   // groups: n0, len0, n1, len1, ...; keep: kept sequences, group by group, or none: all are kept.
-  Packing(at::IntArrayRef groups, const std::optional<at::Tensor>& keep, at::IntArrayRef kept) {
-    TORCH_CHECK_VALUE(groups.size() % 2 == 0, "groups must hold pairs (sequences, length), got ", groups);
+  Packing(Ints groups, const std::optional<Tensor>& keep, Ints kept) {
+    check_value(groups.size() % 2 == 0, "groups must hold pairs (sequences, length), got ", groups);
     const size_t num_groups = groups.size() / 2;
     for (size_t g = 0; g < num_groups; ++g) {
       tokens += groups[2 * g] * groups[2 * g + 1];
@@ -37,13 +35,13 @@ struct Packing {
       spans.push_back({0, 0, tokens});
       return;
     }
-    const at::Tensor names = keep->to(at::kLong).contiguous();
+    const Tensor names = as_contiguous(*keep, ScalarType::Long);
     const int64_t* name = names.const_data_ptr<int64_t>();
     int64_t total = 0;
     for (const int64_t k : kept) {
       total += k;
     }
-    TORCH_CHECK_VALUE(
+    check_value(
         kept.size() == num_groups && names.numel() == total, "kept ", kept, " does not fit groups ", groups, " and keep");
     int64_t stream = 0;
     for (size_t g = 0; g < num_groups; ++g) {
@@ -54,8 +52,8 @@ struct Packing {
         spans.push_back({stream + s * length, kDropped, length});
       }
       for (int64_t k = 0; k < kept[g]; ++k, ++name, kept_tokens += length) {
-        TORCH_CHECK_INDEX(*name >= 0 && *name < n, "keep must be in [0, ", n, "), got ", *name);
-        TORCH_CHECK_VALUE(spans[first + *name].packed == kDropped, "keep names a sequence twice: ", *name);
+        check_index(*name >= 0 && *name < n, "keep must be in [0, ", n, "), got ", *name);
+        check_value(spans[first + *name].packed == kDropped, "keep names a sequence twice: ", *name);
         spans[first + *name].packed = kept_tokens;
       }
       scales[g] = kept[g] ? static_cast<float>(static_cast<double>(n) / static_cast<double>(kept[g])) : 0.0f;
@@ -101,7 +99,7 @@ inline int64_t rows_per_task(int64_t rows) {
 // partials [tasks, n] float32 -> sums [n], tasks in ascending order.
 inline void sum_tasks(const float* partials, int64_t tasks, int64_t n, float* sums) {
   constexpr int64_t kColumns = 256;
-  at::parallel_for(0, (n + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, (n + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kColumns, count = std::min(end * kColumns, n) - first;
     zero(sums + first, count);
     for (int64_t task = 0; task < tasks; ++task) {
@@ -111,16 +109,16 @@ inline void sum_tasks(const float* partials, int64_t tasks, int64_t n, float* su
 }
 
 // A parameter as the kernels read it.
-inline at::Tensor floats(const at::Tensor& parameter) {
-  return parameter.to(at::kFloat).contiguous();
+inline Tensor floats(const Tensor& parameter) {
+  return as_contiguous(parameter, ScalarType::Float);
 }
 
 // Patch numbers as the kernels read them: int64 [N, n], each in [0, positions).
-inline at::Tensor patch_numbers(const at::Tensor& index, int64_t positions) {
-  at::Tensor result = index.to(at::kLong).contiguous();
+inline Tensor patch_numbers(const Tensor& index, int64_t positions) {
+  Tensor result = as_contiguous(index, ScalarType::Long);
   const int64_t* patch = result.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < result.numel(); ++i) {
-    TORCH_CHECK_INDEX(patch[i] >= 0 && patch[i] < positions, "index must be in [0, ", positions, "), got ", patch[i]);
+  for (int64_t i = 0, n = result.numel(); i < n; ++i) {
+    check_index(patch[i] >= 0 && patch[i] < positions, "index must be in [0, ", positions, "), got ", patch[i]);
   }
   return result;
 }

@@ -1,9 +1,6 @@
 // Gradient of a position embedding on the CPU: the sum of the token rows at each position, and of all of them.
 #pragma once
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-
 #include <vector>
 
 #include "packed.h"
@@ -13,11 +10,11 @@ namespace pera {
 // Rows of packed tokens [N * length, D], sorted by their position; equal positions in the order of the rows.
 struct RowsOfPositions {
   // index: int64 [N, n], patch of token `first + j` of each sequence; cls: token 0 is at position 0.
-  RowsOfPositions(const at::Tensor& index, int64_t positions, int64_t length, int64_t first, bool cls)
+  RowsOfPositions(const Tensor& index, int64_t positions, int64_t length, int64_t first, bool cls)
       : ends(positions), tokens(index.numel() + (cls ? index.size(0) : 0)), rows(tokens.size()) {
     const int64_t* patch = index.const_data_ptr<int64_t>();
     const int64_t sequences = index.size(0), n = index.size(1);
-    for (int64_t i = 0; i < index.numel(); ++i) {
+    for (int64_t i = 0; i < sequences * n; ++i) {
       ++ends[1 + patch[i]];
     }
     ends[0] = cls ? sequences : 0;
@@ -52,7 +49,7 @@ void sum_positions(const T* grad, const RowsOfPositions& of, int64_t dim, float*
   const int64_t positions = of.ends.size(), step = (positions + kTasks - 1) / kTasks;
   const int64_t blocks = (dim + kColumns - 1) / kColumns;
   std::vector<float> partials(kTasks * dim, 0.0f);
-  at::parallel_for(0, kTasks * blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, kTasks * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t task = i / blocks, first = i % blocks * kColumns, n = std::min(kColumns, dim - first);
       float* partial = partials.data() + task * dim + first;

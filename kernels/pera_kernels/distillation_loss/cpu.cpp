@@ -5,10 +5,6 @@
 // number of threads. Sums run in kLanes partial sums, which the compiler keeps in vector registers; std::fma is written
 // out where it is meant, so that vectorised loops and their remainders round alike.
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <bit>
 #include <cfloat>
@@ -20,6 +16,9 @@
 #include <type_traits>
 #include <vector>
 
+#include "tensors.h"
+
+namespace pera {
 namespace {
 
 constexpr int64_t kLanes = 32;
@@ -57,16 +56,16 @@ inline float exp_of(float x) {
 inline float to_float(float x) {
   return x;
 }
-inline float to_float(at::BFloat16 x) {
+inline float to_float(BFloat16 x) {
   return std::bit_cast<float>(static_cast<uint32_t>(x.x) << 16);
 }
-inline float to_float(at::Half x) {
+inline float to_float(Half x) {
   return static_cast<float>(x);
 }
 
 template <typename T>
 inline void store(T* out, float x) {
-  if constexpr (std::is_same_v<T, at::BFloat16>) { // to nearest even, as c10 does, in a form that vectorises
+  if constexpr (std::is_same_v<T, BFloat16>) { // to nearest even, as c10 does, in a form that vectorises
     const uint32_t bits = std::bit_cast<uint32_t>(x);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     out->x = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
@@ -77,16 +76,16 @@ inline void store(T* out, float x) {
 
 // Calls run(T()) with the C++ type of a dtype.
 template <typename Run>
-void dispatch(at::ScalarType dtype, const Run& run) {
+void dispatch(ScalarType dtype, const Run& run) {
   switch (dtype) {
-    case at::kFloat:
+    case ScalarType::Float:
       return run(float());
-    case at::kBFloat16:
-      return run(at::BFloat16());
-    case at::kHalf:
-      return run(at::Half());
+    case ScalarType::BFloat16:
+      return run(BFloat16());
+    case ScalarType::Half:
+      return run(Half());
     default:
-      TORCH_CHECK_TYPE(false, "need float32, bfloat16 or float16, got ", dtype);
+      check_value(false, "need float32, bfloat16 or float16, got ", dtype);
   }
 }
 
@@ -150,13 +149,13 @@ inline void exponentiate(const float* __restrict__ x, float maximum, int64_t n, 
 // What turns a chunk's raw products into logits: s = x * student, t = x * teacher - shift. The temperatures are in it.
 struct Scales {
   Scales(
-      const at::Tensor& student_scale, // [c] float
-      const at::Tensor& teacher_scale, // [c] float
-      const at::Tensor& center, // [c]
+      const Tensor& student_scale, // [c] float
+      const Tensor& teacher_scale, // [c] float
+      const Tensor& center, // [c]
       double student_temp,
       double teacher_temp)
       : student(student_scale.numel()), teacher(student.size()), shift(student.size()) {
-    const at::Tensor wide = center.to(at::kFloat).contiguous();
+    const Tensor wide = as_contiguous(center, ScalarType::Float);
     const float* s = student_scale.const_data_ptr<float>();
     const float* t = teacher_scale.const_data_ptr<float>();
     const float* c = wide.const_data_ptr<float>();
@@ -201,40 +200,41 @@ void forward_row(const T* s, const T* t, const Scales& scales, int64_t count, fl
   std::copy_n(result, kStatistics, statistics);
 }
 
-void check_products(const at::Tensor& student, const at::Tensor& teacher) {
-  TORCH_CHECK_VALUE(student.dim() == 2 && student.is_contiguous(), "products must be contiguous [N, c]");
-  TORCH_CHECK_VALUE(
+void check_products(const Tensor& student, const Tensor& teacher) {
+  check_value(student.dim() == 2 && student.is_contiguous(), "products must be contiguous [N, c]");
+  check_value(
       teacher.sizes() == student.sizes() && teacher.is_contiguous() && teacher.scalar_type() == student.scalar_type(),
       "both products must have one shape and dtype");
 }
 
-void check_vector(const at::Tensor& x, int64_t count) {
-  TORCH_CHECK_VALUE(
-      x.scalar_type() == at::kFloat && x.is_contiguous() && x.numel() == count, "need float32, contiguous, ", count, " values");
+void check_vector(const Tensor& x, int64_t count) {
+  check_value(
+      x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == count, "need float32, contiguous, ", count,
+      " values");
 }
 
 // Takes a chunk of products into the running statistics of its rows.
 void distillation_forward_(
-    const at::Tensor& student, // [N, c]
-    const at::Tensor& teacher, // [N, c]
-    const at::Tensor& student_scale, // [c]
-    const at::Tensor& teacher_scale, // [c]
-    const at::Tensor& center, // [c]
+    const Tensor& student, // [N, c]
+    const Tensor& teacher, // [N, c]
+    const Tensor& student_scale, // [c]
+    const Tensor& teacher_scale, // [c]
+    const Tensor& center, // [c]
     double student_temp,
     double teacher_temp,
-    at::Tensor& statistics) { // [N, 5]
+    Tensor& statistics) { // [N, 5]
   check_products(student, teacher);
   const int64_t count = student.size(1);
   check_vector(student_scale, count);
   check_vector(teacher_scale, count);
   check_vector(statistics, student.size(0) * kStatistics);
-  TORCH_CHECK_VALUE(center.numel() == count, "center must have ", count, " values");
+  check_value(center.numel() == count, "center must have ", count, " values");
   const Scales scales(student_scale, teacher_scale, center, student_temp, teacher_temp);
   float* out = statistics.mutable_data_ptr<float>();
   dispatch(student.scalar_type(), [&]<typename T>(T) {
     const T* s = student.const_data_ptr<T>();
     const T* t = teacher.const_data_ptr<T>();
-    at::parallel_for(0, student.size(0), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, student.size(0), 1, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         forward_row(s + n * count, t + n * count, scales, count, out + n * kStatistics);
       }
@@ -279,25 +279,25 @@ void backward_columns(
 }
 
 // Replaces the student's products by their gradient; returns along [c] = sum over rows of d loss / d logit * product.
-at::Tensor distillation_backward_(
-    at::Tensor& student, // [N, c]
-    const at::Tensor& teacher, // [N, c]
-    const at::Tensor& student_scale, // [c]
-    const at::Tensor& teacher_scale, // [c]
-    const at::Tensor& center, // [c]
+Tensor distillation_backward_(
+    Tensor& student, // [N, c]
+    const Tensor& teacher, // [N, c]
+    const Tensor& student_scale, // [c]
+    const Tensor& teacher_scale, // [c]
+    const Tensor& center, // [c]
     double student_temp,
     double teacher_temp,
-    const at::Tensor& statistics, // [N, 4]: maximum and sum, of the student, of the teacher
-    const at::Tensor& upstream) { // [N], over the student's temperature
+    const Tensor& statistics, // [N, 4]: maximum and sum, of the student, of the teacher
+    const Tensor& upstream) { // [N], over the student's temperature
   check_products(student, teacher);
   const int64_t rows = student.size(0), count = student.size(1);
   check_vector(student_scale, count);
   check_vector(teacher_scale, count);
   check_vector(statistics, rows * 4);
   check_vector(upstream, rows);
-  TORCH_CHECK_VALUE(center.numel() == count, "center must have ", count, " values");
+  check_value(center.numel() == count, "center must have ", count, " values");
   const Scales scales(student_scale, teacher_scale, center, student_temp, teacher_temp);
-  at::Tensor along = at::empty({count}, student_scale.options());
+  Tensor along = new_empty(student_scale, {count});
   float* sums = along.mutable_data_ptr<float>();
   const float* plain = student_scale.const_data_ptr<float>();
   const float* stats = statistics.const_data_ptr<float>();
@@ -307,7 +307,7 @@ at::Tensor distillation_backward_(
   dispatch(student.scalar_type(), [&]<typename T>(T) {
     T* s = student.mutable_data_ptr<T>();
     const T* t = teacher.const_data_ptr<T>();
-    at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
+    parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i += kBlock) {
         const float* const columns[] = {
             scales.student.data() + i, scales.teacher.data() + i, scales.shift.data() + i, plain + i};
@@ -318,21 +318,22 @@ at::Tensor distillation_backward_(
   return along;
 }
 
-void check_matrix(const at::Tensor& x, at::IntArrayRef sizes) {
-  TORCH_CHECK_VALUE(x.sizes() == sizes && x.is_contiguous(), "need contiguous ", sizes, ", got ", x.sizes());
+void check_matrix(const Tensor& x, Ints sizes) {
+  check_value(x.sizes() == sizes && x.is_contiguous(), "need contiguous ", sizes, ", got ", x.sizes());
 }
 
 // Scale [c] and 1 / ||v|| [c] of a chunk of prototypes. With `direction` v / ||v|| is written to it and the scale is g;
 // without it the direction is v itself and the scale g / ||v||.
-std::tuple<at::Tensor, at::Tensor> weight_norm(
-    const at::Tensor& v, // [c, d]
-    const at::Tensor& g, // [c, 1]
-    const std::optional<at::Tensor>& direction) { // [c, d]
-  TORCH_CHECK_VALUE(v.dim() == 2 && v.is_contiguous(), "v must be contiguous [c, d]");
+std::tuple<Tensor, Tensor> weight_norm(
+    const Tensor& v, // [c, d]
+    const Tensor& g, // [c, 1]
+    const std::optional<Tensor>& direction) { // [c, d]
+  check_value(v.dim() == 2 && v.is_contiguous(), "v must be contiguous [c, d]");
   const int64_t count = v.size(0), dim = v.size(1);
-  TORCH_CHECK_VALUE(g.numel() == count, "g must be [", count, ", 1]");
-  at::Tensor scale = g.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true).reshape({count}).contiguous();
-  at::Tensor inverse_norm = at::empty_like(scale);
+  check_value(g.numel() == count, "g must be [", count, ", 1]");
+  const Tensor gains = as_contiguous(g, ScalarType::Float);
+  Tensor scale = new_empty(gains, {count}), inverse_norm = empty_like(scale);
+  const float* gain = gains.const_data_ptr<float>();
   float* scales = scale.mutable_data_ptr<float>();
   float* inverse = inverse_norm.mutable_data_ptr<float>();
   if (direction) {
@@ -340,15 +341,15 @@ std::tuple<at::Tensor, at::Tensor> weight_norm(
   }
   dispatch(v.scalar_type(), [&]<typename V>(V) {
     const V* rows = v.const_data_ptr<V>();
-    dispatch(direction ? direction->scalar_type() : at::kFloat, [&]<typename D>(D) {
+    dispatch(direction ? direction->scalar_type() : ScalarType::Float, [&]<typename D>(D) {
       D* out = direction ? direction->mutable_data_ptr<D>() : nullptr;
-      at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+      parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; ++k) {
           const V* __restrict__ row = rows + k * dim;
           const float factor = 1.0f / std::sqrt(dot(row, row, dim));
           inverse[k] = factor;
+          scales[k] = out == nullptr ? gain[k] * factor : gain[k];
           if (out == nullptr) {
-            scales[k] *= factor;
             continue;
           }
           D* __restrict__ to = out + k * dim;
@@ -365,19 +366,19 @@ std::tuple<at::Tensor, at::Tensor> weight_norm(
 // Gradient of a chunk of v, in place where `products` is `out`:
 //   factor * products - v * pull,  pull = g/||v||^2 * along,  factor = 1/||v|| where the direction was v / ||v||, else 1.
 void weight_norm_backward_(
-    const at::Tensor& products, // [c, d]: dz' rows, with the chunk's scale in dz
-    const at::Tensor& v, // [c, d]
-    const at::Tensor& scale, // [c]
-    const at::Tensor& inverse_norm, // [c]
-    const at::Tensor& along, // [c]: gradient of g
+    const Tensor& products, // [c, d]: dz' rows, with the chunk's scale in dz
+    const Tensor& v, // [c, d]
+    const Tensor& scale, // [c]
+    const Tensor& inverse_norm, // [c]
+    const Tensor& along, // [c]: gradient of g
     bool unit,
-    at::Tensor& out) { // [c, d]
-  TORCH_CHECK_VALUE(v.dim() == 2 && v.is_contiguous(), "v must be contiguous [c, d]");
+    Tensor& out) { // [c, d]
+  check_value(v.dim() == 2 && v.is_contiguous(), "v must be contiguous [c, d]");
   const int64_t count = v.size(0), dim = v.size(1);
   check_matrix(products, v.sizes());
   check_matrix(out, v.sizes());
-  TORCH_CHECK_TYPE(out.scalar_type() == v.scalar_type(), "the gradient must have v's dtype");
-  for (const at::Tensor* x : {&scale, &inverse_norm, &along}) {
+  check_value(out.scalar_type() == v.scalar_type(), "the gradient must have v's dtype");
+  for (const Tensor* x : {&scale, &inverse_norm, &along}) {
     check_vector(*x, count);
   }
   const float* scales = scale.const_data_ptr<float>();
@@ -388,7 +389,7 @@ void weight_norm_backward_(
     V* result = out.mutable_data_ptr<V>();
     dispatch(products.scalar_type(), [&]<typename P>(P) {
       const P* from = products.const_data_ptr<P>();
-      at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+      parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; ++k) {
           const float factor = unit ? inverse[k] : 1.0f;
           const float pull = scales[k] * factor * slopes[k] * inverse[k];
@@ -407,7 +408,7 @@ void weight_norm_backward_(
 
 } // namespace
 
-TORCH_LIBRARY_FRAGMENT(pera_native, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(pera_native, m) {
   m.def(
       "distillation_forward_(Tensor student, Tensor teacher, Tensor student_scale, Tensor teacher_scale, Tensor center, "
       "float student_temp, float teacher_temp, Tensor(a!) statistics) -> ()");
@@ -420,9 +421,11 @@ TORCH_LIBRARY_FRAGMENT(pera_native, m) {
       "Tensor(a!) out) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(pera_native, CPU, m) {
-  m.impl("distillation_forward_", &distillation_forward_);
-  m.impl("distillation_backward_", &distillation_backward_);
-  m.impl("weight_norm", &weight_norm);
-  m.impl("weight_norm_backward_", &weight_norm_backward_);
+STABLE_TORCH_LIBRARY_IMPL(pera_native, CPU, m) {
+  m.impl("distillation_forward_", TORCH_BOX(&distillation_forward_));
+  m.impl("distillation_backward_", TORCH_BOX(&distillation_backward_));
+  m.impl("weight_norm", TORCH_BOX(&weight_norm));
+  m.impl("weight_norm_backward_", TORCH_BOX(&weight_norm_backward_));
 }
+
+} // namespace pera

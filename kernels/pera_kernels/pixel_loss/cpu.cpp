@@ -4,56 +4,59 @@
 // order of `pred`. Every row has one sum; the sums are added in the order of the rows: equal bits for any number of
 // threads. The backward makes the targets again and writes the gradient once.
 
-#include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <optional>
 #include <vector>
 
+#include "tensors.h"
 #include "visible_patches/color.h"
 #include "visible_patches/patches.h"
 
+namespace pera {
 namespace {
 
-using pera::patches::Colors;
-using pera::patches::Grid;
-using pera::patches::color_channels;
-using pera::patches::copy_pixels;
-using pera::patches::dispatch_pixels;
-using pera::patches::is_raw;
-using pera::patches::kLanes;
-using pera::patches::load;
-using pera::patches::store;
-using pera::patches::sum;
+using patches::Colors;
+using patches::Grid;
+using patches::color_channels;
+using patches::copy_pixels;
+using patches::dispatch_pixels;
+using patches::is_raw;
+using patches::kLanes;
+using patches::load;
+using patches::store;
+using patches::sum;
 
 // Everything but `pred`, checked, and the targets that follow from it.
 class Targets {
  public:
   Targets(
-      const at::Tensor& crops,
-      const at::Tensor& index,
-      const std::optional<at::Tensor>& order,
-      const std::optional<at::Tensor>& factors,
-      const std::optional<at::Tensor>& gray_mean,
-      at::ArrayRef<double> mean,
-      at::ArrayRef<double> std,
+      const Tensor& crops,
+      const Tensor& index,
+      const std::optional<Tensor>& order,
+      const std::optional<Tensor>& factors,
+      const std::optional<Tensor>& gray_mean,
+      Doubles mean,
+      Doubles std,
       int64_t patch_size,
-      at::OptionalIntArrayRef rgb)
+      std::optional<Ints> rgb)
       : crops_(crops),
-        is_raw_(is_raw(crops)),
+        dtype_(crops.scalar_type()),
+        data_(crops.const_data_ptr()),
+        strides_(crops.strides()),
+        is_raw_(is_raw(dtype_)),
         channels_(crops.size(is_raw_ ? 3 : 1)),
         pixels_(patch_size * patch_size),
         rgb_(color_channels(channels_, rgb)),
         grid_(index, crops.size(is_raw_ ? 1 : 2), crops.size(is_raw_ ? 2 : 3), patch_size),
-        colors_(order, factors, gray_mean ? *gray_mean : at::Tensor()) {
+        colors_(order, factors, gray_mean) {
+    if (!is_raw_) {
+      dispatch_with_double(dtype_, "pixel_loss", [](auto) {}); // raises here, as it must not in a thread
+    }
     const auto per_channel = static_cast<size_t>(channels_);
-    TORCH_CHECK_VALUE(
+    check_value(
         !is_raw_ || (mean.size() == per_channel && std.size() == per_channel),
         "mean and std must have a value a channel");
-    TORCH_CHECK_VALUE(!colors_.on || gray_mean.has_value(), "gray_mean must come with order");
+    check_value(!colors_.on || gray_mean.has_value(), "gray_mean must come with order");
     for (size_t c = 0; is_raw_ && c < per_channel; ++c) {
       center_.push_back(static_cast<float>(mean[c]));
       scale_.push_back(static_cast<float>(1.0 / std[c]));
@@ -61,7 +64,7 @@ class Targets {
   }
 
   int64_t rows() const {
-    return grid_.index.numel();
+    return grid_.rows;
   }
 
   int64_t values() const { // of a row
@@ -83,22 +86,20 @@ class Targets {
     const auto [crop, y, x] = grid_(row);
     float* target = scratch.target.data();
     if (!is_raw_) {
-      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, crops_.scalar_type(), "pixel_loss", [&] {
-        from_views<scalar_t>(crop, y, x, target);
-      });
+      dispatch_with_double(dtype_, "pixel_loss", [&]<typename In>(In) { from_views<In>(crop, y, x, target); });
       return target;
     }
     float* planes = scratch.planes.data();
-    dispatch_pixels(crops_, [&]<typename Pixel>(Pixel) {
-      const at::IntArrayRef strides = crops_.strides();
-      const Pixel* patch = crops_.const_data_ptr<Pixel>() + crop * strides[0] + y * strides[1] + x * strides[2];
+    dispatch_pixels(dtype_, [&]<typename Pixel>(Pixel) {
+      const auto* pixels = static_cast<const Pixel*>(data_);
+      const Pixel* patch = pixels + crop * strides_[0] + y * strides_[1] + x * strides_[2];
       auto* packed = reinterpret_cast<Pixel*>(scratch.packed.data());
-      copy_pixels(patch, grid_.patch_size, grid_.patch_size, channels_, strides, packed);
-      pera::unpack(packed, channels_, pixels_, planes);
+      copy_pixels(patch, grid_.patch_size, grid_.patch_size, channels_, strides_, packed);
+      unpack(packed, channels_, pixels_, planes);
     });
     if (colors_.on) {
-      pera::apply_colors(
-          planes, channels_, rgb_, pixels_, colors_.order(crop), pera::kColorOps, colors_.factors(crop),
+      apply_colors(
+          planes, channels_, rgb_, pixels_, colors_.order(crop), kColorOps, colors_.factors(crop),
           colors_.mean_gray(crop));
     }
     normalise(planes, target);
@@ -128,23 +129,25 @@ class Targets {
 
   template <typename In>
   void from_views(int64_t crop, int64_t y, int64_t x, float* __restrict__ target) const {
-    const at::IntArrayRef strides = crops_.strides(); // of N, C, H, W
     const int64_t p = grid_.patch_size;
     for (int64_t c = 0; c < channels_; ++c) {
-      const In* plane = crops_.const_data_ptr<In>() + crop * strides[0] + c * strides[1];
+      const In* plane = static_cast<const In*>(data_) + crop * strides_[0] + c * strides_[1];
       for (int64_t line = 0; line < p; ++line) {
-        const In* from = plane + (y + line) * strides[2] + x * strides[3];
+        const In* from = plane + (y + line) * strides_[2] + x * strides_[3];
         for (int64_t i = 0; i < p; ++i) {
-          target[(line * p + i) * channels_ + c] = static_cast<float>(from[i * strides[3]]);
+          target[(line * p + i) * channels_ + c] = static_cast<float>(from[i * strides_[3]]);
         }
       }
     }
   }
 
-  const at::Tensor crops_;
+  const Tensor crops_; // asked once for what follows, and not in every row
+  const ScalarType dtype_;
+  const void* const data_;
+  const Ints strides_; // of N, H, W, C, or of N, C, H, W
   const bool is_raw_;
   const int64_t channels_, pixels_;
-  const pera::Rgb rgb_;
+  const Rgb rgb_;
   const Grid grid_;
   const Colors colors_;
   std::vector<float> center_, scale_;
@@ -174,7 +177,7 @@ template <typename In>
 double sum_of_rows(const In* pred, const Targets& targets) {
   const int64_t n = targets.values();
   std::vector<float> sums(targets.rows());
-  at::parallel_for(0, targets.rows(), 16, [&](int64_t begin, int64_t end) {
+  parallel_for(0, targets.rows(), 16, [&](int64_t begin, int64_t end) {
     auto scratch = targets.scratch();
     for (int64_t row = begin; row < end; ++row) {
       sums[row] = squared_error(pred + row * n, targets(row, scratch), n);
@@ -191,7 +194,7 @@ double sum_of_rows(const In* pred, const Targets& targets) {
 template <typename In>
 void scaled_difference(const In* pred, const Targets& targets, float scale, In* result) {
   const int64_t n = targets.values();
-  at::parallel_for(0, targets.rows(), 16, [&](int64_t begin, int64_t end) {
+  parallel_for(0, targets.rows(), 16, [&](int64_t begin, int64_t end) {
     auto scratch = targets.scratch();
     for (int64_t row = begin; row < end; ++row) {
       const float* __restrict__ target = targets(row, scratch);
@@ -204,66 +207,63 @@ void scaled_difference(const In* pred, const Targets& targets, float scale, In* 
   });
 }
 
-at::Tensor checked(const at::Tensor& pred, const Targets& targets) {
-  TORCH_CHECK_VALUE(
+Tensor checked(const Tensor& pred, const Targets& targets) {
+  check_value(
       pred.dim() == 2 && pred.size(0) == targets.rows() && pred.size(1) == targets.values(),
       "pred must be [", targets.rows(), ", ", targets.values(), "], got ", pred.sizes());
-  return pred.contiguous();
+  return as_contiguous(pred);
 }
 
-at::Tensor pixel_loss(
-    const at::Tensor& pred,
-    const at::Tensor& crops,
-    const at::Tensor& index,
-    const std::optional<at::Tensor>& order,
-    const std::optional<at::Tensor>& factors,
-    const std::optional<at::Tensor>& gray_mean,
-    at::ArrayRef<double> mean,
-    at::ArrayRef<double> std,
+Tensor pixel_loss(
+    const Tensor& pred,
+    const Tensor& crops,
+    const Tensor& index,
+    const std::optional<Tensor>& order,
+    const std::optional<Tensor>& factors,
+    const std::optional<Tensor>& gray_mean,
+    Doubles mean,
+    Doubles std,
     int64_t patch_size,
-    at::OptionalIntArrayRef rgb) {
+    std::optional<Ints> rgb) {
   const Targets targets(crops, index, order, factors, gray_mean, mean, std, patch_size, rgb);
-  const at::Tensor rows = checked(pred, targets);
+  const Tensor rows = checked(pred, targets);
   double total = 0.0;
-  const auto run = [&]<typename In>(In) { total = sum_of_rows(rows.const_data_ptr<In>(), targets); };
-  AT_DISPATCH_SWITCH(
-      rows.scalar_type(), "pixel_loss",
-      AT_DISPATCH_CASE(at::kFloat, [&] { run(scalar_t()); })
-      AT_DISPATCH_CASE_REDUCED_FLOATING_TYPES([&] { run(scalar_t()); }));
+  dispatch(rows.scalar_type(), "pixel_loss", [&]<typename In>(In) {
+    total = sum_of_rows(rows.const_data_ptr<In>(), targets);
+  });
   const double count = static_cast<double>(std::max<int64_t>(targets.rows(), 1));
-  return at::scalar_tensor(total / count, rows.options().dtype(at::kFloat));
+  Tensor loss = new_empty(rows, {}, ScalarType::Float);
+  *loss.mutable_data_ptr<float>() = static_cast<float>(total / count);
+  return loss;
 }
 
-at::Tensor pixel_loss_backward(
-    const at::Tensor& grad,
-    const at::Tensor& pred,
-    const at::Tensor& crops,
-    const at::Tensor& index,
-    const std::optional<at::Tensor>& order,
-    const std::optional<at::Tensor>& factors,
-    const std::optional<at::Tensor>& gray_mean,
-    at::ArrayRef<double> mean,
-    at::ArrayRef<double> std,
+Tensor pixel_loss_backward(
+    const Tensor& grad,
+    const Tensor& pred,
+    const Tensor& crops,
+    const Tensor& index,
+    const std::optional<Tensor>& order,
+    const std::optional<Tensor>& factors,
+    const std::optional<Tensor>& gray_mean,
+    Doubles mean,
+    Doubles std,
     int64_t patch_size,
-    at::OptionalIntArrayRef rgb) {
+    std::optional<Ints> rgb) {
   const Targets targets(crops, index, order, factors, gray_mean, mean, std, patch_size, rgb);
-  const at::Tensor rows = checked(pred, targets);
-  at::Tensor result = at::empty_like(rows);
+  const Tensor rows = checked(pred, targets);
+  check_value(grad.numel() == 1, "grad must be one value");
+  Tensor result = empty_like(rows);
   const double count = static_cast<double>(std::max<int64_t>(targets.rows(), 1));
-  const auto scale = static_cast<float>(grad.item<double>() * 2.0 / count);
-  const auto run = [&]<typename In>(In) {
+  const auto scale = static_cast<float>(*as_type(grad, ScalarType::Double).const_data_ptr<double>() * 2.0 / count);
+  dispatch(rows.scalar_type(), "pixel_loss_backward", [&]<typename In>(In) {
     scaled_difference(rows.const_data_ptr<In>(), targets, scale, result.mutable_data_ptr<In>());
-  };
-  AT_DISPATCH_SWITCH(
-      rows.scalar_type(), "pixel_loss_backward",
-      AT_DISPATCH_CASE(at::kFloat, [&] { run(scalar_t()); })
-      AT_DISPATCH_CASE_REDUCED_FLOATING_TYPES([&] { run(scalar_t()); }));
+  });
   return result;
 }
 
 } // namespace
 
-TORCH_LIBRARY_FRAGMENT(pera_native, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(pera_native, m) {
   m.def(
       "pixel_loss(Tensor pred, Tensor crops, Tensor index, Tensor? order, Tensor? factors, Tensor? gray_mean, "
       "float[] mean, float[] std, int patch_size, int[]? rgb=None) -> Tensor");
@@ -272,7 +272,9 @@ TORCH_LIBRARY_FRAGMENT(pera_native, m) {
       "Tensor? gray_mean, float[] mean, float[] std, int patch_size, int[]? rgb=None) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(pera_native, CPU, m) {
-  m.impl("pixel_loss", &pixel_loss);
-  m.impl("pixel_loss_backward", &pixel_loss_backward);
+STABLE_TORCH_LIBRARY_IMPL(pera_native, CPU, m) {
+  m.impl("pixel_loss", TORCH_BOX(&pixel_loss));
+  m.impl("pixel_loss_backward", TORCH_BOX(&pixel_loss_backward));
 }
+
+} // namespace pera

@@ -3,20 +3,14 @@
 // A row is read once from memory and twice from the L1 cache. Column sums for weight and bias are kept per task of rows
 // and added in the order of the tasks, whose size does not depend on the number of threads: equal bits for any.
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 
 #include "packed.h"
 
+namespace pera {
 namespace {
-
-using pera::Floats;
-using pera::for_lanes;
-using pera::Sums;
 
 struct Stats {
   float mean, rstd;
@@ -75,30 +69,30 @@ void normalise_backward(
   });
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> sequence_norm(
-    const at::Tensor& x_,
-    const at::Tensor& weight_,
-    const at::Tensor& bias_,
+std::tuple<Tensor, Tensor, Tensor> sequence_norm(
+    const Tensor& x_,
+    const Tensor& weight_,
+    const Tensor& bias_,
     double eps,
-    const std::optional<at::Tensor>& keep,
-    at::IntArrayRef groups,
-    at::IntArrayRef kept) {
-  const at::Tensor x = x_.contiguous(), weight = pera::floats(weight_), bias = pera::floats(bias_);
-  const pera::Packing packing(groups, keep, kept);
+    const std::optional<Tensor>& keep,
+    Ints groups,
+    Ints kept) {
+  const Tensor x = as_contiguous(x_), weight = floats(weight_), bias = floats(bias_);
+  const Packing packing(groups, keep, kept);
   const int64_t dim = x.size(1);
-  TORCH_CHECK_VALUE(
+  check_value(
       x.size(0) == packing.tokens && weight.numel() == dim && bias.numel() == dim, "shapes do not fit groups ", groups);
-  at::Tensor y = at::empty({packing.kept_tokens, dim}, x.options());
-  at::Tensor mean = at::empty({packing.kept_tokens}, x.options().dtype(at::kFloat)), rstd = at::empty_like(mean);
+  Tensor y = new_empty(x, {packing.kept_tokens, dim});
+  Tensor mean = new_empty(x, {packing.kept_tokens}, ScalarType::Float), rstd = empty_like(mean);
   float* means = mean.mutable_data_ptr<float>();
   float* rstds = rstd.mutable_data_ptr<float>();
-  PERA_DISPATCH_LANES(x.scalar_type(), "sequence_norm", [&] {
-    const scalar_t* from = x.const_data_ptr<scalar_t>();
-    scalar_t* to = y.mutable_data_ptr<scalar_t>();
+  dispatch(x.scalar_type(), "sequence_norm", [&]<typename T>(T) {
+    const T* from = x.const_data_ptr<T>();
+    T* to = y.mutable_data_ptr<T>();
     const float *w = weight.const_data_ptr<float>(), *b = bias.const_data_ptr<float>();
-    at::parallel_for(0, packing.tokens, 16, [&](int64_t begin, int64_t end) {
-      packing.visit_stream(begin, end, [&](pera::Span span) {
-        for (int64_t r = 0; span.packed != pera::kDropped && r < span.rows; ++r) {
+    parallel_for(0, packing.tokens, 16, [&](int64_t begin, int64_t end) {
+      packing.visit_stream(begin, end, [&](Span span) {
+        for (int64_t r = 0; span.packed != kDropped && r < span.rows; ++r) {
           const int64_t row = span.packed + r;
           const Stats stats =
               normalise(from + (span.stream + r) * dim, w, b, dim, static_cast<float>(eps), to + row * dim);
@@ -111,39 +105,39 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sequence_norm(
   return {y, mean, rstd};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> sequence_norm_backward(
-    const at::Tensor& grad_,
-    const at::Tensor& x_,
-    const at::Tensor& weight_,
-    const at::Tensor& mean_,
-    const at::Tensor& rstd_,
-    const std::optional<at::Tensor>& keep,
-    at::IntArrayRef groups,
-    at::IntArrayRef kept) {
-  const at::Tensor x = x_.contiguous(), grad = grad_.to(x.scalar_type()).contiguous(), weight = pera::floats(weight_);
-  const at::Tensor mean = pera::floats(mean_), rstd = pera::floats(rstd_);
-  const pera::Packing packing(groups, keep, kept);
-  const int64_t dim = x.size(1), step = pera::rows_per_task(packing.tokens);
-  TORCH_CHECK_VALUE(
+std::tuple<Tensor, Tensor, Tensor> sequence_norm_backward(
+    const Tensor& grad_,
+    const Tensor& x_,
+    const Tensor& weight_,
+    const Tensor& mean_,
+    const Tensor& rstd_,
+    const std::optional<Tensor>& keep,
+    Ints groups,
+    Ints kept) {
+  const Tensor x = as_contiguous(x_), grad = as_contiguous(grad_, x.scalar_type()), weight = floats(weight_);
+  const Tensor mean = floats(mean_), rstd = floats(rstd_);
+  const Packing packing(groups, keep, kept);
+  const int64_t dim = x.size(1), step = rows_per_task(packing.tokens);
+  check_value(
       x.size(0) == packing.tokens && weight.numel() == dim && grad.numel() == packing.kept_tokens * dim &&
           mean.numel() == packing.kept_tokens && rstd.numel() == packing.kept_tokens,
       "shapes do not fit groups ", groups);
   const int64_t tasks = (packing.tokens + step - 1) / step;
-  at::Tensor grad_x = at::empty_like(x), partials = at::empty({tasks, 2, dim}, weight.options());
-  at::Tensor sums = at::empty({2, dim}, weight.options());
-  float* partial = partials.mutable_data_ptr<float>();
-  PERA_DISPATCH_LANES(x.scalar_type(), "sequence_norm_backward", [&] {
-    const scalar_t *from = x.const_data_ptr<scalar_t>(), *g = grad.const_data_ptr<scalar_t>();
-    scalar_t* to = grad_x.mutable_data_ptr<scalar_t>();
+  Tensor grad_x = empty_like(x), grad_weight = new_empty(weight, {dim}), grad_bias = new_empty(weight, {dim});
+  Tensor partials = new_empty(weight, {tasks, 2, dim}), sums = new_empty(weight, {2, dim});
+  float *partial = partials.mutable_data_ptr<float>(), *sum = sums.mutable_data_ptr<float>();
+  dispatch(x.scalar_type(), "sequence_norm_backward", [&]<typename T>(T) {
+    const T *from = x.const_data_ptr<T>(), *g = grad.const_data_ptr<T>();
+    T* to = grad_x.mutable_data_ptr<T>();
     const float *w = weight.const_data_ptr<float>(), *m = mean.const_data_ptr<float>();
     const float* s = rstd.const_data_ptr<float>();
-    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         float* columns = partial + task * 2 * dim;
-        pera::zero(columns, 2 * dim);
-        packing.visit_stream(task * step, std::min((task + 1) * step, packing.tokens), [&](pera::Span span) {
-          if (span.packed == pera::kDropped) {
-            pera::zero(to + span.stream * dim, span.rows * dim);
+        zero(columns, 2 * dim);
+        packing.visit_stream(task * step, std::min((task + 1) * step, packing.tokens), [&](Span span) {
+          if (span.packed == kDropped) {
+            zero(to + span.stream * dim, span.rows * dim);
             return;
           }
           for (int64_t r = 0; r < span.rows; ++r) {
@@ -155,14 +149,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sequence_norm_backward(
       }
     });
   });
-  pera::sum_tasks(partial, tasks, 2 * dim, sums.mutable_data_ptr<float>());
+  sum_tasks(partial, tasks, 2 * dim, sum);
+  std::copy_n(sum, dim, grad_weight.mutable_data_ptr<float>());
+  std::copy_n(sum + dim, dim, grad_bias.mutable_data_ptr<float>());
   const auto type = weight_.scalar_type();
-  return {grad_x, sums[0].clone().to(type), sums[1].clone().to(type)};
+  return {grad_x, as_type(grad_weight, type), as_type(grad_bias, type)};
 }
 
 } // namespace
 
-TORCH_LIBRARY_FRAGMENT(pera_native, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(pera_native, m) {
   m.def(
       "sequence_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? keep, int[] groups, int[] kept) "
       "-> (Tensor, Tensor, Tensor)");
@@ -171,7 +167,9 @@ TORCH_LIBRARY_FRAGMENT(pera_native, m) {
       "int[] groups, int[] kept) -> (Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(pera_native, CPU, m) {
-  m.impl("sequence_norm", &sequence_norm);
-  m.impl("sequence_norm_backward", &sequence_norm_backward);
+STABLE_TORCH_LIBRARY_IMPL(pera_native, CPU, m) {
+  m.impl("sequence_norm", TORCH_BOX(&sequence_norm));
+  m.impl("sequence_norm_backward", TORCH_BOX(&sequence_norm_backward));
 }
+
+} // namespace pera

@@ -4,29 +4,25 @@
 // once. One thread owns a row, or a tile of a crop, and partial sums are added in a fixed order: equal bits for any
 // number of threads.
 
-#include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #include <optional>
 #include <type_traits>
 #include <vector>
 
+#include "tensors.h"
 #include "visible_patches/color.h"
 #include "visible_patches/patches.h"
 
+namespace pera {
 namespace {
 
-using pera::patches::Colors;
-using pera::patches::Grid;
-using pera::patches::color_channels;
-using pera::patches::copy_pixels;
-using pera::patches::dispatch_pixels;
-using pera::patches::is_raw;
-using pera::patches::store;
-using pera::patches::sum;
-using pera::Rgb;
+using patches::Colors;
+using patches::Grid;
+using patches::color_channels;
+using patches::copy_pixels;
+using patches::dispatch_pixels;
+using patches::is_raw;
+using patches::store;
+using patches::sum;
 
 constexpr int64_t kTilePixels = 2048; // of contrast_mean: 24 KiB of planes
 
@@ -35,34 +31,36 @@ template <typename Pixel>
 float tile_gray(
     const Pixel* pixels,
     int64_t rows,
-    const at::Tensor& crops,
+    Ints sizes, // of N, H, W, C
+    Ints strides,
     const Rgb& rgb,
     const int32_t* order,
     int steps,
     const float* factors,
     std::vector<Pixel>& packed,
     std::vector<float>& planes) {
-  const int64_t columns = crops.size(2), channels = crops.size(3), n = rows * columns;
+  const int64_t columns = sizes[2], channels = sizes[3], n = rows * columns;
   packed.resize(n * channels);
   planes.resize(n * (channels + 1));
-  copy_pixels(pixels, rows, columns, channels, crops.strides(), packed.data());
-  pera::unpack(packed.data(), channels, n, planes.data());
-  pera::apply_colors(planes.data(), channels, rgb, n, order, steps, factors, 0.0f);
+  copy_pixels(pixels, rows, columns, channels, strides, packed.data());
+  unpack(packed.data(), channels, n, planes.data());
+  apply_colors(planes.data(), channels, rgb, n, order, steps, factors, 0.0f);
   float* gray = planes.data() + n * channels;
-  pera::gray_plane(planes.data(), channels, rgb, n, gray);
+  gray_plane(planes.data(), channels, rgb, n, gray);
   return sum(gray, n);
 }
 
-at::Tensor contrast_mean(
-    const at::Tensor& crops,
-    const at::Tensor& order,
-    const at::Tensor& factors,
-    at::OptionalIntArrayRef rgb_channels) {
-  TORCH_CHECK_VALUE(crops.dim() == 4 && is_raw(crops), "crops must be uint8 or uint16 [N, H, W, C]");
+Tensor contrast_mean(
+    const Tensor& crops,
+    const Tensor& order,
+    const Tensor& factors,
+    std::optional<Ints> rgb_channels) {
+  check_value(crops.dim() == 4 && is_raw(crops.scalar_type()), "crops must be uint8 or uint16 [N, H, W, C]");
   const Rgb rgb = color_channels(crops.size(3), rgb_channels);
   const int64_t count = crops.size(0), height = crops.size(1), width = crops.size(2);
-  const Colors colors(order, factors, at::Tensor());
-  at::Tensor means = at::zeros({count}, crops.options().dtype(at::kFloat));
+  const Ints sizes = crops.sizes(), strides = crops.strides();
+  const Colors colors(order, factors, std::nullopt);
+  Tensor means = new_zeros(crops, {count}, ScalarType::Float);
   const int64_t tile_rows = std::max<int64_t>(1, kTilePixels / std::max<int64_t>(width, 1));
   const int64_t tiles = (height + tile_rows - 1) / tile_rows;
 
@@ -71,24 +69,25 @@ at::Tensor contrast_mean(
   std::vector<int> steps;
   for (int64_t crop = 0; crop < count; ++crop) {
     const int32_t* codes = colors.order(crop);
-    const int32_t* place = std::find(codes, codes + pera::kColorOps, static_cast<int32_t>(pera::kContrast));
-    if (place != codes + pera::kColorOps) {
+    const int32_t* place = std::find(codes, codes + kColorOps, static_cast<int32_t>(kContrast));
+    if (place != codes + kColorOps) {
       wanted.push_back(crop);
       steps.push_back(static_cast<int>(place - codes));
     }
   }
   std::vector<float> sums(wanted.size() * tiles);
-  dispatch_pixels(crops, [&]<typename Pixel>(Pixel) {
+  dispatch_pixels(crops.scalar_type(), [&]<typename Pixel>(Pixel) {
     const Pixel* pixels = crops.const_data_ptr<Pixel>();
-    at::parallel_for(0, static_cast<int64_t>(sums.size()), 4, [&](int64_t begin, int64_t end) {
+    parallel_for(0, static_cast<int64_t>(sums.size()), 4, [&](int64_t begin, int64_t end) {
       std::vector<Pixel> packed;
       std::vector<float> planes;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t crop = wanted[i / tiles], top = i % tiles * tile_rows;
-        const Pixel* tile = pixels + crop * crops.stride(0) + top * crops.stride(1);
+        const Pixel* tile = pixels + crop * strides[0] + top * strides[1];
         const int64_t rows = std::min(tile_rows, height - top);
         sums[i] = tile_gray(
-            tile, rows, crops, rgb, colors.order(crop), steps[i / tiles], colors.factors(crop), packed, planes);
+            tile, rows, sizes, strides, rgb, colors.order(crop), steps[i / tiles], colors.factors(crop), packed,
+            planes);
       }
     });
   });
@@ -105,27 +104,28 @@ at::Tensor contrast_mean(
 
 template <typename Pixel, typename Out>
 void rows_of_pixels(
-    const at::Tensor& crops, // [N, H, W, C]
+    const Tensor& crops, // [N, H, W, C]
     const Grid& grid,
     const Rgb& rgb,
     const Colors& colors,
-    at::ArrayRef<double> mean,
-    at::ArrayRef<double> std,
-    at::Tensor& rows) {
+    Doubles mean,
+    Doubles std,
+    Tensor& rows) {
   const int64_t p = grid.patch_size, channels = crops.size(3), n = p * p;
+  const Ints strides = crops.strides();
   const Pixel* pixels = crops.const_data_ptr<Pixel>();
   Out* result = rows.mutable_data_ptr<Out>();
-  at::parallel_for(0, rows.size(0), 16, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows.size(0), 16, [&](int64_t begin, int64_t end) {
     std::vector<Pixel> packed(n * channels);
     std::vector<float> planes(n * channels);
     for (int64_t row = begin; row < end; ++row) {
       const auto [crop, y, x] = grid(row);
-      const Pixel* patch = pixels + crop * crops.stride(0) + y * crops.stride(1) + x * crops.stride(2);
-      copy_pixels(patch, p, p, channels, crops.strides(), packed.data());
-      pera::unpack(packed.data(), channels, n, planes.data());
+      const Pixel* patch = pixels + crop * strides[0] + y * strides[1] + x * strides[2];
+      copy_pixels(patch, p, p, channels, strides, packed.data());
+      unpack(packed.data(), channels, n, planes.data());
       if (colors.on) {
-        pera::apply_colors(
-            planes.data(), channels, rgb, n, colors.order(crop), pera::kColorOps, colors.factors(crop),
+        apply_colors(
+            planes.data(), channels, rgb, n, colors.order(crop), kColorOps, colors.factors(crop),
             colors.mean_gray(crop));
       }
       for (int64_t c = 0; c < channels; ++c) {
@@ -141,12 +141,12 @@ void rows_of_pixels(
 }
 
 template <typename In, typename Out>
-void rows_of_floats(const at::Tensor& crops, const Grid& grid, at::Tensor& rows) { // crops: [N, C, H, W]
+void rows_of_floats(const Tensor& crops, const Grid& grid, Tensor& rows) { // crops: [N, C, H, W]
   const int64_t p = grid.patch_size, channels = crops.size(1);
   const int64_t sn = crops.stride(0), sc = crops.stride(1), sy = crops.stride(2), sx = crops.stride(3);
   const In* pixels = crops.const_data_ptr<In>();
   Out* result = rows.mutable_data_ptr<Out>();
-  at::parallel_for(0, rows.size(0), 16, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows.size(0), 16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const auto [crop, y, x] = grid(row);
       Out* __restrict__ out = result + row * channels * p * p;
@@ -166,43 +166,44 @@ void rows_of_floats(const at::Tensor& crops, const Grid& grid, at::Tensor& rows)
   });
 }
 
-at::Tensor visible_patches(
-    const at::Tensor& crops,
-    const at::Tensor& index,
-    const std::optional<at::Tensor>& order,
-    const std::optional<at::Tensor>& factors,
-    const std::optional<at::Tensor>& gray_mean,
-    at::ArrayRef<double> mean,
-    at::ArrayRef<double> std,
+Tensor visible_patches(
+    const Tensor& crops,
+    const Tensor& index,
+    const std::optional<Tensor>& order,
+    const std::optional<Tensor>& factors,
+    const std::optional<Tensor>& gray_mean,
+    Doubles mean,
+    Doubles std,
     int64_t patch_size,
-    at::ScalarType dtype,
-    at::OptionalIntArrayRef rgb_channels) {
-  TORCH_CHECK_VALUE(crops.dim() == 4 && index.dim() == 2 && index.size(0) == crops.size(0), "index must be [N, n]");
-  const bool raw = is_raw(crops);
+    ScalarType dtype,
+    std::optional<Ints> rgb_channels) {
+  check_value(crops.dim() == 4 && index.dim() == 2 && index.size(0) == crops.size(0), "index must be [N, n]");
+  const bool raw = is_raw(crops.scalar_type());
   const int64_t height = crops.size(raw ? 1 : 2), width = crops.size(raw ? 2 : 3);
   const int64_t channels = crops.size(raw ? 3 : 1);
-  TORCH_CHECK_VALUE(
+  check_value(
       patch_size > 0 && height % patch_size == 0 && width % patch_size == 0, "crops must be whole patches");
   const Grid grid(index, height, width, patch_size);
-  at::Tensor rows = at::empty({index.numel(), channels * patch_size * patch_size}, crops.options().dtype(dtype));
+  Tensor rows = new_empty(crops, {grid.rows, channels * patch_size * patch_size}, dtype);
   if (!raw) {
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, crops.scalar_type(), "visible_patches", [&] {
-      using In = scalar_t;
-      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "visible_patches", [&] {
-        rows_of_floats<In, scalar_t>(crops, grid, rows);
+    dispatch_with_double(crops.scalar_type(), "visible_patches", [&]<typename In>(In) {
+      dispatch_with_double(dtype, "visible_patches", [&]<typename Out>(Out) {
+        rows_of_floats<In, Out>(crops, grid, rows);
       });
     });
     return rows;
   }
   const auto per_channel = static_cast<size_t>(channels);
-  TORCH_CHECK_VALUE(mean.size() == per_channel && std.size() == per_channel, "mean and std must have a value a channel");
+  check_value(mean.size() == per_channel && std.size() == per_channel, "mean and std must have a value a channel");
   const bool jitters = order.has_value() && factors.has_value();
-  const at::Tensor means = !jitters ? at::Tensor() : gray_mean ? *gray_mean : contrast_mean(crops, *order, *factors, rgb_channels);
+  std::optional<Tensor> means;
+  if (jitters) {
+    means = gray_mean ? *gray_mean : contrast_mean(crops, *order, *factors, rgb_channels);
+  }
   const Colors colors(order, factors, means);
   const Rgb rgb = color_channels(channels, rgb_channels);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "visible_patches", [&] {
-    using Out = scalar_t;
-    dispatch_pixels(crops, [&]<typename Pixel>(Pixel) {
+  dispatch_with_double(dtype, "visible_patches", [&]<typename Out>(Out) {
+    dispatch_pixels(crops.scalar_type(), [&]<typename Pixel>(Pixel) {
       rows_of_pixels<Pixel, Out>(crops, grid, rgb, colors, mean, std, rows);
     });
   });
@@ -211,14 +212,16 @@ at::Tensor visible_patches(
 
 } // namespace
 
-TORCH_LIBRARY_FRAGMENT(pera_native, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(pera_native, m) {
   m.def("contrast_mean(Tensor crops, Tensor order, Tensor factors, int[]? rgb=None) -> Tensor");
   m.def(
       "visible_patches(Tensor crops, Tensor index, Tensor? order, Tensor? factors, Tensor? gray_mean, "
       "float[] mean, float[] std, int patch_size, ScalarType dtype, int[]? rgb=None) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(pera_native, CPU, m) {
-  m.impl("contrast_mean", &contrast_mean);
-  m.impl("visible_patches", &visible_patches);
+STABLE_TORCH_LIBRARY_IMPL(pera_native, CPU, m) {
+  m.impl("contrast_mean", TORCH_BOX(&contrast_mean));
+  m.impl("visible_patches", TORCH_BOX(&visible_patches));
 }
+
+} // namespace pera
