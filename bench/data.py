@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from PIL import Image
 from data_sides import ours, pillow
 from pera_fast.config import load_config
 from pera_fast.data.pack import pack
+from pera_fast.profile.machine import commit, device_name
 
 SUFFIXES = {"jpeg": "jpg", "png": "png", "tiff": "tif"}
 JPEG_QUALITY = 90
@@ -51,18 +51,6 @@ def make_images(folder: Path, kind: str, size: int, count: int, sources: list[Pa
         small.resize((size, size), Image.Resampling.BICUBIC).save(path, **options)
         total += path.stat().st_size
     return total
-
-
-def processor() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def commit() -> str:
-    """Of this checkout; empty where there is none."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def processor_seconds() -> float:
@@ -115,7 +103,7 @@ def main() -> None:
     args = parser.parse_args()
     sources = sorted(path for path in args.scenes.rglob("*") if path.is_file()) if args.scenes else []
     rows = []
-    print(f"{args.recipe}, batches of {BATCH}, {processor()}; images/s (images/s per core)")
+    print(f"{args.recipe}, batches of {BATCH}, {device_name('cpu')}; images/s (images/s per core)")
     print(f"{'images':<22}{'threads':>8}{'Pillow, PyTorch':>20}{'folder':>20}{'shards':>20}{'ratio per core':>17}")
     for kind in args.formats:
         for size in args.sizes:
@@ -141,7 +129,7 @@ def path_of(args: argparse.Namespace) -> Path:
 def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """What was measured, and where."""
     record = {
-        "bench": "data", "recipe": args.recipe, "batch_size": BATCH, "device": processor(), "rows": rows,
+        "bench": "data", "recipe": args.recipe, "batch_size": BATCH, "device": device_name("cpu"), "rows": rows,
         "images": args.images, "scenes": args.scenes is not None, "jpeg_quality": JPEG_QUALITY,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
         "python": platform.python_version(), "commit": commit(), "date": date.today().isoformat(),

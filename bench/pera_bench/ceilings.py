@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from pera_bench.machine import describe, device_name
+from pera_bench.machine import describe
 from pera_bench.timing import clock, flusher
 from pera_fast.model.pera import PRECISIONS
+from pera_fast.profile.machine import device_name
 from pera_kernels.products import product_dtype
 
 COPY_BYTES = {"cpu": 2**29, "cuda": 2**31}
@@ -56,7 +57,7 @@ def cache_path(device: torch.device, precision: str, processor: bool = False) ->
     """One file for each device, version of torch, precision, and on a CPU number of threads and clock."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     cpu = [torch.get_num_threads(), processor] if device.type == "cpu" else []
-    key = [device_name(device), device.type, torch.__version__, *cpu, precision]
+    key = [device_name(device.type), device.type, torch.__version__, *cpu, precision]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     return Path(cache) / "pera-fast" / "ceilings" / f"{device.type}-{precision}-{digest}.json"
 

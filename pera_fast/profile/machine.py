@@ -57,6 +57,6 @@ def commit() -> str | None:
     folder = Path(__file__).resolve().parents[2]
     if shutil.which("git") is None or not (folder / ".git").exists():
         return None  # an installed package inside somebody else's checkout is not that checkout's commit
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None

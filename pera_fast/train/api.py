@@ -26,7 +26,7 @@ from pera_fast.train.distributed import World, let_main_speak, world
 from pera_fast.train.host_memory import reuse_freed_memory
 from pera_fast.train.inputs import make_inputs
 from pera_fast.train.loop import Run, fit
-from pera_fast.train.optim import DTYPES, make_optimizer, make_scaler
+from pera_fast.train.optim import make_optimizer, make_scaler
 from pera_fast.train.run_folder import RunFolder, Start, check_resumed_batch, resumed_position, start_new, start_resumed
 from pera_fast.train.schedules import make_schedules
 from pera_fast.train.signals import StopRequest, exit_on_termination
@@ -169,7 +169,6 @@ def make_model(cfg: Config) -> PerA:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(cfg.train.seed)
         model = PerA(cfg)
-    model.compute_dtype = DTYPES[cfg.train.precision]
     if cfg.train.compile:
         model.compile_blocks()
     return model

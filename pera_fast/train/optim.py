@@ -14,8 +14,6 @@ from torch import Tensor
 from pera_fast.config import Config
 from pera_fast.train.schedules import StepValues
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], cfg: Config) -> torch.optim.AdamW:
     """AdamW with one group: biases and norms decay like the rest. Fused: both CPU and CUDA support it."""
