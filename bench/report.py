@@ -1,24 +1,34 @@
-"""Turns bench/results/*.json, of `pera-fast bench --json` and bench/gpu/run_all.sh, into the README's tables.
+"""Turns bench/results/ (docs/bench.md) into docs/results.md and the part of README.md on measurements.
 
-python bench/report.py            writes the part of README.md between its two markers
-python bench/report.py --check    exits with 1 if that part is not what the results give
+python bench/report.py            writes what stands between the README's two markers, and the page
+python bench/report.py --check    names what is not what the results give, and exits with 1
 """
 
 import argparse
 import json
-import statistics
 import sys
-from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from loaders_table import loaders_table
+from report_loaders import loaders_table
+from report_summary import summary
+from report_tables import Record, loader_lines, memory_table, op_tables, step_table
+from report_text import paragraph
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
-POINT = ("recipe", "images", "precision")
-Record = dict[str, Any]
-Row = dict[str, Any]
+HEAD = """
+`python bench/report.py` writes this page from [bench/results](../bench/results); do not edit it. [bench.md](bench.md)
+says how things are measured and how to take the numbers again.
+"""
+NOTHING = """
+Nothing has been measured on a GPU yet: no step, no op, no loader, no memory. Every number here is of a CPU.
+"""
+OPS = """
+`pera-fast bench`: median and interquartile range of the time; eager is the definition in plain PyTorch, timed in the
+same run. Shares are of what this machine was measured to do; the error is the largest difference from float64 over
+the largest value. A share of the copy bandwidth over 100% means that the data stayed in a cache, or is updated in
+place: a copy also reads what it overwrites.
+"""
 
 
 def load(folder: Path) -> list[Record]:
@@ -28,201 +38,51 @@ def load(folder: Path) -> list[Record]:
     return sorted(records, key=lambda record: record["machine"]["kind"] != "cuda")
 
 
-def whole_run(results: dict[str, Any]) -> list[Record]:
+def whole_run(results: Record) -> list[Record]:
     """The records of `bench/gpu/run_all.sh`, which has one for each part that ran benches."""
     return [found for part in results["parts"] for found in part["results"].values() if "rows" in found]
 
 
-def where(machine: dict[str, Any]) -> str:
-    """Device, and on a CPU how much of it."""
-    if machine["kind"] == "cuda":
-        return f"{machine['device']}, torch {machine['torch']}"
-    clock = "processor time, " if machine.get("clock") == "processor" else ""
-    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}, {clock}"
-    return f"{machine['device']}, {threads}{machine['cpu_capability']}, torch {machine['torch']}"
-
-
-def when(machine: dict[str, Any]) -> str:
-    """Commit and day."""
-    return f"{machine['commit']}, {machine['date'].split()[0]}"
-
-
-def step_table(records: list[Record]) -> list[str]:
-    """One line for each measured step: ours, the published implementation in the same run, their ratio."""
-    lines = []
-    for record in records:
-        steps = [row for row in record["rows"] if row["suite"] == "step"]
-        theirs = {(row["case"], *point(row)): row for row in steps if published(row)}
-        for row in steps:
-            if row["implementation"] == "reference" or published(row):
-                continue
-            other = theirs.get((row["case"], *point(row)))
-            step = f"{row['recipe']}, batch {row['images']}, {row['precision']}, recompute {row['case']}"
-            step += "" if row["implementation"] == "pera-fast" else f", {row['implementation']}"
-            times = f"{speed(row)} | {row['median_s']:.3g} ({row['min_s']:.3g} to {row['max_s']:.3g})"
-            against = " | "
-            if other:
-                how = other["implementation"].removeprefix("published")
-                against = f"{speed(other)}{how} | {other['median_s'] / row['median_s']:.2f}"
-            machine, memory = record["machine"], "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-            lines.append(f"| {where(machine)} | {step} | {times} | {memory} | {against} | {when(machine)} |")
-    if not lines:
-        return []
-    return [
-        "Whole training steps (forward, backward, clipping, AdamW, center, EMA). Where there is a ratio, the published",
-        "implementation ran in the same process at the same sizes, batch and precision: `PERA_OFFICIAL=CHECKOUT"
-        " pera-fast bench step`.",
-        "",
-        "| device | step | images/s | s a step (min to max) | peak MiB | published images/s | ratio | commit, date |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        *lines,
-        "",
-    ]
-
-
-def published(row: Row) -> bool:
-    """Whether it is the other side; "published, sdpa" on a GPU where xFormers does not run."""
-    return row["implementation"].startswith("published")
-
-
-def loader_lines(records: list[Record]) -> list[str]:
-    """The loader alone."""
-    lines = []
-    for record in records:
-        for row in record["rows"]:
-            if row["suite"] == "data":
-                lines.append(
-                    f"The loader alone, JPEG files of 512 px, {row['recipe']}: {speed(row)} images/s"
-                    f" ({where(record['machine'])}; {when(record['machine'])})."
-                )
-    return [*lines, ""] if lines else []
-
-
-def memory_table(folder: Path) -> list[str]:
-    """What an image adds to the memory of a step: measured on a GPU, and by `pera-fast profile --device simulate`."""
-    lines = []
-    for path in sorted(folder.glob("*.json")):
-        file = json.loads(path.read_text(encoding="utf-8"))
-        for part in file.get("parts", []):
-            for entry in part["results"].get("memory", []):
-                measured, simulated = (
-                    entry.get(name, {}).get("mib_per_image") for name in (file["device"], "simulate")
-                )
-                if measured and simulated:
-                    ratio = simulated / measured
-                    lines.append(
-                        f"| {path.stem} | {entry['policy']} | {measured:.1f} | {simulated:.1f} | {ratio:.3f} |"
-                    )
-    if not lines:
-        return []
-    head = ["| results | recompute | MiB an image, measured | simulated | ratio |", "| --- | --- | --- | --- | --- |"]
-    return [*head, *lines, ""]
-
-
-def point(row: Row) -> tuple[Any, ...]:
-    """Recipe, images, precision."""
-    return tuple(row[name] for name in POINT)
-
-
-def speed(row: Row) -> str:
-    """Images per second."""
-    return f"{row['images'] / row['median_s']:.3g}"
-
-
-def op_tables(record: Record) -> list[str]:
-    """A table for each recipe, number of images and precision: what runs by default, against the definition."""
-    lines = []
-    rows = [row for row in record["rows"] if row["suite"] not in ("step", "data")]
-    for (recipe, images, precision), some in groupby(rows, point):
-        ceilings = record["ceilings"]
-        lines += [
-            f"{where(record['machine'])}; {when(record['machine'])}: {recipe}, {images} images, {precision}.",
-            *([f"Other processes took {1 - alone:.0%} of the time."] if (alone := undisturbed(record)) < 0.9 else []),
-            f"Ceilings: copy {ceilings['copy'] / 1e9:.3g} GB/s, products {ceilings['matrix'] / 1e12:.3g} TFLOP/s.",
-            "",
-            "| op | | runs | median ms (spread) | eager ms | times as fast | of copy | of products | error |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        ]
-        lines += [op_line(row) for row in fastest(list(some))]
-        lines.append("")
-    return lines
-
-
-def undisturbed(record: Record) -> float:
-    """Share of the time in which a bench's own thread ran, the median over the benches; 1 where that is no matter."""
-    if record["machine"].get("clock") == "processor":
-        return 1.0
-    shares = [row["busy"] for row in record["rows"] if row["busy"] is not None and row["suite"] != "data"]
-    return statistics.median(shares) if shares else 1.0
-
-
-def fastest(rows: list[Row]) -> list[Row]:
-    """Of each bench, the first row after the definition's: the implementation that runs by default."""
-    chosen = []
-    for _, some in groupby(rows, lambda r: (r["suite"], r["case"], r["direction"])):
-        others = [row for row in some if row["implementation"] not in ("reference", "compiled")]
-        chosen += others[:1]
-    return chosen
-
-
-def milliseconds(seconds: float) -> str:
-    """Three digits."""
-    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
-
-
-def op_line(row: Row) -> str:
-    """One row of the ops' table."""
-    spread = (row["q3_s"] - row["q1_s"]) / row["median_s"]
-    faster = row.get("speedup")
-    shares = " | ".join(f"{row[name]:.0%}" if name in row else "" for name in ("of_copy", "of_matrix"))
-    error = "" if row["error"] is None else f"{row['error']:.0e}"
-    eager = f"{milliseconds(faster * row['median_s'])} | {faster:.2f}" if faster else "|"
-    return (
-        f"| {row['suite']}, {row['case']} | {row['direction']} | {row['implementation']} "
-        f"| {milliseconds(row['median_s'])} ({spread:.0%}) | {eager} | {shares} | {error} |"
-    )
-
-
-def section(folder: Path) -> str:
-    """The text between the markers."""
+def page(folder: Path) -> str:
+    """docs/results.md: everything."""
     records = load(folder)
-    on_gpu = [record for record in records if record["machine"]["kind"] == "cuda"]
-    lines = [] if on_gpu else ["Nothing has been measured on a GPU yet.", ""]
+    on_gpu = any(record["machine"]["kind"] == "cuda" for record in records)
+    lines = ["# What has been measured", "", *paragraph(HEAD), *([] if on_gpu else paragraph(NOTHING))]
     lines += step_table(records)
     lines += loader_lines(records) + loaders_table(folder / "loaders") + memory_table(folder)
     tables = [line for record in records for line in op_tables(record)]
-    if not tables:
-        lines += [
-            "The ops have no table yet, as no machine was quiet enough; their READMEs have times of one CPU thread.",
-            "",
-        ]
-    else:
-        lines += [
-            "Ops and blocks, `pera-fast bench`: median and interquartile range of the time; eager is the definition in"
-            " plain PyTorch;",
-            "shares of what this machine was measured to do; the error is the largest difference from float64 over the"
-            " largest value.",
-            "A share of the copy bandwidth over 100% means that the data stayed in a cache, or is updated in place:",
-            "a copy also reads what it overwrites.",
-            "",
-            *tables,
-        ]
-    return "\n".join(lines).strip()
+    lines += ["## Ops and blocks", "", *paragraph(OPS), *tables] if tables else ["The ops have not been measured yet."]
+    return "\n".join(lines).strip() + "\n"
 
 
-def main() -> int:
+def wanted(root: Path) -> dict[Path, str]:
+    """What each of the two files is to hold. Raises SystemExit where the README has no markers."""
+    readme, results = root / "README.md", root / "bench" / "results"
+    text = readme.read_text(encoding="utf-8")
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{readme}: lacks {BEGIN} or, behind it, {END}")
+    part = f"{head}{BEGIN}\n{summary(load(results), results)}\n{END}{tail}"
+    return {readme: part, root / "docs" / "results.md": page(results)}
+
+
+def main(root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    new = f"{head}{BEGIN}\n{section(ROOT / 'bench' / 'results')}\n{END}{tail}"
-    if args.check:
-        return int(new != text)
-    readme.write_text(new, encoding="utf-8")
-    return 0
+    check = parser.parse_args().check
+    changed = 0
+    for path, text in wanted(root).items():
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        changed = 1
+        if check:
+            print(
+                f"{path.relative_to(root)} is not what bench/results gives: run python bench/report.py", file=sys.stderr
+            )
+        else:
+            path.write_text(text, encoding="utf-8")
+    return changed if check else 0
 
 
 if __name__ == "__main__":

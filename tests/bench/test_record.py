@@ -118,19 +118,98 @@ def report():
     return module
 
 
-def test_report_of_a_folder(report, tmp_path):
-    step = {"suite": "step", "case": "none", "direction": "step", "error": None}
+STEP = {"suite": "step", "case": "cheap", "direction": "step", "error": None}
+
+
+def test_page_of_a_folder(report, tmp_path):
     record(row("reference", 4e-3), row("native", 1e-3)).save(tmp_path / "ops.json")
-    record(row("pera-fast", 2.0, **step), row("published", 5.0, **step)).save(tmp_path / "step.json")
-    text = report.section(tmp_path)
-    assert text.startswith("Nothing has been measured on a GPU yet.")
+    theirs = row("published", 5.0, **STEP | {"peak_mib": 4.0})
+    record(row("pera-fast", 2.0, **STEP), theirs).save(tmp_path / "step.json")
+    text = report.page(tmp_path)
+    assert "Nothing has been measured on a GPU yet" in text
     assert "| koleo, global | forward | native | 1 (10%) | 4 | 4.00 | 50% | 25% | 1e-06 |" in text
-    assert "batch 2, fp32, recompute none | 1 | 2 (1 to 4) | 1 | 0.4 | 2.50 | abc, 2026-01-02 |" in text
+    assert "batch 2, fp32, recompute cheap | 1 | 2 (1 to 4) | 1 | 0.4 | 2.50 | 4 | abc, 2026-01-02 |" in text
     of_card = record(row("triton", 1e-3), kind="cuda", device="Card")
     parts = [{"results": {"bench": asdict(of_card)}}, {"results": {"ceilings": {"found": {}}}}]
     (tmp_path / "gpu.json").write_text(json.dumps({"parts": parts}))
-    assert "Nothing" not in report.section(tmp_path)
-    assert "Other processes" not in report.section(tmp_path)
+    assert "Nothing" not in report.page(tmp_path)
+    assert "Other processes" not in report.page(tmp_path)
     record(row("native", 1.0, busy=0.5)).save(tmp_path / "loud.json")
-    assert "Other processes took 50% of the time." in report.section(tmp_path)
-    assert "Card, torch 2.0; abc" in report.section(tmp_path)
+    assert "Other processes took 50% of the time." in report.page(tmp_path)
+    assert "Card, torch 2.0; abc" in report.page(tmp_path)
+
+
+def summary(report, folder: Path) -> str:
+    return report.summary(report.load(folder), folder)
+
+
+def test_summary_of_ops_and_steps(report, tmp_path):
+    at = {"recipe": "vit_b16"}
+    pairs = [row(name, median, direction=way, **at) for way in ("forward", "forward+backward")
+             for name, median in (("reference", 4e-3), ("native", 1e-3 if way == "forward" else 5e-3))]  # fmt: skip
+    other = [row(name, median, case="local", **at) for name, median in (("reference", 60e-3), ("native", 1e-3))]
+    tiny = [row("reference", 9e-3), row("native", 1e-3)]
+    record(*pairs, *other, *tiny).save(tmp_path / "ops.json")
+    text = summary(report, tmp_path)
+    assert text.startswith("**Nothing has been measured on a GPU yet**")
+    assert "| koleo | native | 4.00 to 60.0 | 0.80 |" in text  # what is slower is said too
+    assert "vit_b16, 2 images, fp32; Chip, 2 threads, AVX2, torch 2.0; abc, 2026-01-02." in text
+    assert "training step" not in text
+    sizes = [row(name, median, **STEP | {"images": images, "precision": "bf16"})
+             for images in (2, 4) for name, median in (("pera-fast", 2.0), ("published", 5.0 * images))]  # fmt: skip
+    alone = row("pera-fast", 2.0, **STEP | {"images": 8, "precision": "bf16"})
+    record(*sizes, alone).save(tmp_path / "step.json")
+    text = summary(report, tmp_path)
+    (line,) = (line for line in text.splitlines() if "batch" in line and line.startswith("| tiny"))
+    assert line.startswith("| tiny, batch 4, bf16 | 2, 0.2 | 10.00 | 1, 1 | 1.00 | Chip, 2 threads")
+    assert "emulates bf16" in " ".join(text.split())
+
+
+def test_summary_of_loaders_and_memory(report, tmp_path):
+    def sides(cores, *rates):
+        found = ({"images_per_core_s": rate, "images_per_s": rate * cores, "cores": cores} for rate in rates)
+        return dict(zip(("pillow", "folder", "shards"), found, strict=True))
+
+    rows = [{"format": "jpeg", "size": 512, "threads": n, "bytes": 1, "sides": sides(n, 10.0, 30.0 * n, 35.0)}
+            for n in (1, 2)]  # fmt: skip
+    (tmp_path / "loaders").mkdir()
+    loaders = {**MACHINE, "recipe": "tiny", "rows": rows, "images": 1, "date": "2026-01-02"}
+    (tmp_path / "loaders" / "a.json").write_text(json.dumps(loaders))
+    text = " ".join(summary(report, tmp_path).split())
+    assert "threads 1, 2: jpeg 3.0 to 6.0 (tiny, images of 512 px; Chip, torch 2.0; abc, 2026-01-02)." in text
+    assert "Other work" not in text
+    rows[0]["sides"] = sides(0.5, 10.0, 30.0, 35.0)
+    (tmp_path / "loaders" / "a.json").write_text(json.dumps(loaders))
+    assert "Other work had part of the cores" in summary(report, tmp_path)
+    variants = [{"recipe": "tiny", "overrides": [f"model.recompute={policy}"], "purpose": purpose}
+                for policy, purpose in (("block", "policy"), ("cheap", "dense"))]  # fmt: skip
+    points = [{"variant": variant, "flops_per_image": 2.4e9} for variant in variants]
+    fits = [{**variant, "slope": 2.5 * 2**20, "largest_batch": {"80": 7}} for variant in variants]
+    (tmp_path / "memory").mkdir()
+    profile = {"machine": {"commit": "abc", "date": "2026"}, "batch_sizes": [1, 2], "points": points, "fits": fits}
+    (tmp_path / "memory" / "a.json").write_text(json.dumps(profile))
+    lines = summary(report, tmp_path).splitlines()
+    assert "| the method's | block | 2.5 | 2 | 7 |" in lines
+    assert "| none | cheap | 2.5 | 2 | 7 |" in lines
+
+
+def test_check_names_what_is_out_of_date(report, tmp_path, monkeypatch, capsys):
+    (tmp_path / "docs").mkdir()
+    record(row("reference", 4e-3), row("native", 1e-3)).save(tmp_path / "bench" / "results" / "ops.json")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n")
+    monkeypatch.setattr("sys.argv", ["report.py"])
+    with pytest.raises(SystemExit, match="lacks <!-- measured -->"):
+        report.main(tmp_path)
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert report.main(tmp_path) == 0
+    assert readme.read_text().startswith("before\n")
+    assert readme.read_text().endswith("\nafter\n")
+    assert "old" not in readme.read_text()
+    monkeypatch.setattr("sys.argv", ["report.py", "--check"])
+    assert report.main(tmp_path) == 0
+    results = tmp_path / "docs" / "results.md"
+    results.write_text(results.read_text().replace("4.00", "9.00"))
+    assert report.main(tmp_path) == 1
+    assert capsys.readouterr().err.startswith("docs/results.md is not what bench/results gives")
+    assert "9.00" in results.read_text(), "a check changes nothing"

@@ -1,0 +1,57 @@
+"""The table and the ranges of loaders side by side, from what `data.py` wrote."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from report_text import heading, paragraph
+
+TEXT = """
+Side by side, `python bench/data.py`: images/s per core (images/s), files in the page cache, on as many cores as
+threads. Ours goes up to the normalised bf16 patch rows of student and teacher, the Pillow and PyTorch pipeline to its
+float views. Per core means per second of processor time; where images/s are fewer than that, other work had the cores
+at the time.
+"""
+COLUMNS = (
+    "device",
+    "images",
+    "threads",
+    "Pillow, PyTorch",
+    "ours, folder",
+    "ours, shards",
+    "ratio per core",
+    "commit, date",
+)
+Loaders = dict[str, Any]
+
+
+def load_loaders(folder: Path) -> list[Loaders]:
+    """The records, by the names of their files."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def loaders_table(folder: Path) -> list[str]:
+    """One line a format, size and number of threads; none if nothing was measured."""
+    lines = []
+    for record in load_loaders(folder):
+        device = f"{record['device']}, {record['cpu_capability']}, torch {record['torch']}"
+        when = f"{record['commit']}, {record['date']}"
+        for row in record["rows"]:
+            size = f"{row['format']}, {row['size']} px, {row['bytes'] / record['images'] / 1024:.0f} KiB"
+            sides = row["sides"].values()
+            cells = " | ".join(f"{side['images_per_core_s']:.1f} ({side['images_per_s']:.1f})" for side in sides)
+            ratios = ", ".join(f"{ratio:.1f}" for ratio in _ratios(row))
+            lines.append(f"| {device} | {record['recipe']}, {size} | {row['threads']} | {cells} | {ratios} | {when} |")
+    return ["## Loaders", "", *paragraph(TEXT), *heading(*COLUMNS), *lines, ""] if lines else []
+
+
+def ratio_range(record: Loaders, kind: str) -> str:
+    """Least and most of a format's ratios per core, over sizes, threads, folder and shards."""
+    ratios = [ratio for row in record["rows"] if row["format"] == kind for ratio in _ratios(row)]
+    return f"{min(ratios):.1f} to {max(ratios):.1f}"
+
+
+def _ratios(row: dict[str, Any]) -> list[float]:
+    """Of folder and shards to Pillow, per second of processor time."""
+    pillow, *ours = (side["images_per_core_s"] for side in row["sides"].values())
+    return [side / pillow for side in ours]

@@ -1,0 +1,154 @@
+"""The README's part: a step, each op, the loader and memory in few lines; the rest is on docs/results.md."""
+
+import json
+from itertools import groupby
+from pathlib import Path
+
+from report_loaders import load_loaders, ratio_range
+from report_tables import Record, Row, fastest, point, published, speed, when, where
+from report_text import heading, paragraph
+
+RECIPE = "vit_b16"
+POLICY = "cheap"  # the default of model.recompute
+BUSY = 0.9  # share of its cores that a side has to itself on a quiet machine
+FORWARD, BOTH, STEP = "forward", "forward+backward", "step"
+NO_GPU = """
+**Nothing has been measured on a GPU yet**: no step, no op, no loader, no memory. The Triton kernels are compiled for
+A100, H100 and B200 without spills ([resources](docs/kernel_resources.md)) and tested in Triton's interpreter, which
+says nothing of their speed.
+"""
+STEPS = """
+**A training step** beside the published implementation, in one process at the same sizes, batch and precision. Ours
+begins at uint8 crops, theirs at float views that are ready; both end with AdamW, center and EMA.
+"""
+# What a reader of a ratio from a CPU has to know: pera_kernels/products.py, pera_bench/published.py.
+HALF_ON_CPU = """
+Part of a CPU's ratio comes from bf16 itself: on a CPU without instructions for it, such as Ice Lake, theirs emulates
+bf16 products and ours makes them in float32. Theirs also has PyTorch's attention in place of xFormers' there. A step
+in float32 is not recorded yet.
+"""
+OPS = """
+**Ops**: how many times as fast as the definition in eager PyTorch is what runs by default, from the slowest to the
+fastest case. A definition is written to be read: that of `contrast_mean`, `visible_patches` and `pixel_loss` colours
+whole crops, one by one.
+"""
+LOADERS = """
+**The loader**, images for each second of processor time, over those of a Pillow and PyTorch pipeline, from folder and
+shards, threads {threads}: {ratios} ({recipe}, images of {sizes} px; {device}, torch {torch}; {commit}, {date}).
+"""
+BUSY_LOADERS = " Other work had part of the cores: take these ratios as rough."
+MEMORY = """
+**Memory**, simulated, not measured (`pera-fast profile --recipe {recipe} --device simulate --batch-sizes {sizes}
+--out P`; {commit}, {date}): what an image adds to the peak of a {recipe} step, and the largest batch predicted for a
+card of 80 GB.
+"""
+ALL = "All tables, with spread, shares of the machine's ceilings and errors: [docs/results.md](docs/results.md)."
+
+
+def summary(records: list[Record], folder: Path) -> str:
+    """The text between the README's markers."""
+    on_gpu = any(record["machine"]["kind"] == "cuda" for record in records)
+    lines = [] if on_gpu else paragraph(NO_GPU)
+    lines += steps(records) + ops(records) + loaders(folder / "loaders") + memory(folder / "memory")
+    return "\n".join([*lines, *paragraph(ALL)]).strip()
+
+
+def steps(records: list[Record]) -> list[str]:
+    """One line a device and precision: the largest batch that both sides ran with the default policy."""
+    found = {}
+    for record in records:
+        rows = [row for row in record["rows"] if row["suite"] == "step" and row["case"] == POLICY]
+        theirs = {point(row): row for row in rows if published(row)}
+        for row in rows:
+            if row["implementation"] != "pera-fast" or point(row) not in theirs:
+                continue
+            key = record["machine"]["device"], row["recipe"], row["precision"]
+            if key not in found or found[key][1]["images"] <= row["images"]:
+                found[key] = record["machine"], row, theirs[point(row)]
+    if not found:
+        return []
+    head = heading("step", "images/s, published", "ratio", "peak MiB, published", "ratio", "device; commit, date")
+    lines = [*paragraph(STEPS), *head, *(_step_line(*sides) for sides in found.values()), ""]
+    on_cpu = {row["precision"] for machine, row, _ in found.values() if machine["kind"] == "cpu"}
+    return lines + (paragraph(HALF_ON_CPU) if on_cpu == {"bf16"} else [])
+
+
+def _step_line(machine: Record, row: Row, other: Row) -> str:
+    step = f"{row['recipe']}, batch {row['images']}, {row['precision']}"
+    memory = " | "
+    if row["peak_mib"] and other["peak_mib"]:
+        memory = f"{row['peak_mib']:.0f}, {other['peak_mib']:.0f} | {row['peak_mib'] / other['peak_mib']:.2f}"
+    ratio = other["median_s"] / row["median_s"]
+    return f"| {step} | {speed(row)}, {speed(other)} | {ratio:.2f} | {memory} | {where(machine)}; {when(machine)} |"
+
+
+def ops(records: list[Record]) -> list[str]:
+    """For each device a table of all ops, blocks and the update at the published sizes."""
+    lines = []
+    for _, some in groupby(records, lambda record: record["machine"]["device"]):
+        found: dict[tuple[str, str, str], Row] = {}  # the first that was measured
+        machine = {}
+        for record in some:
+            rows = [r for r in record["rows"] if r["suite"] not in ("step", "data") and r["recipe"] == RECIPE]
+            for row in fastest(rows):
+                if row.get("speedup"):
+                    machine = machine or {**record["machine"], **{k: row[k] for k in ("images", "precision")}}
+                    found.setdefault((row["suite"], row["case"], row["direction"]), row)
+        if found:
+            at = f"{RECIPE}, {machine['images']} images, {machine['precision']}; {where(machine)}; {when(machine)}."
+            head = heading("op", "runs", "forward", "forward and backward")
+            lines += [*paragraph(OPS), *head, *_op_lines(list(found.values())), "", *paragraph(at)]
+    return lines
+
+
+def _op_lines(rows: list[Row]) -> list[str]:
+    lines = []
+    for suite in dict.fromkeys(row["suite"] for row in rows):
+        own = [row for row in rows if row["suite"] == suite]
+        runs = ", ".join(dict.fromkeys(row["implementation"] for row in own))
+        ahead, both = ([row for row in own if row["direction"] in names] for names in ((FORWARD,), (BOTH, STEP)))
+        lines.append(f"| {suite} | {runs} | {_range(ahead)} | {_range(both)} |")
+    return lines
+
+
+def _range(rows: list[Row]) -> str:
+    ratios = sorted(row["speedup"] for row in rows)
+    ends = [f"{ratio:.1f}" if ratio >= 10 else f"{ratio:.2f}" for ratio in (ratios[:1] + ratios[-1:])]
+    return " to ".join(dict.fromkeys(ends))
+
+
+def loaders(folder: Path) -> list[str]:
+    """One paragraph a record."""
+    lines = []
+    for record in load_loaders(folder):
+        rows = record["rows"]
+        kinds, sizes, threads = (
+            dict.fromkeys(str(row[name]) for row in rows) for name in ("format", "size", "threads")
+        )
+        found = {
+            "ratios": "; ".join(f"{kind} {ratio_range(record, kind)}" for kind in kinds),
+            "sizes": ", ".join(sizes),
+            "threads": ", ".join(threads),
+        }
+        busy = any(side["cores"] < BUSY * row["threads"] for row in rows for side in row["sides"].values())
+        lines += paragraph(LOADERS.format(**{**record, **found}) + (BUSY_LOADERS if busy else ""))
+    return lines
+
+
+def memory(folder: Path) -> list[str]:
+    """Of each simulated profile a line for each policy, and one without masks."""
+    lines = []
+    for path in sorted(folder.glob("*.json")):
+        profile = json.loads(path.read_text(encoding="utf-8"))
+        flops = {str(p["variant"]): p["flops_per_image"] for p in profile["points"]}
+        sizes = ",".join(map(str, profile["batch_sizes"]))
+        lines += paragraph(MEMORY.format(**profile["machine"], recipe=profile["fits"][0]["recipe"], sizes=sizes))
+        lines += heading("masks", "recompute", "MiB an image", "GFLOP an image", "batch on 80 GB")
+        for fit in profile["fits"]:
+            policy = dict(text.split("=") for text in fit["overrides"])["model.recompute"]
+            masks = "none" if fit["purpose"] == "dense" else "the method's"
+            work = flops[str({name: fit[name] for name in ("recipe", "overrides", "purpose")})] / 1e9
+            batch = fit["largest_batch"]["80"]
+            lines.append(f"| {masks} | {policy} | {fit['slope'] / 2**20:.1f} | {work:.0f} | {batch} |")
+        lines.append("")
+    return lines
