@@ -6,6 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from pera_bench.record import spread
 from report_text import heading, paragraph
 
 STEPS = """
@@ -162,12 +163,11 @@ def milliseconds(seconds: float) -> str:
 
 def op_line(row: Row) -> str:
     """One row of the ops' table."""
-    spread = (row["q3_s"] - row["q1_s"]) / row["median_s"]
     faster = row.get("speedup")
     shares = " | ".join(f"{row[name]:.0%}" if name in row else "" for name in ("of_copy", "of_matrix"))
     error = "" if row["error"] is None else f"{row['error']:.0e}"
     eager = f"{milliseconds(faster * row['median_s'])} | {faster:.2f}" if faster else "|"
     return (
         f"| {row['suite']}, {row['case']} | {row['direction']} | {row['implementation']} "
-        f"| {milliseconds(row['median_s'])} ({spread:.0%}) | {eager} | {shares} | {error} |"
+        f"| {milliseconds(row['median_s'])} ({spread(row) / row['median_s']:.0%}) | {eager} | {shares} | {error} |"
     )

@@ -85,7 +85,7 @@ def bench(
         str | None, typer.Option(help="Whose shapes; or several, with commas.", show_default="vit_b16")
     ] = None,
     images: Annotated[
-        str | None, typer.Option(help="Of a step; or several numbers, with commas.", show_default="8, on a GPU 16")
+        str | None, typer.Option(help="Of a step; or several numbers, with commas.", show_default="4, on a GPU 16")
     ] = None,
     precision: Annotated[
         str | None, typer.Option(help="Of products: bf16, fp16 or fp32.", show_default="fp32, on a GPU bf16")
@@ -106,6 +106,7 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.png.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU.", show_default="one per core")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="For the timed calls of one bench.")] = 0.5,
+    passes: Annotated[int | None, typer.Option(min=1, help="Over all benches.", show_default="3, on a GPU 1")] = None,
     processor_time: Annotated[
         bool, typer.Option("--processor-time", help="Of the process, on a CPU: with --threads 1 on a busy machine.")
     ] = False,
@@ -129,6 +130,7 @@ def bench(
         only="all" if every else only,
         threads=threads,
         seconds=seconds,
+        passes=passes,
         processor_time=processor_time,
         remeasure=remeasure,
     )

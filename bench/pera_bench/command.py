@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from json import loads
 from pathlib import Path
 
 from rich.console import Console
@@ -23,7 +24,8 @@ from pera_bench.show import make_console, show, show_changes
 from pera_fast.errors import UserError
 
 SWEEP = {"recipes": "vit_s16,vit_b16,vit_g16", "cpu": "1,4,16", "cuda": "4,16,64"}
-IMAGES = {"cpu": "8", "cuda": "16"}
+IMAGES = {"cpu": "4", "cuda": "16"}
+PASSES = {"cpu": 3, "cuda": 1}  # a CPU's clock and its neighbours change within minutes
 PRECISION = {"cpu": "fp32", "cuda": "bf16"}  # plain CPUs have no fast bfloat16
 
 
@@ -39,6 +41,7 @@ class Wish:
         only: implementations, separated by commas, or "all"; None: the definition and what would run.
         threads: of the CPU; None: one for each core.
         seconds: for the timed calls of one bench.
+        passes: over all benches; None: PASSES.
         processor_time: measured instead of the clock's, on a CPU.
     """
 
@@ -51,6 +54,7 @@ class Wish:
     only: str | None = None
     threads: int | None = None
     seconds: float = 0.5
+    passes: int | None = None
     processor_time: bool = False
     remeasure: bool = False
 
@@ -141,6 +145,7 @@ def command(wish: Wish, rows: Path) -> list[str]:
         "--threads": str(wish.threads or len(CORES)),
         "--only": wish.only or "",
         "--seconds": str(wish.seconds),
+        "--passes": str(wish.passes or PASSES[device]),
         "--rows": str(rows),
     }
     flags = {"--remeasure": wish.remeasure, "--processor-time": wish.processor_time}
@@ -182,10 +187,10 @@ def _follow(process: subprocess.Popen[bytes], rows: Path, console: Console) -> N
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("ceilings", total=None)
         while process.poll() is None:
-            record = Record.from_lines(rows.read_text(encoding="utf-8")) if rows.exists() else None
-            if record is not None and record.benches:
-                last = record.rows[-1] if record.rows else {"suite": "", "case": ""}
-                done = len(record.rows) + len(record.skipped) + len(record.failed)
-                name = f"{last['suite']}/{last['case']}"
-                progress.update(task, description=name, completed=done, total=record.benches)
+            lines = rows.read_text(encoding="utf-8").splitlines() if rows.exists() else []
+            if len(lines) > 2:  # before them: the machine, the number of benches
+                entry = loads(lines[-2])
+                name = "{suite}/{case}".format(**entry["row"]) if "row" in entry else None
+                total = loads(lines[1])["benches"]
+                progress.update(task, description=name, completed=len(lines) - 2, total=total)
             time.sleep(0.2)

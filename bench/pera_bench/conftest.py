@@ -16,12 +16,11 @@ from pera_bench.ceilings import ceilings
 from pera_bench.machine import describe
 from pera_bench.measure import Measure
 from pera_bench.point import Point
+from pera_bench.record import LATER_PASS
 from pera_bench.rows import RowWriter
 from pera_bench.selection import chosen_implementations, load, select
 from pera_bench.timing import clock
 from pera_fast.train.host_memory import reuse_freed_memory
-
-CEILINGS: pytest.StashKey[dict[str, float]] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", type=int, default=0, help="threads of the CPU; 0: torch's own number")
     group.addoption("--only", default="", help="implementations, separated by commas, or all")
     group.addoption("--seconds", type=float, default=0.5, help="time for the rounds of one bench")
+    group.addoption("--passes", type=int, default=1, help="over all benches")
     group.addoption("--processor-time", action="store_true", help="of all threads, on a CPU")
     group.addoption("--remeasure", action="store_true", help="measure the ceilings again")
     group.addoption("--rows", type=Path, default=None, help="file for the rows, one JSON object a line")
@@ -46,26 +46,27 @@ def pytest_configure(config: pytest.Config) -> None:
     reuse_freed_memory()  # as in training
     device = torch.device(option.device)
     how = {"processor": option.processor_time, "remeasure": option.remeasure}
-    config.stash[CEILINGS] = found = ceilings(device, option.precision, **how)
+    found = ceilings(device, option.precision, **how)
     if (path := option.rows) is not None:
-        config.pluginmanager.register(
-            RowWriter(path, {"machine": describe(device, option.processor_time), "ceilings": found})
-        )
+        head = {"machine": describe(device, option.processor_time), "ceilings": found}
+        config.pluginmanager.register(RowWriter(path, head))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test a row; those of one case and point follow each other and share what is made for them."""
+    """One test a row and pass; those of one case and point follow each other and share what is made for them."""
     option, rows, ids = metafunc.config.option, [], []
     device = torch.device(option.device)
-    for recipe, images in product(option.recipes.split(","), map(int, option.images.split(","))):
-        point = Point(recipe, images, option.precision, device)
+    points = list(product(option.recipes.split(","), option.images.split(",")))
+    for number, (recipe, images) in product(range(1, option.passes + 1), points):
+        point = Point(recipe, int(images), option.precision, device)
         for suite, case in select(option.suites):
             module = load(suite)
             names = chosen_implementations(module.IMPLEMENTATIONS, device, option.only)
             for direction, name in product(module.CASES[case], names):
-                rows.append((point, suite, case, direction, name))
-                ids.append(f"{suite}/{case} {direction} {name}, {recipe}, {images} images")
-    metafunc.parametrize(("point", "suite", "case", "direction", "implementation"), rows, ids=ids)
+                rows.append((number, point, suite, case, direction, name))
+                later = f"{LATER_PASS}{number}" if number > 1 else ""
+                ids.append(f"{suite}/{case} {direction} {name}, {recipe}, {images} images{later}")
+    metafunc.parametrize(("number", "point", "suite", "case", "direction", "implementation"), rows, ids=ids)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -75,5 +76,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def measure(benchmark: Any, point: Point, request: pytest.FixtureRequest) -> Measure:
-    return Measure(benchmark, point.device, request.config.option.seconds, request.config.stash[CEILINGS])
+def measure(benchmark: Any, number: int, point: Point, request: pytest.FixtureRequest) -> Measure:
+    option = request.config.option
+    return Measure(benchmark, point.device, option.seconds, option.passes, first=number == 1)

@@ -67,7 +67,7 @@ def parts(device: str, recipe: str, images: Sequence[int]) -> list[Part]:
     few = f"{images[0]},{middle}"
 
     def bench(name: str, limit: float, *args: str, seconds: float = 0.3, needs: str | None = None) -> Part:
-        options = ["--device", device, "--recipe", recipe, "--seconds", str(seconds), "--out", "{out}"]
+        options = ["--device", device, "--recipe", recipe, "--passes", "1", "--seconds", str(seconds), "--out", "{out}"]
         return Part(name, [sys.executable, "-m", "pera_fast", "bench", *args, *options], limit, needs)
 
     ceilings = [sys.executable, "-m", "pera_bench.ceilings", device, "{out}/ceilings.json"]

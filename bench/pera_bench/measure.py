@@ -1,9 +1,9 @@
-"""One row: median and spread of the time, and what follows from it."""
+"""One row: the times of one implementation, its memory, its error."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -12,8 +12,9 @@ import torch
 from pera_bench.timing import Memory, clock, flusher
 from pera_bench.work import COMPILED, Unavailable, Whole, Work
 
-MIN_ROUNDS, MAX_ROUNDS = 5, 200
+MIN_ROUNDS, MAX_ROUNDS = 5, 200  # of all passes together
 FEW_ROUNDS = 3  # of calls that take long, or when there is no time
+LONG = 1.0  # seconds
 
 
 @dataclass
@@ -23,17 +24,20 @@ class Measure:
     Attributes:
         benchmark: pytest-benchmark's fixture.
         device: where it runs.
-        seconds: that the timed calls may take together, if MIN_ROUNDS of them take less.
-        ceilings: bytes/s and FLOP/s that this machine can do.
+        seconds: that the timed calls of all passes may take together, if MIN_ROUNDS of them take less.
+        passes: over all benches.
+        first: whether this is the first one, which measures memory and error too.
     """
 
     benchmark: Any
     device: torch.device
     seconds: float
-    ceilings: dict[str, float]
+    passes: int = 1
+    first: bool = True
+    _lasts: float = field(default=0.0, init=False)  # seconds of the last call
 
     def __call__(self, made: Work | Whole, direction: str, implementation: str) -> dict[str, Any]:
-        """The row's numbers. Skips the test where the implementation cannot run."""
+        """What `record.summarise` makes a row of. Skips the test where the implementation cannot run."""
         try:
             return self._measure(made, direction, implementation)
         except Unavailable as reason:
@@ -43,34 +47,33 @@ class Measure:
             pytest.skip("out of memory")
 
     def _measure(self, made: Work | Whole, direction: str, implementation: str) -> dict[str, Any]:
-        now, whole, resident = clock(self.device), isinstance(made, Whole), 0
-        if whole:  # its weights and optimiser state are part of what it needs
+        found: dict[str, Any] = {}
+        if self.first and isinstance(made, Whole):  # its weights and optimiser state are part of what it needs
             with Memory(self.device) as memory:
                 run = made.run(direction, implementation)
                 with run.context():
-                    run.call()
+                    self._warm_up(run.call, implementation)
             resident = memory.left
         else:
-            run = made.run(direction, implementation)
+            run, resident = made.run(direction, implementation), 0
             with run.context():
                 self._warm_up(run.call, implementation)
         with run.context():
-            start = now()
-            with Memory(self.device) as memory:
-                run.call()
-            seconds = now() - start
-            if not whole:  # again: a profile's start and end would be much of a short call's time
-                start = now()
-                run.call()
-                seconds = now() - start
-            error = run.error() if run.error else None
-            busy = self._time(run.call, seconds)
-        peak = (resident + memory.peak) / 2**20 or None  # the loader allocates in another thread: unknown
-        row = {"implementation": run.implementation or implementation, "error": error, "peak_mib": peak, "busy": busy}
-        return row | self._numbers(run.cost.moved, run.cost.flops)
+            if self.first:
+                with Memory(self.device) as memory:
+                    self._warm_up(run.call, implementation)
+                # The loader allocates in another thread: unknown.
+                found["peak_mib"] = (resident + memory.peak) / 2**20 or None
+                found["error"] = run.error() if run.error else None
+            busy = self._time(run.call)
+        cost = {"moved_bytes": run.cost.moved, "flops": run.cost.flops}
+        times = {"times_s": list(self.benchmark.stats.stats.data), "busy": busy}
+        return {"implementation": run.implementation or implementation, **cost, **found, **times}
 
     def _warm_up(self, call: Any, implementation: str) -> None:
-        """The first call: kernels and graphs are compiled."""
+        """A call that does not count. In the first one kernels and graphs are compiled."""
+        now = clock(self.device)
+        start = now()
         try:
             call()
         except torch.OutOfMemoryError:
@@ -80,25 +83,23 @@ class Measure:
                 raise
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise Unavailable(f"torch.compile: {reason.strip()[:200]}") from error
+        self._lasts = now() - start
 
-    def _time(self, call: Any, first: float) -> float | None:
+    def _time(self, call: Any) -> float | None:
         """Takes the times. Returns the share of them in which this thread ran, on a CPU: others took the rest."""
-        fitting = int(self.seconds / max(first, 1e-7))
-        least = FEW_ROUNDS if first > 1 or self.seconds < 0.1 else MIN_ROUNDS
-        rounds = min(max(fitting, least), MAX_ROUNDS)
+        if self._lasts <= LONG:  # else once more would tell little and take much
+            now = clock(self.device)
+            start = now()
+            call()
+            self._lasts = now() - start
         start, ran = time.perf_counter(), time.thread_time()
-        self.benchmark.pedantic(call, setup=flusher(self.device), rounds=rounds)
+        self.benchmark.pedantic(call, setup=flusher(self.device), rounds=self._rounds(self._lasts))
         if self.device.type != "cpu":
             return None
         return (time.thread_time() - ran) / (time.perf_counter() - start)
 
-    def _numbers(self, moved: int, flops: int) -> dict[str, Any]:
-        s = self.benchmark.stats.stats
-        numbers = {
-            "median_s": s.median, "q1_s": s.q1, "q3_s": s.q3, "min_s": s.min, "max_s": s.max, "rounds": s.rounds,
-        }  # fmt: skip
-        if moved:
-            numbers |= {"moved_bytes": moved, "of_copy": moved / s.median / self.ceilings["copy"]}
-        if flops:
-            numbers |= {"flops": flops, "of_matrix": flops / s.median / self.ceilings["matrix"]}
-        return numbers
+    def _rounds(self, seconds: float) -> int:
+        """Of this pass, for a call that lasts so long."""
+        least = FEW_ROUNDS if seconds > LONG or self.seconds < 0.1 else MIN_ROUNDS
+        all_passes = min(max(int(self.seconds / max(seconds, 1e-7)), least), MAX_ROUNDS)
+        return -(-all_passes // self.passes)

@@ -12,6 +12,7 @@ from pera_fast.errors import UserError
 
 KEY = ("suite", "case", "direction", "implementation", "recipe", "images", "precision")
 REFERENCE = "reference"
+LATER_PASS = ", pass "  # in the name of a bench that is measured again
 
 
 @dataclass
@@ -21,9 +22,9 @@ class Record:
     Attributes:
         machine: see `machine.describe`.
         ceilings: bytes/s of a large copy ("copy"), FLOP/s of large products ("matrix").
-        rows: see `measure.Measure` and `test_suites`; times in seconds.
+        rows: see `measure.Measure`, `test_suites` and `summarise`; times in seconds.
         skipped, failed: [{"bench", "reason"}].
-        benches: how many there were to do.
+        benches: how many there were to do, in all passes.
     """
 
     machine: dict[str, Any]
@@ -51,7 +52,7 @@ class Record:
     @classmethod
     def from_lines(cls, text: str) -> Record | None:
         """From what the runner wrote so far; None before it has begun. A line that is not whole yet is left out."""
-        record = None
+        record, measured = None, []
         for line in text.splitlines(keepends=True):
             if not line.endswith("\n"):
                 break
@@ -59,14 +60,16 @@ class Record:
             if record is None:
                 record = cls(**entry)
             elif "row" in entry:
-                record.rows.append(entry["row"])
+                measured.append(entry["row"])
             elif "benches" in entry:
                 record.benches = entry["benches"]
             else:
                 (what,) = entry.keys() - {"reason"}
                 reasons = record.skipped if what == "skipped" else record.failed
-                reasons.append({"bench": entry[what], "reason": entry["reason"]})
+                if LATER_PASS not in entry[what] or what == "failed":
+                    reasons.append({"bench": entry[what], "reason": entry["reason"]})
         if record is not None:
+            record.rows = summarise(measured, record.ceilings)
             record.add_speedups()
         return record
 
@@ -89,6 +92,39 @@ class Record:
                 row["speedup"] = base / row["median_s"]
 
 
+def summarise(measured: list[dict[str, Any]], ceilings: dict[str, float]) -> list[dict[str, Any]]:
+    """One row a bench from one a bench and pass, in the order of the first pass.
+
+    A row has the median, quartiles and extremes of the calls of all passes together, how many these were ("rounds"),
+    the median of each pass ("passes_s"), and the shares of the ceilings.
+    """
+    passes: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in measured:
+        passes.setdefault(_key({**row, "implementation": row["asked"]}), []).append(row)
+    rows = []
+    for first, *later in passes.values():
+        each = [row["times_s"] for row in (first, *later)]
+        times = sorted(seconds for some in each for seconds in some)
+        q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+        row = {k: v for k, v in first.items() if k not in ("asked", "pass", "times_s", "moved_bytes", "flops")}
+        row |= {"median_s": median, "q1_s": q1, "q3_s": q3, "min_s": times[0], "max_s": times[-1]}
+        row |= {"rounds": len(times), "passes_s": [statistics.median(some) for some in each]}
+        for cost, share, ceiling in (("moved_bytes", "of_copy", "copy"), ("flops", "of_matrix", "matrix")):
+            if first[cost]:
+                row |= {cost: first[cost], share: first[cost] / median / ceilings[ceiling]}
+        rows.append(row)
+    return rows
+
+
+def spread(row: dict[str, Any]) -> float:
+    """Seconds: the interquartile range of the calls, or the distance of the passes from each other if that is more.
+
+    Calls that follow each other meet the same state of the machine; passes minutes apart do not.
+    """
+    passes = row.get("passes_s", [0.0])
+    return max(row["q3_s"] - row["q1_s"], max(passes) - min(passes))
+
+
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in KEY)
 
@@ -107,9 +143,8 @@ class Change:
 
     @property
     def moved(self) -> bool:
-        """Whether the medians lie further apart than the two spreads (interquartile ranges) together."""
-        spread = sum(r["q3_s"] - r["q1_s"] for r in (self.row, self.old))
-        return abs(self.row["median_s"] - self.old["median_s"]) > spread
+        """Whether the medians lie further apart than the two spreads together."""
+        return abs(self.row["median_s"] - self.old["median_s"]) > spread(self.row) + spread(self.old)
 
 
 def compare(new: Record, old: Record) -> list[Change]:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pera_bench.record import Change, Record
+from pera_bench.record import Change, Record, spread
 
 NUMBERS = ("median", "spread", "GB/s", "of copy", "TFLOP/s", "of peak", "MiB", "error", "speed-up", "images/s")
 QUIET = 0.9  # share of the time below which a measurement is not to be trusted
@@ -69,7 +69,7 @@ def cells(row: dict[str, Any], ceilings: dict[str, float]) -> list[str]:
     return [
         row["implementation"],
         duration(median),
-        f"{(row['q3_s'] - row['q1_s']) / median:.0%}",
+        f"{spread(row) / median:.0%}",
         f"{row['of_copy'] * ceilings['copy'] / 1e9:.1f}" if "of_copy" in row else "",
         f"{row['of_copy']:.0%}" if "of_copy" in row else "",
         f"{row['of_matrix'] * ceilings['matrix'] / 1e12:.3g}" if "of_matrix" in row else "",

@@ -14,10 +14,10 @@ def made(point, suite, case):
     return load(suite).make(point, case)
 
 
-def test_bench(point, suite, case, direction, implementation, measure, request):
+def test_bench(number, point, suite, case, direction, implementation, measure, request):
     found = measure(made(point, suite, case), direction, implementation)
-    named = {"suite": suite, "case": case, "direction": direction}
+    named = {"suite": suite, "case": case, "direction": direction, "asked": implementation, "pass": number}
     sizes = {"recipe": point.recipe, "images": point.images, "precision": point.precision}
     request.node.user_properties.append(("row", {**named, **sizes, **found}))
-    if found["error"] is not None and not found["error"] < WRONG:
-        pytest.fail(f"wrong by {found['error']:.2g} of the largest value")
+    if (error := found.get("error")) is not None and not error < WRONG:
+        pytest.fail(f"wrong by {error:.2g} of the largest value")

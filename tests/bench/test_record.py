@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pera_bench.record import Record, compare
+from pera_bench.record import Record, compare, spread, summarise
 from pera_bench.show import show, show_changes
 from pera_fast.errors import UserError
 
@@ -35,6 +35,24 @@ def row(implementation: str, median: float, spread: float = 0.1, **other) -> dic
     return {**named, **rest, **times, **shares, **other}
 
 
+def timed(times: list[float], number: int = 1, asked: str = "native", **other) -> dict:
+    """What the runner writes of a bench in one pass."""
+    kept = ("suite", "case", "direction", "recipe", "images", "precision", "busy")
+    made = {name: value for name, value in row("native", 1.0).items() if name in kept}
+    found = {"error": 1e-6, "peak_mib": 1.0} if number == 1 else {}
+    costs = {"moved_bytes": 6, "flops": 0}
+    return {
+        **made,
+        **costs,
+        **found,
+        "implementation": "native",
+        "asked": asked,
+        "pass": number,
+        "times_s": times,
+        **other,
+    }
+
+
 def record(*rows: dict, **machine) -> Record:
     made = Record({**MACHINE, **machine}, {"copy": 1e10, "matrix": 1e12}, list(rows))
     made.add_speedups()
@@ -54,8 +72,8 @@ def test_speedup_is_over_the_reference_of_the_same_bench():
 
 def test_lines_of_an_unfinished_run_are_read():
     lines = [
-        {"machine": MACHINE, "ceilings": {"copy": 1.0, "matrix": 1.0}}, {"benches": 4}, {"row": row("reference", 2.0)},
-        {"skipped": "b", "reason": "r"}, {"failed": "c", "reason": "s"},
+        {"machine": MACHINE, "ceilings": {"copy": 1.0, "matrix": 1.0}}, {"benches": 4}, {"row": timed([2.0])},
+        {"skipped": "b", "reason": "r"}, {"skipped": "b, pass 2", "reason": "r"}, {"failed": "c", "reason": "s"},
     ]  # fmt: skip
     text = "".join(json.dumps(line) + "\n" for line in lines)
     made = Record.from_lines(text + '{"row": {"sui')
@@ -64,6 +82,25 @@ def test_lines_of_an_unfinished_run_are_read():
     assert made.failed == [{"bench": "c", "reason": "s"}]
     assert Record.from_lines("") is None
     assert Record.from_lines('{"machine"') is None
+
+
+def test_passes_make_one_row():
+    measured = [timed([1.0, 2.0, 3.0]), timed([9.0], asked="chosen"), timed([4.0, 5.0, 3.0], 2), timed([7.0], images=4)]
+    found = summarise(measured, {"copy": 4.0, "matrix": 1.0})
+    first, chosen, other = found
+    assert (first["median_s"], first["min_s"], first["max_s"], first["rounds"]) == (3.0, 1.0, 5.0, 6)
+    assert (first["q1_s"], first["q3_s"]) == (2.25, 3.75)
+    assert first["passes_s"] == [2.0, 4.0]
+    assert (first["of_copy"], first["error"], first["peak_mib"]) == (0.5, 1e-6, 1.0)
+    assert "of_matrix" not in first
+    assert not {"asked", "pass", "times_s"} & first.keys()
+    assert (chosen["median_s"], other["images"], other["rounds"]) == (9.0, 4, 1)
+
+
+def test_spread_is_of_the_calls_or_between_the_passes():
+    assert spread(row("native", 1.0, 0.1)) == pytest.approx(0.1)
+    assert spread(row("native", 1.0, 0.1, passes_s=[1.0, 0.96])) == pytest.approx(0.1)
+    assert spread(row("native", 1.0, 0.1, passes_s=[1.3, 1.0, 0.9])) == pytest.approx(0.4)
 
 
 def test_other_processes_are_noticed():

@@ -39,7 +39,7 @@ def cache(tmp_path_factory) -> Path:
 def measured(cache, tmp_path_factory) -> Record:
     """All suites as they run by default, in the sizes of the tiny recipe, and what cannot run here."""
     out = tmp_path_factory.mktemp("out")
-    wish = Wish(device="cpu", recipes="tiny", images="2", only=ONLY, threads=1, seconds=0.002)
+    wish = Wish(device="cpu", recipes="tiny", images="2", only=ONLY, threads=1, seconds=0.002, passes=1)
     console = Console(width=170, record=True, file=io.StringIO())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
@@ -83,6 +83,18 @@ def test_what_cannot_run_is_left_out_with_the_reason(measured):
     assert {entry["bench"].partition("/")[0] for entry in triton} == set(OPS) - {"koleo"}
     assert {entry["reason"] for entry in triton} == {"Triton kernels run on a GPU, not on cpu"}
     assert len(measured.rows) + len(measured.skipped) == measured.benches
+
+
+def test_a_bench_is_measured_in_several_passes(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    few = {"recipes": "tiny", "images": "2", "only": "reference,triton", "threads": 1, "seconds": 0.002}
+    wish = Wish(["mask_tokens"], device="cpu", passes=3, **few)
+    console = Console(file=io.StringIO())
+    assert run(wish, json=tmp_path / "r.json", old=None, out=None, console=console) == 0
+    record = Record.load(tmp_path / "r.json")
+    assert [len(row["passes_s"]) for row in record.rows] == [3, 3]
+    assert all(row["rounds"] >= 3 for row in record.rows)
+    assert len(record.rows) + len(record.skipped) == record.benches / 3
 
 
 def test_list_of_suites_is_the_folder():
