@@ -32,6 +32,8 @@ OPS = """
 fastest case. A definition is written to be read: that of `contrast_mean`, `visible_patches` and `pixel_loss` colours
 whole crops, one by one.
 """
+WAYS = "forward", "forward and backward"
+NOT_COMPILED = "The definitions under torch.compile (`pera-fast bench --all`) are not recorded yet."
 LOADERS = """
 **The loader**, images for each second of processor time, over those of a Pillow and PyTorch pipeline, from folder and
 shards, threads {threads}: {ratios} ({recipe}, images of {sizes} px; {device}, torch {torch}; {commit}, {date}).
@@ -67,47 +69,51 @@ def steps(records: list[Record]) -> list[str]:
                 found[key] = record["machine"], row, theirs[point(row)]
     if not found:
         return []
-    head = heading("step", "images/s, published", "ratio", "peak MiB, published", "ratio", "device; commit, date")
+    head = heading("step", "images/s", "published", "ratio", "peak MiB", "published", "ratio")
     lines = [*paragraph(STEPS), *head, *(_step_line(*sides) for sides in found.values()), ""]
+    places = dict.fromkeys(f"{where(machine)}; {when(machine)}" for machine, *_ in found.values())
+    lines += paragraph(". ".join(places) + ".")
     on_cpu = {row["precision"] for machine, row, _ in found.values() if machine["kind"] == "cpu"}
     return lines + (paragraph(HALF_ON_CPU) if on_cpu == {"bf16"} else [])
 
 
 def _step_line(machine: Record, row: Row, other: Row) -> str:
-    step = f"{row['recipe']}, batch {row['images']}, {row['precision']}"
-    memory = " | "
+    device = f", {machine['device']}" if machine["kind"] == "cuda" else ""
+    step = f"{row['recipe']}, batch {row['images']}, {row['precision']}{device}"
+    memory = " | | "
     if row["peak_mib"] and other["peak_mib"]:
-        memory = f"{row['peak_mib']:.0f}, {other['peak_mib']:.0f} | {row['peak_mib'] / other['peak_mib']:.2f}"
+        memory = f"{row['peak_mib']:.0f} | {other['peak_mib']:.0f} | {row['peak_mib'] / other['peak_mib']:.2f}"
     ratio = other["median_s"] / row["median_s"]
-    return f"| {step} | {speed(row)}, {speed(other)} | {ratio:.2f} | {memory} | {where(machine)}; {when(machine)} |"
+    return f"| {step} | {speed(row)} | {speed(other)} | {ratio:.2f} | {memory} |"
 
 
 def ops(records: list[Record]) -> list[str]:
-    """For each device a table of all ops, blocks and the update at the published sizes."""
+    """For each device a table of all ops, blocks and the update at the published sizes: of the first such record."""
     lines = []
     for _, some in groupby(records, lambda record: record["machine"]["device"]):
-        found: dict[tuple[str, str, str], Row] = {}  # the first that was measured
-        machine = {}
         for record in some:
-            rows = [r for r in record["rows"] if r["suite"] not in ("step", "data") and r["recipe"] == RECIPE]
-            for row in fastest(rows):
-                if row.get("speedup"):
-                    machine = machine or {**record["machine"], **{k: row[k] for k in ("images", "precision")}}
-                    found.setdefault((row["suite"], row["case"], row["direction"]), row)
-        if found:
-            at = f"{RECIPE}, {machine['images']} images, {machine['precision']}; {where(machine)}; {when(machine)}."
-            head = heading("op", "runs", "forward", "forward and backward")
-            lines += [*paragraph(OPS), *head, *_op_lines(list(found.values())), "", *paragraph(at)]
+            rows = [r for r in record["rows"] if r["recipe"] == RECIPE and r["suite"] not in ("step", "data")]
+            rows = [row for row in rows if point(row) == point(rows[0])]
+            ours = [row for row in fastest(rows) if row.get("speedup")]
+            if not ours:
+                continue
+            compiled = [row for row in rows if row["implementation"] == "compiled" and row.get("speedup")]
+            at = f"{RECIPE}, {rows[0]['images']} images, {rows[0]['precision']}; {where(record['machine'])};"
+            at += f" {when(record['machine'])}. {'' if compiled else NOT_COMPILED}"
+            lines += [*paragraph(OPS), *_op_table(ours, compiled), "", *paragraph(at)]
+            break
     return lines
 
 
-def _op_lines(rows: list[Row]) -> list[str]:
-    lines = []
-    for suite in dict.fromkeys(row["suite"] for row in rows):
-        own = [row for row in rows if row["suite"] == suite]
-        runs = ", ".join(dict.fromkeys(row["implementation"] for row in own))
-        ahead, both = ([row for row in own if row["direction"] in names] for names in ((FORWARD,), (BOTH, STEP)))
-        lines.append(f"| {suite} | {runs} | {_range(ahead)} | {_range(both)} |")
+def _op_table(ours: list[Row], compiled: list[Row]) -> list[str]:
+    lines = heading("op", "runs", *WAYS, *(f"{way}, torch.compile" for way in WAYS if compiled))
+    for suite in dict.fromkeys(row["suite"] for row in ours):
+        runs = ", ".join(dict.fromkeys(row["implementation"] for row in ours if row["suite"] == suite))
+        cells = [suite, runs]
+        for rows in (ours, compiled) if compiled else (ours,):
+            own = [row for row in rows if row["suite"] == suite]
+            cells += [_range([row for row in own if row["direction"] in names]) for names in ((FORWARD,), (BOTH, STEP))]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

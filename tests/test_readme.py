@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted((ROOT / "kernels" / "pera_kernels").glob("*/README.md"))
@@ -55,3 +56,12 @@ def test_operators_are_all_named() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for op in (ROOT / "kernels" / "pera_kernels").glob("*/op.py"):
         assert f"`{op.parent.name}`" in text
+
+
+def test_python_of_the_kernels_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = (block for block in blocks if "pera_kernels" in block)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert found["out"].shape == (1126, 768)
+    assert found["qkv"].grad is not None

@@ -42,7 +42,8 @@ def show(record: Record, console: Console) -> None:
 def headline(record: Record) -> str:
     """Device, threads, versions, commit, ceilings in one paragraph."""
     m, c = record.machine, record.ceilings
-    where = m["device"] if m["kind"] == "cuda" else f"{m['device']}, {m['threads']} threads, {m['cpu_capability']}"
+    threads = f"{m['threads']} thread{'s' if m['threads'] > 1 else ''}"
+    where = m["device"] if m["kind"] == "cuda" else f"{m['device']}, {threads}, {m['cpu_capability']}"
     where += ", processor time" if m.get("clock") == "processor" else ""
     versions = f"torch {m['torch']}, Python {m['python']}, commit {m['commit']}, {m['date']}"
     return f"{where}; {versions}\nceilings: copy {c['copy'] / 1e9:.1f} GB/s, products {c['matrix'] / 1e12:.3g} TFLOP/s"

@@ -230,7 +230,9 @@ def _tokens(cfg: Config) -> dict[str, tuple[int, int, int]]:
 def _announce(run: Run) -> None:
     """What is about to happen, in a few lines."""
     cfg, device = run.cfg, run.world.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     log.info("recipe %s on %s (%s), %s", cfg.recipe, device, name, cfg.train.precision)
     log.info("%s; %d images, %d steps per epoch", run.plan, run.images, run.inputs.steps_per_epoch)
     if told := describe(cfg):
