@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,15 +9,20 @@ from torch import Tensor
 _always_half = False
 
 
-@cache
-def _cpu_has(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for products of that half type."""
-    if dtype == torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.cpu._is_amx_fp16_supported()
+def _fast_on_this_cpu() -> frozenset[torch.dtype]:
+    """The half types for whose products this CPU has instructions."""
+    has = {
+        torch.bfloat16: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+        torch.float16: torch.cpu._is_amx_fp16_supported(),
+    }
+    return frozenset(dtype for dtype, fast in has.items() if fast)
 
 
-@torch.compiler.assume_constant_result
+# Found once, here, as torch.compile cannot trace the question. Marking the answer as a constant for torch.compile would
+# load the compiler, which takes longer than to import the rest of torch.
+_FAST_ON_CPU = _fast_on_this_cpu()
+
+
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Dtype in which matrix products of operands of that dtype run.
 
@@ -26,7 +30,7 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     takes four times as long as the float32 one, which is also the more precise.
     """
     half = dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if half and device.type == "cpu" and not _always_half and not _cpu_has(dtype) else dtype
+    return torch.float32 if half and device.type == "cpu" and not _always_half and dtype not in _FAST_ON_CPU else dtype
 
 
 @contextmanager
