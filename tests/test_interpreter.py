@@ -1,8 +1,10 @@
 """The Triton kernels in Triton's interpreter, on CPU: the ops' own tests, in a process where it is switched on."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,10 +34,44 @@ SELECTIONS = {
 }
 
 
-@pytest.mark.parametrize("op", list(SELECTIONS))
-def test_kernels_in_the_interpreter(op: str) -> None:
+# Torch and Triton are imported once for all selections. Answers: [exit status, what pytest printed], a line each.
+RUNNER = """
+import contextlib, io, json, sys
+import pytest
+answers = sys.stdout
+for line in sys.stdin:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        status = pytest.main(json.loads(line))
+    print(json.dumps([int(status), said.getvalue()]), file=answers, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Callable[[list[str]], tuple[int, str]]]:
+    """Runs pytest where kernels are interpreted; a process that died is followed by another one."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "PERA_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *SELECTIONS[op]]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    processes: list[subprocess.Popen[str]] = []
+
+    def run(arguments: list[str]) -> tuple[int, str]:
+        if not processes or processes[-1].poll() is not None:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            processes.append(subprocess.Popen([sys.executable, "-c", RUNNER], cwd=ROOT, env=env, text=True, **pipes))
+        process = processes[-1]
+        print(json.dumps(arguments), file=process.stdin, flush=True)
+        answer = process.stdout.readline()
+        if not answer:
+            return process.wait(), "the process died"
+        status, said = json.loads(answer)
+        return status, said
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("op", list(SELECTIONS))
+def test_kernels_in_the_interpreter(op: str, interpreted: Callable[[list[str]], tuple[int, str]]) -> None:
+    status, said = interpreted(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *SELECTIONS[op]])
+    assert status == 0, said[-6000:]
+    assert " passed" in said
