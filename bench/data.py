@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import platform
+import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -54,9 +55,11 @@ def make_images(folder: Path, kind: str, size: int, count: int, sources: list[Pa
 
 
 def processor_seconds() -> float:
-    """Of this process and its workers."""
-    total = time.process_time()
-    for child in multiprocessing.active_children():
+    """Of this process and its workers, those that have ended too: a loader may start new ones for each epoch."""
+    alive = multiprocessing.active_children()  # waits for those that have ended, which are counted from then on
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    total = time.process_time() + ended.ru_utime + ended.ru_stime
+    for child in alive:
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
         total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return total
@@ -130,6 +133,7 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """What was measured, and where."""
     record = {
         "bench": "data", "recipe": args.recipe, "batch_size": BATCH, "device": device_name("cpu"), "rows": rows,
+        "ended_workers_count": True,  # earlier files lack the time of workers that had ended
         "images": args.images, "scenes": args.scenes is not None, "jpeg_quality": JPEG_QUALITY,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
         "python": platform.python_version(), "commit": commit(), "date": date.today().isoformat(),

@@ -89,7 +89,8 @@ def _shift_hue(image: Image.Image, shift: float) -> Image.Image:
 
 def pillow(folder: Path, cfg: Config, threads: int, batch_size: int) -> Iterator[Any]:
     """Batches of float views, for ever, from worker processes."""
-    loader = DataLoader(PillowViews(folder, cfg), batch_size, shuffle=True, num_workers=threads, drop_last=True)
+    options = {"shuffle": True, "drop_last": True, "num_workers": threads, "persistent_workers": True}
+    loader = DataLoader(PillowViews(folder, cfg), batch_size, **options)
     while True:
         yield from loader
 

@@ -12,6 +12,9 @@ threads. Ours goes up to the normalised bf16 patch rows of student and teacher, 
 float views. Per core means per second of processor time; where images/s are fewer than that, other work had the cores
 at the time.
 """
+NOTHING = """
+Not recorded yet: earlier files lack the processor time of workers that had ended. `python bench/data.py` measures it.
+"""
 COLUMNS = (
     "device",
     "images",
@@ -26,12 +29,13 @@ Loaders = dict[str, Any]
 
 
 def load_loaders(folder: Path) -> list[Loaders]:
-    """The records, by the names of their files."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    """The records, by the names of their files; without those whose processor time is not of all workers."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [record for record in records if record.get("ended_workers_count")]
 
 
 def loaders_table(folder: Path) -> list[str]:
-    """One line a format, size and number of threads; none if nothing was measured."""
+    """One line a format, size and number of threads."""
     lines = []
     for record in load_loaders(folder):
         device = f"{record['device']}, {record['cpu_capability']}, torch {record['torch']}"
@@ -42,7 +46,9 @@ def loaders_table(folder: Path) -> list[str]:
             cells = " | ".join(f"{side['images_per_core_s']:.1f} ({side['images_per_s']:.1f})" for side in sides)
             ratios = ", ".join(f"{ratio:.1f}" for ratio in _ratios(row))
             lines.append(f"| {device} | {record['recipe']}, {size} | {row['threads']} | {cells} | {ratios} | {when} |")
-    return ["## Loaders", "", *paragraph(TEXT), *heading(*COLUMNS), *lines, ""] if lines else []
+    if not lines:
+        return ["## Loaders", "", *paragraph(NOTHING)]
+    return ["## Loaders", "", *paragraph(TEXT), *heading(*COLUMNS), *lines, ""]
 
 
 def ratio_range(record: Loaders, kind: str) -> str:

@@ -218,6 +218,9 @@ def test_summary_of_loaders_and_memory(report, tmp_path):
     (tmp_path / "loaders").mkdir()
     loaders = {**MACHINE, "recipe": "tiny", "rows": rows, "images": 1, "date": "2026-01-02"}
     (tmp_path / "loaders" / "a.json").write_text(json.dumps(loaders))
+    assert "jpeg" not in summary(report, tmp_path), "a time that lacks ended workers is no time"
+    loaders["ended_workers_count"] = True
+    (tmp_path / "loaders" / "a.json").write_text(json.dumps(loaders))
     text = " ".join(summary(report, tmp_path).split())
     assert "threads 1, 2: jpeg 3.0 to 6.0 (tiny, images of 512 px; Chip, torch 2.0; abc, 2026-01-02)." in text
     assert "Other work" not in text
