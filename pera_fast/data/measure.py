@@ -231,7 +231,7 @@ def write_plot(measured: Measured, path: Path) -> None:
     rgb = len(measured.stored) == 3 and not measured.cfg.data.bands
     for number, (band, name) in enumerate(zip(measured.stored, measured.names(), strict=True)):
         counts, edges = band.histogram(_BINS)
-        color = ("tab:red", "tab:green", "tab:blue")[number] if rgb else None
+        color = ("tab:red", "tab:green", "tab:blue")[number] if rgb else f"C{number % 10}"
         axes.stairs(counts / counts.sum() / np.diff(edges), edges, label=f"band {name}", color=color)
     axes.set_xlabel("stored value")
     axes.set_ylabel("density")

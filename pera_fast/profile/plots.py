@@ -19,6 +19,7 @@ from pera_fast.profile.tables import GIB, MIB, Profile, breakdown_points, parts_
 
 LINES = ("#2e6f95", "#d1495b", "#edae49", "#66a182", "#6a4c93", "#8d5524", "#1b998b", "#c44900", "#3d405b", "#b56576")
 CARD = "#9aa5b1"
+CLOSE = 1.25  # cards whose labels would lie on each other
 # Stays between steps: grays. Made by a step: blues and greens for what the student keeps, reds for what backward makes.
 PART_COLOURS = {
     "weights": "#4a5561", "optimiser state": "#8b96a2", "gradients": "#c2cad1", "weight copies": "#dfe4e8",
@@ -101,9 +102,11 @@ def _between(low: float, high: float) -> np.ndarray:
 def _draw_cards(axes: Any) -> None:
     for card in CARDS:
         y = card * GB / GIB
+        near = [other for other in CARDS if other != card and max(card, other) < CLOSE * min(card, other)]
+        side = "center" if not near else "bottom" if near[0] < card else "top"
         axes.axhline(y, color=CARD, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
         text = f"{card} GB"
-        axes.annotate(text, (1.005, y), xycoords=axes.get_yaxis_transform(), fontsize=8.5, color="#5b6875", va="center")
+        axes.annotate(text, (1.005, y), xycoords=axes.get_yaxis_transform(), fontsize=8.5, color="#5b6875", va=side)
 
 
 def throughput(profile: Profile) -> bytes:

@@ -146,6 +146,8 @@ def test_the_command_prints_writes_and_draws(tmp_path, capsys):
     assert len(told["bands"]) == 5
     with Image.open(tmp_path / "s.png") as opened:
         assert opened.format == "PNG"
+        colours = {pixel for _, pixel in opened.convert("RGB").getcolors(2**20) if max(pixel) - min(pixel) > 100}
+    assert len(colours) >= 4, "bands can be told apart"
     measured = run(tmp_path / "data", sample=1, overrides=["model.in_chans=5"])
     with pytest.raises(UserError, match=r"--json .*s.json: cannot be written \(No such file or directory\)"):
         write_json(measured, tmp_path / "no" / "s.json")
