@@ -1,10 +1,16 @@
 """README, pages and the ops' READMEs say what was measured, and what they name exists."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import typer
+
+from pera_fast import cli
+from pera_fast.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted((ROOT / "kernels" / "pera_kernels").glob("*/README.md"))
@@ -56,6 +62,38 @@ def test_operators_are_all_named() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for op in (ROOT / "kernels" / "pera_kernels").glob("*/op.py"):
         assert f"`{op.parent.name}`" in text
+
+
+def commands() -> list[tuple[Path, list[str]]]:
+    """Each line of a page's shell blocks that calls pera-fast, in words, without what follows a #."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```(?:sh|console)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                for part in re.split(r"&&|;|\|", line):
+                    _, is_ours, rest = part.partition("pera-fast ")
+                    if is_ours and not part.lstrip().startswith(("#", "pip", "error")):
+                        found.append((page, shlex.split(rest, comments=True)))
+    return found
+
+
+def test_commands_have_the_options_that_pages_give_them() -> None:
+    top: Any = typer.main.get_command(cli.app)
+    seen = set()
+    for page, words in commands():
+        command, rest = top, list(words)
+        while hasattr(command, "commands"):
+            name = rest.pop(0) if rest and rest[0] in command.commands else "batches"
+            assert name in command.commands, f"{page}: pera-fast {' '.join(words)}"
+            command = command.commands[name]
+        known = {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
+        for option in (word.partition("=")[0] for word in rest if word.startswith("--")):
+            assert option in known, f"{page}: pera-fast {' '.join(words)}: no {option}"
+        settings = [word for word in rest if re.match(r"[a-z]+\.[a-z_]+=", word)]
+        if not {"train.batchsize=8"} & set(settings):  # the one that is shown because it is wrong
+            load_config("vit_b16", [s for s in settings if "total_batch_size" not in s])
+        seen.add(command.name)
+    assert {"pretrain", "bench", "batches", "trace", "pack", "tile", "dedupe", "stats", "show", "index"} <= seen
 
 
 def test_python_of_the_kernels_runs() -> None:
