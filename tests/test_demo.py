@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kept_workers import kept_workers  # noqa: F401 a fixture
 
 from pera_fast.demo.figures import running_mean
 from pera_fast.demo.found import DemoResult, Probe, verdict

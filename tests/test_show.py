@@ -10,6 +10,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent / "data"))
 from data_support import small_config, write_scenes
+from kept_workers import kept_workers  # noqa: F401 a fixture
 
 from pera_fast import cli
 from pera_fast.config import to_yaml

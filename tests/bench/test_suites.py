@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from ceilings_support import CEILINGS, write_ceilings
 from rich.console import Console
 
-from pera_bench.ceilings import cache_path
 from pera_bench.command import Wish, run
 from pera_bench.point import Point
 from pera_bench.record import Record
@@ -24,14 +24,7 @@ ONLY = "reference,chosen,pera-fast,triton"
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
     """With ceilings in it, so that measuring them is not waited for."""
-    folder, threads = tmp_path_factory.mktemp("cache"), torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        torch.set_num_threads(1)
-        path = cache_path(CPU, "fp32")
-        torch.set_num_threads(threads)
-    path.parent.mkdir(parents=True)
-    path.write_text('{"copy": 1e10, "matrix": 1e11}')
+    write_ceilings(folder := tmp_path_factory.mktemp("cache"))
     return folder
 
 
@@ -72,7 +65,7 @@ def test_machine_is_described(measured):
     assert (machine["kind"], machine["threads"], machine["pinned"]) == ("cpu", 1, True)
     assert machine["torch"] == torch.__version__
     assert machine["commit"]
-    assert measured.ceilings == {"copy": 1e10, "matrix": 1e11}
+    assert measured.ceilings == CEILINGS
     row = next(row for row in measured.rows if row["suite"] == "attention")
     assert row["of_copy"] == pytest.approx(row["moved_bytes"] / row["median_s"] / 1e10)
     assert row["of_matrix"] == pytest.approx(row["flops"] / row["median_s"] / 1e11)

@@ -7,8 +7,16 @@ import pytest
 from data_support import encoded, scene
 from PIL import Image
 
+from pera_fast.data import sandbox as sandbox_module
 from pera_fast.data.probe import ProbeSettings
 from pera_fast.data.sandbox import Sandbox
+from pera_fast.data.worker_process import WorkerProcess
+
+
+@pytest.fixture(autouse=True)
+def _own_workers(monkeypatch):
+    """Not those of `kept_workers`: started here and ended here."""
+    monkeypatch.setattr(sandbox_module, "WorkerProcess", WorkerProcess)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from kept_workers import kept_workers  # noqa: F401 a fixture
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -1,0 +1,3 @@
+"""Indexing takes the workers that an earlier test left."""
+
+from kept_workers import kept_workers  # noqa: F401 a fixture
