@@ -12,6 +12,9 @@ INSTALLED := $(VENV)/installed.stamp
 TORCH := $(shell grep -m 1 '^torch==' requirements.lock)
 NATIVE := $(wildcard kernels/pera_kernels/*/cpu.cpp kernels/pera_kernels/*.h kernels/pera_kernels/*/*.h)
 
+# Python compiles what it imports, when it does; to compile all that is installed takes longer than to unpack it.
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
+
 .DELETE_ON_ERROR:
 .PHONY: test demo lint venv wheel clean
 
@@ -52,12 +55,12 @@ $(LOCKED): requirements.lock
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	    { echo "the venv module of $(PYTHON) is missing: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock '$(TORCH)'
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements.lock
+	$(PIP) -c requirements.lock '$(TORCH)'
+	$(PIP) --no-deps -r requirements.lock
 	@touch $@
 
 $(INSTALLED): $(LOCKED) pyproject.toml setup.py CMakeLists.txt $(NATIVE)
 	@mkdir -p build && rm -f build/install.log
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --log build/install.log -e .
+	$(PIP) --no-deps --no-build-isolation --log build/install.log -e .
 	@sed -n 's/.*WARNING: pera-fast/WARNING: pera-fast/p' build/install.log >&2
 	@[ ! -f kernels/pera_kernels/_native.so ] || touch $@ # without the library: try again next time
