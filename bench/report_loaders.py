@@ -1,4 +1,4 @@
-"""The table and the ranges of loaders side by side, from what `data.py` wrote."""
+"""The table and the ranges of loaders side by side, from what `pera-fast bench data` wrote."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import Any
 from report_text import heading, paragraph
 
 TEXT = """
-Side by side, `python bench/data.py`: images/s per core (images/s), files in the page cache, on as many cores as
+Side by side, `pera-fast bench data`: images/s per core (images/s), files in the page cache, on as many cores as
 threads. Ours goes up to the normalised bf16 patch rows of student and teacher, the Pillow and PyTorch pipeline to its
 float views. Per core means per second of processor time; where images/s are fewer than that, other work had the cores
 at the time.
 """
 NOTHING = """
-Not recorded yet: earlier files lack the processor time of workers that had ended. `python bench/data.py` measures it.
+Not recorded yet; `pera-fast bench data` measures it.
 """
 COLUMNS = (
     "device",
@@ -29,19 +29,19 @@ Loaders = dict[str, Any]
 
 
 def load_loaders(folder: Path) -> list[Loaders]:
-    """The records, by the names of their files; without those whose processor time is not of all workers."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    return [record for record in records if record.get("ended_workers_count")]
+    """The records, by the names of their files."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
 def loaders_table(folder: Path) -> list[str]:
     """One line a format, size and number of threads."""
     lines = []
     for record in load_loaders(folder):
-        device = f"{record['device']}, {record['cpu_capability']}, torch {record['torch']}"
-        when = f"{record['commit']}, {record['date']}"
+        m = record["machine"]
+        device = f"{m['device']}, {m['cpu_capability']}, torch {m['torch']}"
+        when = f"{m['commit']}, {m['date'].split()[0]}"
         for row in record["rows"]:
-            size = f"{row['format']}, {row['size']} px, {row['bytes'] / record['images'] / 1024:.0f} KiB"
+            size = f"{row['format']}, {row['size']} px, {row['bytes'] / row['images'] / 1024:.0f} KiB"
             sides = row["sides"].values()
             cells = " | ".join(f"{side['images_per_core_s']:.1f} ({side['images_per_s']:.1f})" for side in sides)
             ratios = ", ".join(f"{ratio:.1f}" for ratio in _ratios(row))

@@ -137,7 +137,8 @@ def loaders(folder: Path) -> list[str]:
             "threads": ", ".join(threads),
         }
         busy = any(side["cores"] < BUSY * row["threads"] for row in rows for side in row["sides"].values())
-        lines += paragraph(LOADERS.format(**{**record, **found}) + (BUSY_LOADERS if busy else ""))
+        facts = {**record["machine"], "recipe": record["recipe"], **found}
+        lines += paragraph(LOADERS.format(**facts) + (BUSY_LOADERS if busy else ""))
     return lines
 
 

@@ -105,7 +105,9 @@ def bench(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.png.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU.", show_default="one per core")] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="For the timed calls of one bench.")] = 0.5,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="For the timed calls of one bench.", show_default="0.5, loaders 8")
+    ] = None,
     passes: Annotated[int | None, typer.Option(min=1, help="Over all benches.", show_default="3, on a GPU 1")] = None,
     processor_time: Annotated[
         bool, typer.Option("--processor-time", help="Of the process, on a CPU: with --threads 1 on a busy machine.")
@@ -113,8 +115,18 @@ def bench(
     remeasure: Annotated[
         bool, typer.Option("--remeasure", help="Measure bandwidth and matrix rate of this machine again.")
     ] = False,
+    formats: Annotated[
+        str | None, typer.Option(help="Of `bench data`: of the files.", show_default="jpeg,png,tiff")
+    ] = None,
+    sizes: Annotated[str | None, typer.Option(help="Of `bench data`: pixels a side.", show_default="512")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Of `bench data`: images to make the files from.", show_default="procedural scenes"),
+    ] = None,
 ) -> None:
     """Time ops, blocks, steps and the loader, and say how near each comes to what the machine can do.
+
+    `pera-fast bench data` compares loaders: a Pillow and PyTorch pipeline, this one on a folder and on shards.
 
     Exit status: 0 done; 1 a bench failed; 2 wrong usage.
     """
@@ -134,6 +146,12 @@ def bench(
         processor_time=processor_time,
         remeasure=remeasure,
     )
+    if benches == ["data"]:
+        from pera_bench.loaders import compare_loaders
+
+        raise typer.Exit(compare_loaders(wish, formats, sizes, data, old=compare, files=(json, out)))
+    if formats or sizes or data:
+        raise UserError("--formats, --sizes and --data are of `pera-fast bench data`, which compares loaders")
     raise typer.Exit(run(wish, json=json, old=compare, out=out))
 
 

@@ -128,13 +128,13 @@ def test_bench_passes_everything_on_and_returns_its_status(stub):
     line = (
         "bench attention step/none --device cpu --recipe tiny --images 2,4 --precision bf16 --sweep --all --threads 1"
     )
-    files_of_it = "--json J --compare O --out D --seconds 0.5 --remeasure --processor-time"
+    files_of_it = "--json J --compare O --out D --seconds 0.5 --passes 2 --remeasure --processor-time"
     assert cli.run(f"{line} {files_of_it}".split()) == 1
     ((wish,), files) = calls[0]
     assert wish["benches"] == ["attention", "step/none"]
     assert (wish["device"], wish["recipes"], wish["images"], wish["precision"]) == ("cpu", "tiny", "2,4", "bf16")
     assert (wish["sweep"], wish["only"], wish["remeasure"], wish["processor_time"]) == (True, "all", True, True)
-    assert (wish["threads"], wish["seconds"]) == (1, 0.5)
+    assert (wish["threads"], wish["seconds"], wish["passes"]) == (1, 0.5, 2)
     assert files == {"json": Path("J"), "old": Path("O"), "out": Path("D")}
 
 

@@ -25,6 +25,7 @@ from pera_fast.errors import UserError
 
 SWEEP = {"recipes": "vit_s16,vit_b16,vit_g16", "cpu": "1,4,16", "cuda": "4,16,64"}
 IMAGES = {"cpu": "4", "cuda": "16"}
+SECONDS = 0.5
 PASSES = {"cpu": 3, "cuda": 1}  # a CPU's clock and its neighbours change within minutes
 PRECISION = {"cpu": "fp32", "cuda": "bf16"}  # plain CPUs have no fast bfloat16
 
@@ -40,7 +41,7 @@ class Wish:
         sweep: three recipes at three batch sizes.
         only: implementations, separated by commas, or "all"; None: the definition and what would run.
         threads: of the CPU; None: one for each core.
-        seconds: for the timed calls of one bench.
+        seconds: for the timed calls of one bench; None: SECONDS.
         passes: over all benches; None: PASSES.
         processor_time: measured instead of the clock's, on a CPU.
     """
@@ -53,7 +54,7 @@ class Wish:
     sweep: bool = False
     only: str | None = None
     threads: int | None = None
-    seconds: float = 0.5
+    seconds: float | None = None
     passes: int | None = None
     processor_time: bool = False
     remeasure: bool = False
@@ -144,7 +145,7 @@ def command(wish: Wish, rows: Path) -> list[str]:
         "--device": device,
         "--threads": str(wish.threads or len(CORES)),
         "--only": wish.only or "",
-        "--seconds": str(wish.seconds),
+        "--seconds": str(SECONDS if wish.seconds is None else wish.seconds),
         "--passes": str(wish.passes or PASSES[device]),
         "--rows": str(rows),
     }

@@ -83,7 +83,7 @@ def parts(device: str, recipe: str, images: Sequence[int]) -> list[Part]:
         bench("attention", 60, "step/cheap", "--images", middle, "--only", ATTENTION),
         Part("memory", memory, 80),
         Part("tests", tests, 80),
-        bench("loader", 50, "data", "--images", largest, seconds=3),
+        bench("loader", 50, "data/jpeg", "--images", largest, seconds=3),
         bench("compiled", 90, "step/cheap", "--images", middle, "--only", f"pera-fast,compiled,{GRAPHS}"),
         bench("compiled_ops", 60, *OPS, "--images", middle, "--only", "compiled"),
     ]

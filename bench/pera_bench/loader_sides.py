@@ -1,4 +1,4 @@
-"""The loaders that `data.py` compares: ours, and a Pillow and PyTorch pipeline of the same recipe."""
+"""The loaders that `loaders.py` compares: ours, and a Pillow and PyTorch pipeline of the same recipe."""
 
 import math
 import random
@@ -95,7 +95,7 @@ def pillow(folder: Path, cfg: Config, threads: int, batch_size: int) -> Iterator
         yield from loader
 
 
-def ours(data: Path, cfg: Config, batch_size: int, scratch: Path) -> Loader[StepInputs]:
+def ours(data: Path, cfg: Config, batch_size: int, scratch: Path, device: torch.device) -> Loader[StepInputs]:
     """Our loader as the trainer opens it; in its thread the rows of student and teacher are made too."""
     manifest = build_index(data, out=scratch / f"{data.name}.parquet", progress=False)
 
@@ -114,6 +114,4 @@ def ours(data: Path, cfg: Config, batch_size: int, scratch: Path) -> Loader[Step
         return inputs
 
     skipped = SkippedFiles(scratch / "skipped.csv")
-    return Loader(
-        cfg, manifest, batch_size=batch_size, device=torch.device("cpu"), skipped=skipped, transform=rows
-    )  # fmt: skip
+    return Loader(cfg, manifest, batch_size=batch_size, device=device, skipped=skipped, transform=rows)
