@@ -233,6 +233,7 @@ def under_torchrun(images: Path, out: Path, *more: str) -> "subprocess.Completed
 def test_under_torchrun(images: Path, tmp_path: Path):
     out = tmp_path / "run"
     done = under_torchrun(images, out, "train.batch_size=2", "train.steps=3")
+    assert "Warning" not in done.stderr
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("batch 4 in total = 2 per device x 2 device(s)") == 1
     assert [row["step"] for row in rows(out)] == [1, 2, 3]
