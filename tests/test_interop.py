@@ -97,8 +97,8 @@ def _bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
     mixed = {**state, "teacher.backbone.norm.bias": torch.zeros(7)}
     return {
         "missing": (folder / "nowhere.params", "no such file"),
-        "text": (folder / "text.params", "not a PyTorch checkpoint|could run code"),
-        "empty": (folder / "empty.params", "not a PyTorch checkpoint|could run code"),
+        "text": (folder / "text.params", r"not a PyTorch checkpoint \(begins with b'not '\)"),
+        "empty": (folder / "empty.params", r"not a PyTorch checkpoint \(begins with b''\)"),
         "list": (folder / "list.params", "holds a list"),
         "pickle": (folder / "pickle.params", "holds a list|not a PyTorch checkpoint|could run code"),
         "nothing": (folder / "nothing.params", "no parameters"),

@@ -86,6 +86,10 @@ def _load(path: Path) -> dict:
     if not path.exists():
         raise UserError(f"{path}: no such file; give the authors' .params file")
     try:
+        with open(path, "rb") as file:
+            begins = file.read(4)
+        if not begins.startswith((b"PK", b"\x80")):  # a zip file; a pickle of any protocol since 2
+            raise ValueError(f"begins with {begins!r}")
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
