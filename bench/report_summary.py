@@ -22,11 +22,14 @@ STEPS = """
 begins at uint8 crops, theirs at float views that are ready; both end with AdamW, center and EMA.
 """
 # What a reader of a ratio from a CPU has to know: pera_kernels/products.py, pera_bench/published.py.
-HALF_ON_CPU = """
-Part of a CPU's ratio comes from bf16 itself: on a CPU without instructions for it, such as Ice Lake, theirs emulates
-bf16 products and ours makes them in float32. Theirs also has PyTorch's attention in place of xFormers' there. A step
-in float32 is not recorded yet.
+ON_CPU = """
+Theirs has PyTorch's attention in place of xFormers' on a CPU.
 """
+HALF_ON_CPU = """
+Part of the ratio in bf16 is bf16 itself: on a CPU without instructions for it, such as Ice Lake, theirs emulates
+bf16 products and ours makes them in float32.
+"""
+NO_FULL = " A step in float32 is not recorded yet."
 OPS = """
 **Ops**: how many times as fast as the definition in eager PyTorch is what runs by default, from the slowest to the
 fastest case. A definition is written to be read: that of `contrast_mean`, `visible_patches` and `pixel_loss` colours
@@ -74,7 +77,9 @@ def steps(records: list[Record]) -> list[str]:
     places = dict.fromkeys(f"{where(machine)}; {when(machine)}" for machine, *_ in found.values())
     lines += paragraph(". ".join(places) + ".")
     on_cpu = {row["precision"] for machine, row, _ in found.values() if machine["kind"] == "cpu"}
-    return lines + (paragraph(HALF_ON_CPU) if on_cpu == {"bf16"} else [])
+    notes = ON_CPU if on_cpu else ""
+    notes += HALF_ON_CPU + ("" if "fp32" in on_cpu else NO_FULL) if "bf16" in on_cpu else ""
+    return lines + (paragraph(notes) if notes else [])
 
 
 def _step_line(machine: Record, row: Row, other: Row) -> str:
