@@ -14,6 +14,7 @@ import torch
 from data_support import bad_files, encoded, good_files, scene, shared_data, small_config, write_scenes
 from PIL import Image
 
+from pera_fast.data import decode
 from pera_fast.data.index import build_index
 from pera_fast.data.loader import Loader
 from pera_fast.data.order import SampleOrder
@@ -273,6 +274,20 @@ def test_a_file_that_kills_its_decoder_mid_run(own, load, tmp_path):
     shutil.copyfile(odd, own.root / "009.png")
     check_against(reference, take(load(own), 6), {9})
     assert "DALI: killed by SIGFPE" in skipped_rows(tmp_path)["009.png"]
+
+
+def test_dali_refusing_what_another_decoder_made_costs_the_file_only(own, load, tmp_path, monkeypatch):
+    """Pillow decodes it, DALI cannot take the result: no third decoder is left to ask."""
+    (own.root / "024.gif").write_bytes(encoded(Image.fromarray(scene(30, 21, 33)), "GIF"))
+    manifest = index(own.root, tmp_path)
+    assert manifest.readable.decoder[24].as_py() == "pillow"
+    as_pnm = decode.as_pnm
+    monkeypatch.setattr(decode, "as_pnm", lambda image: as_pnm(image)[:9])
+    batches = take(load(manifest, batch_size=5), 10)  # two epochs
+    assert {sample for batch in batches for sample in batch.samples.tolist()} == set(range(COUNT))
+    ((name, reason),) = skipped_rows(tmp_path).items()
+    assert name == "024.gif"
+    assert reason.startswith("DALI: ")
 
 
 def test_nothing_left_is_one_clear_line(own, load):
