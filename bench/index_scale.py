@@ -1,6 +1,6 @@
 """`data index` on a folder of very many tiny files: files a second and peak memory over all of its processes.
 
-    python bench/index_scale.py --files 1000000 --folder SCRATCH [--no-verify] [--again] [--startup]
+    python bench/index_scale.py --files 1000000 --folder SCRATCH [--no-verify] [--kill-after 600] [--again] [--startup]
 
 Makes the files (1000 a folder; 8 x 8 pixel JPEG and PNG files, hard-linked from some different ones, and one that is no
 image in every 1000) unless the folder holds them already, indexes them in a process of its own, and prints one line.
@@ -67,8 +67,11 @@ def _family(pid: int) -> list[int]:
     return [pid, *(other for child in children for other in _family(int(child)))]
 
 
-def measure(command: list[str]) -> tuple[float, float, float]:
-    """(seconds, peak MiB of the main process, peak MiB of PSS over all processes) of a command."""
+def measure(command: list[str], kill_after: float | None = None) -> tuple[float, float, float]:
+    """(seconds, peak MiB of the main process, peak MiB of PSS over all processes) of a command.
+
+    With `kill_after` the main process is killed after so many seconds, as the out-of-memory killer would.
+    """
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     began = time.monotonic()
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths})
@@ -76,8 +79,10 @@ def measure(command: list[str]) -> tuple[float, float, float]:
     while process.poll() is None:
         own = max(own, _status(process.pid, "status", "VmHWM"))
         total = max(total, sum(_status(pid, "smaps_rollup", "Pss") for pid in _family(process.pid)))
+        if kill_after is not None and time.monotonic() - began > kill_after:
+            process.kill()
         time.sleep(0.02)
-    if process.returncode:
+    if process.returncode and kill_after is None:
         sys.exit(process.returncode)
     return time.monotonic() - began, own / 1024, total / 1024
 
@@ -89,6 +94,7 @@ def main() -> None:
     parser.add_argument("--no-verify", action="store_true", help="headers only")
     parser.add_argument("--only-make", action="store_true", help="make the files and stop")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--kill-after", type=float, help="seconds; killed then, and started again")
     parser.add_argument("--again", action="store_true", help="also measure the index of a folder that did not change")
     parser.add_argument("--startup", action="store_true", help="also measure what a training does with the manifest")
     args = parser.parse_args()
@@ -99,15 +105,18 @@ def main() -> None:
     manifest.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pera_fast", "data", "index", str(args.folder / "data"), "--out", str(manifest)]
     command += ["--workers", str(args.workers), *(["--no-verify"] if args.no_verify else [])]
-    runs = {"headers" if args.no_verify else "decoded": command}
+    what = "headers" if args.no_verify else "decoded"
+    runs = {what: command}
+    if args.kill_after:
+        runs = {f"{what}, killed": command, f"{what}, the rest": command}
     if args.again:
         runs["unchanged"] = command
     if args.startup:
         runs["startup"] = [sys.executable, "-c", _STARTUP, str(manifest)]
     for name, line in runs.items():
-        seconds, own, total = measure(line)
+        seconds, own, total = measure(line, args.kill_after if name.endswith("killed") else None)
         print(
-            f"{args.files} files, {name}: {seconds:.1f} s, {args.files / seconds:.0f} files/s;"
+            f"{args.files} files, {name}: {seconds:.1f} s;"
             f" peak {own:.0f} MiB in the main process, {total:.0f} MiB in all ({args.workers} workers)",
             flush=True,
         )
