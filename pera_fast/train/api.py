@@ -243,4 +243,7 @@ def _announce(run: Run) -> None:
         student, _, teacher = _tokens(cfg)["local"]
         text += f"; {cfg.views.num_local} local crops: {student} student, {teacher} teacher patches"
     log.info("%s", text)
-    log.info("steps %d to %d", run.step, run.step + run.schedules.steps - run.place)
+    if left := run.schedules.steps - run.place:
+        log.info("steps %d to %d", run.step, run.step + left)
+    else:
+        log.info("all %d steps are done; with a greater train.steps the run goes on", run.step)

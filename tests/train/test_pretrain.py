@@ -167,6 +167,7 @@ def test_resuming_a_run_that_is_done(whole: Path, images: Path):
     result = api.pretrain(images, whole, "tiny", resume=True)
     assert (result.exit_code, result.steps, result.metrics) == (0, 12, {})
     assert rows(whole) == before
+    assert "all 12 steps are done; with a greater train.steps the run goes on" in (whole / "train.log").read_text()
 
 
 def test_files_that_came_and_went_do_not_shift_the_others(whole: Path, images: Path, tmp_path: Path):
