@@ -1,8 +1,6 @@
 """Pretraining on images of many bands: from the command line, resumed, and what the run folder says."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +9,9 @@ import rasterio
 import torch
 import yaml
 from safetensors import safe_open
-from train_support import SMALL, environment
+from train_support import SMALL
 
+from pera_fast import cli
 from pera_fast.errors import UserError
 from pera_fast.train import api
 
@@ -47,11 +46,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
 
 def test_six_bands_of_16_bits_pretrain_and_resume(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "pera_fast", "pretrain", "--data", str(images), "--out", str(out)]
-    done = subprocess.run(
-        [*command, "--recipe", "tiny", *KEYS, "train.steps=4"], env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    command = ["pretrain", "--data", str(images), "--out", str(out), "--recipe", "tiny"]
+    assert cli.run([*command, *KEYS, "train.steps=4"]) == 0
     assert "6 band(s) at 16 bits; auto scale [" in (out / "train.log").read_text()
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
