@@ -110,7 +110,7 @@ def _ops(device: str, missing: dict[str, str]) -> list[Op]:
     for module in pkgutil.iter_modules(pera_kernels.__path__):
         if module.ispkg:
             try:
-                importlib.import_module(f"pera_kernels.{module.name}.op")
+                importlib.import_module(f"pera_kernels.{module.name}")
             except Exception as error:  # whatever is wrong with one op, the others are still worth reporting
                 reason = " ".join(str(error).split())
                 broken.append(Op(module.name, "nothing", {"all": f"cannot be imported ({reason})"}))

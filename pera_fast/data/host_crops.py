@@ -1,4 +1,5 @@
-"""Crops on the CPU: PyTorch's antialiased resize of uint8 images, several times as fast there as DALI's.
+"""Crops on the CPU, several times as fast there as DALI's: PyTorch's antialiased resize for RGB and gray of 8 bits,
+whose kernel is made for that, and `pera_kernels.crop_resize` for more bands or bits.
 
 As torchvision does for the published code, a window is cut out first and then resized: the filter reads nothing beyond
 the window. (On a GPU DALI resizes, and reads the image's own pixels there: a crop's outermost pixels differ.)
@@ -11,6 +12,9 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from pera_kernels.crop_resize import crop_resize
+
+_PLAIN = (1, 3)  # channels
 _GRAIN = 32768  # elements from which on PyTorch's elementwise operations use several threads
 
 
@@ -32,10 +36,10 @@ class HostCropper:
         """Fills `out`.
 
         Args:
-            images: B decoded images, uint8 [H, W, C].
+            images: B decoded images, uint8 or uint16 [H, W, C].
             start: [crops, B, 2], corner of each window that becomes the crop's first pixel, (y, x).
             end: [crops, B, 2], the opposite corner; before `start` along an axis: a flip.
-            out: for each crop uint8 [B, side, side, C].
+            out: for each crop [B, side, side, C], of the same type.
         """
         starts, ends = (corner.round().astype(np.int64).tolist() for corner in (start, end))  # plain numbers are faster
         results = [crop.numpy() for crop in out]
@@ -55,9 +59,12 @@ class HostCropper:
 
 def _crop(image: np.ndarray, start: list[int], end: list[int], side: int, out: np.ndarray) -> None:
     (top, bottom), (left, right) = (sorted(axis) for axis in zip(start, end, strict=True))
-    window = torch.from_numpy(image[top:bottom, left:right])[None]
+    window = torch.from_numpy(image[top:bottom, left:right])
+    if window.dtype != torch.uint8 or window.shape[2] not in _PLAIN:
+        crop_resize(window, start[0] > end[0], start[1] > end[1], torch.from_numpy(out))
+        return
     # Unsqueezed first, permuted then: its strides say channels-last, which is what the fast path looks for.
-    resized = interpolate(window.permute(0, 3, 1, 2), size=(side, side), mode="bilinear", antialias=True)
+    resized = interpolate(window[None].permute(0, 3, 1, 2), size=(side, side), mode="bilinear", antialias=True)
     pixels = resized[0].permute(1, 2, 0)
     if start[0] > end[0]:
         out = out[::-1]

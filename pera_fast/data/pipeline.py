@@ -1,7 +1,7 @@
-"""The DALI pipeline: encoded bytes or arrays and crop windows in, integer crops out.
+"""The image pipeline: encoded bytes or arrays and crop windows in, integer crops out.
 
 Each crop is made once; student and teacher share it. Windows and flips come from `views.Windows.roi`. The resize is
-bilinear with antialias. On a CPU DALI decodes and `host_crops` resizes. On a GPU, and where images come as arrays, DALI
+bilinear with antialias. On a CPU DALI decodes, unless images come as arrays, and `host_crops` resizes. On a GPU DALI
 does both; at the border of a window it reads the image's own pixels beyond it, as Pillow's `resize(box=...)` does and
 crop-then-resize does not; beyond the image's own border it repeats the last pixel. Both show in the outermost pixels of
 a crop only.
@@ -46,37 +46,41 @@ class CropPipeline:
         depth: int = 2,
         raw: int | None = None,
     ):
-        dali = require_dali()
         self.depth = depth
         self._encoded = raw is None and channels in (1, 3)
         self._dtype = torch.uint16 if raw == 16 else torch.uint8
         self.views, self.channels, self.device = views, channels, device
         self._sides = [views.global_size] * views.num_global + [views.local_size] * views.num_local
         on_gpu = device.type == "cuda"
-        self._host = None if on_gpu or not self._encoded else HostCropper(self._sides, threads)
+        self._host = None if on_gpu else HostCropper(self._sides, threads)
         self._windows: deque[tuple[np.ndarray, np.ndarray]] = deque()  # of the batches under way, if the host crops
-        self._pipe = dali.Pipeline(
+        self._arrays: deque[list[np.ndarray]] = deque()  # their images, if DALI has nothing to do
+        self._under_way: deque[int] = deque()  # number of images of each batch
+        self._started = False
+        self._pipe = self._build(batch_size, threads, on_gpu) if on_gpu or self._encoded else None
+
+    def _build(self, batch_size: int, threads: int, on_gpu: bool) -> Any:
+        dali, device = require_dali(), self.device
+        pipe = dali.Pipeline(
             batch_size=batch_size,
             num_threads=threads,
             device_id=(device.index if device.index is not None else torch.cuda.current_device()) if on_gpu else None,
-            prefetch_queue_depth=depth,
+            prefetch_queue_depth=self.depth,
             set_affinity=False,
         )
-        with self._pipe:
-            self._pipe.set_outputs(*self._crops(dali, on_gpu))
-        self._pipe.build()
-        self._under_way: deque[int] = deque()  # number of images of each batch
-        self._started = False
+        with pipe:
+            pipe.set_outputs(*self._outputs(dali, on_gpu))
+        pipe.build()
+        return pipe
 
-    def _crops(self, dali: Any, on_gpu: bool) -> list[Any]:
+    def _outputs(self, dali: Any, on_gpu: bool) -> list[Any]:
         fn, types = dali.fn, dali.types
         if self._encoded:
             output_type = types.RGB if self.channels == 3 else types.GRAY
             source = fn.external_source(name="images", device="cpu")
             images = fn.decoders.image(source, device="mixed" if on_gpu else "cpu", output_type=output_type)
         else:
-            images = fn.external_source(name="images", device="cpu", layout="HWC")
-            images = images.gpu() if on_gpu else images
+            images = fn.external_source(name="images", device="cpu", layout="HWC").gpu()
         if self._host is not None:
             return [images]
         return [
@@ -99,10 +103,13 @@ class CropPipeline:
             start: float32 [crops, B, 2], corner of each window that becomes the crop's first pixel, (y, x).
             end: float32 [crops, B, 2], the opposite corner.
         """
-        self._pipe.feed_input("images", list(images))
         if self._host is not None:
             self._windows.append((start, end))
-        else:
+        if self._pipe is None:
+            self._arrays.append(list(images))
+            return
+        self._pipe.feed_input("images", list(images))
+        if self._host is None:
             for crop in range(len(self._sides)):
                 self._pipe.feed_input(f"start{crop}", start[crop])
                 self._pipe.feed_input(f"end{crop}", end[crop])
@@ -113,12 +120,14 @@ class CropPipeline:
 
     def collect(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(global, local) crops of the oldest batch: uint8 or uint16 [crops * B, H, W, C], crop-major, a copy."""
+        if self._pipe is None:
+            return self._host_crops(self._arrays.popleft())
         batch = self._under_way.popleft()
         outputs = self._pipe.share_outputs()
         try:
             split = self.views.num_global
             if self._host is not None:
-                return self._host_crops(outputs[0], batch)
+                return self._host_crops([np.asarray(outputs[0][slot]) for slot in range(batch)])  # no copies
             return (
                 self._gather(outputs[:split], batch, self.views.global_size),
                 self._gather(outputs[split:], batch, self.views.local_size),
@@ -126,13 +135,12 @@ class CropPipeline:
         finally:
             self._pipe.release_outputs()
 
-    def _host_crops(self, images: Any, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _host_crops(self, images: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._host is not None
         groups, views = [], self.views
         for crops, side in ((views.num_global, views.global_size), (views.num_local, views.local_size)):
-            groups.append(torch.empty((crops, batch, side, side, self.channels), dtype=torch.uint8))
-        decoded = [np.asarray(images[slot]) for slot in range(batch)]  # DALI's own memory: no copies
-        self._host(decoded, *self._windows.popleft(), [crop for group in groups for crop in group])
+            groups.append(torch.empty((crops, len(images), side, side, self.channels), dtype=self._dtype))
+        self._host(images, *self._windows.popleft(), [crop for group in groups for crop in group])
         return groups[0].flatten(0, 1), groups[1].flatten(0, 1)
 
     def _gather(self, outputs: Sequence[Any], batch: int, side: int) -> torch.Tensor:

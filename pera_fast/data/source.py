@@ -178,6 +178,7 @@ class SampleSource:
                 pixels = decode.decode(data, known.decoder, settings.channels)
             else:
                 pixels = self._scaling(decode.read(data, known.decoder, settings.channels, settings.bands))
+                pixels = np.require(pixels, requirements="W")  # what Pillow gave is not; PyTorch would remark on that
         except Exception as error:  # it decoded when it was checked; whatever it is now, it must not end the run
             raise _UnusableError(f"{known.decoder}: {error}") from error
         height, width = pixels.shape[:2]

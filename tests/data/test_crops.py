@@ -14,8 +14,8 @@ from pera_fast.data.views import Windows, draw_windows
 CPU = torch.device("cpu")
 
 
-def make_crops(views, images, windows, channels=3, threads=1):
-    pipeline = CropPipeline(views, channels, len(images), threads, CPU, depth=1)
+def make_crops(views, images, windows, channels=3, threads=1, raw=None):
+    pipeline = CropPipeline(views, channels, len(images), threads, CPU, depth=1, raw=raw)
     arrays = [np.frombuffer(image, np.uint8) if isinstance(image, bytes) else image for image in images]
     pipeline.submit(arrays, *windows.roi())
     return [group.numpy() for group in pipeline.collect()]
@@ -106,6 +106,44 @@ def test_gray_and_raw_bands():
     for band in range(5):
         expected = np.asarray(Image.fromarray(bands[..., band]).resize((48, 48), Image.Resampling.BILINEAR))[:, ::-1]
         assert np.abs(raw[0, ..., band] - expected.astype(int)).max() <= 2
+
+
+@pytest.mark.parametrize(("bits", "channels"), [(16, 1), (16, 3), (16, 6), (8, 3), (8, 4), (8, 8)])
+def test_arrays_are_resized_band_by_band(bits, channels):
+    """Within 1 of what float64 gives; crops, flips and order as with encoded files."""
+    views = small_config().views
+    dtype = np.uint16 if bits == 16 else np.uint8
+    sizes = np.array([[157, 211], [48, 64], [30, 90]])
+    rng = np.random.default_rng(bits + channels)
+    images = [rng.integers(0, 2**bits, (*size, channels)).astype(dtype) for size in sizes]
+    windows = draw_windows(views, 3, 1, np.arange(3), sizes)
+    assert windows.hflip.any()
+    assert windows.vflip.any()
+    groups = make_crops(views, images, windows, channels, threads=2, raw=bits)
+    assert [group.shape for group in groups] == [(6, 48, 48, channels), (9, 32, 32, channels)]
+    assert all(group.dtype == dtype for group in groups)
+    for crop in range(5):
+        group, side, first = (groups[0], 48, 0) if crop < 2 else (groups[1], 32, 2)
+        for slot, image in enumerate(images):
+            found = group[(crop - first) * 3 + slot]
+            for band in range(channels):
+                pixels = Image.fromarray(image[..., band].astype(np.float32))
+                expected = by_pillow(pixels, windows, crop, slot, side)
+                assert np.abs(found[..., band] - expected.astype(np.float64)).max() <= 1.1
+
+
+def test_batches_of_arrays_come_back_in_order():
+    views = small_config().views
+    windows = whole((40, 40))
+    images = [np.full((40, 40, 5), value, np.uint8) for value in range(4)]
+    pipeline = CropPipeline(views, 5, 1, 1, CPU)
+    for image in images[:2]:
+        pipeline.submit([image], *windows.roi())
+    for value in range(4):
+        crops = pipeline.collect()[0]
+        assert (crops == value).all()
+        if value < 2:
+            pipeline.submit([images[value + 2]], *windows.roi())
 
 
 def test_threads_do_not_change_a_bit_and_crops_outlive_the_pipeline():

@@ -1,0 +1,45 @@
+"""`crop_resize`: dispatch. The maths and the costs: README.md beside this.
+
+The loader's threads call it, on plain tensors and outside of any graph, and it fills memory that it is given: it is no
+custom operator, and nothing has a gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from pera_kernels import backend
+
+from . import reference
+
+backend.register("crop_resize", "native", available=backend.needs_native("crop_resize"))
+
+_CPU = torch.device("cpu")
+_DTYPES = (torch.uint8, torch.uint16)
+
+
+def crop_resize(window: Tensor, flip_y: bool, flip_x: bool, out: Tensor) -> None:
+    """Fills a crop with a window of an image: bilinear with antialias, reading nothing beyond the window.
+
+    Args:
+        window: uint8 or uint16 [H, W, C] on the CPU with pixels in it; a view into an image, whose lines may be longer.
+        flip_y, flip_x: whether the crop is turned upside down, left side right.
+        out: of the same type [height, width, C]; written. Exact to the rounding of float32: a value differs from the
+            definition's by 1 at most, where that lies half-way between two integers.
+
+    Raises:
+        TypeError, ValueError: an argument of another type or shape, or the values of a line do not lie one after the
+            other in memory; the message says which.
+    """
+    if window.dtype not in _DTYPES or out.dtype != window.dtype:
+        raise TypeError(f"window and out must both be uint8 or both uint16, got {window.dtype} and {out.dtype}")
+    if window.dim() != 3 or out.dim() != 3 or window.shape[2] != out.shape[2]:
+        raise ValueError(f"window and out must be [H, W, C], got {list(window.shape)} and {list(out.shape)}")
+    if window.numel() == 0:
+        raise ValueError(f"the window must hold pixels, got {list(window.shape)}")
+    for image in (window, out):
+        if image.stride()[1:] != (image.shape[2], 1):
+            raise ValueError(f"the values of a line must lie one after the other, got strides {image.stride()}")
+    if backend.choose("crop_resize", _CPU) == "native":
+        torch.ops.pera_native.crop_resize(window, flip_y, flip_x, out)
+    else:
+        reference.crop_resize(window, flip_y, flip_x, out)
