@@ -26,9 +26,10 @@ ON_CPU = """
 Theirs has PyTorch's attention in place of xFormers' on a CPU.
 """
 HALF_ON_CPU = """
-Part of the ratio in bf16 is bf16 itself: on a CPU without instructions for it, such as Ice Lake, theirs emulates
-bf16 products and ours makes them in float32.
+Much of the ratio in bf16 is bf16 itself: on a CPU without instructions for it, such as Ice Lake, theirs emulates bf16
+products and ours makes them in float32.
 """
+FULL = " In fp32 both make them in float32."
 NO_FULL = " A step in float32 is not recorded yet."
 OPS = """
 **Ops**: how many times as fast as the definition in eager PyTorch is what runs by default, from the slowest to the
@@ -78,12 +79,13 @@ def steps(records: list[Record]) -> list[str]:
     lines += paragraph(". ".join(places) + ".")
     on_cpu = {row["precision"] for machine, row, _ in found.values() if machine["kind"] == "cpu"}
     notes = ON_CPU if on_cpu else ""
-    notes += HALF_ON_CPU + ("" if "fp32" in on_cpu else NO_FULL) if "bf16" in on_cpu else ""
+    notes += HALF_ON_CPU + (FULL if "fp32" in on_cpu else NO_FULL) if "bf16" in on_cpu else ""
     return lines + (paragraph(notes) if notes else [])
 
 
 def _step_line(machine: Record, row: Row, other: Row) -> str:
-    device = f", {machine['device']}" if machine["kind"] == "cuda" else ""
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    device = f", {machine['device']}" if machine["kind"] == "cuda" else f", {threads}"
     step = f"{row['recipe']}, batch {row['images']}, {row['precision']}{device}"
     memory = " | | "
     if row["peak_mib"] and other["peak_mib"]:
