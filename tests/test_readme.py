@@ -13,8 +13,8 @@ from pera_fast import cli
 from pera_fast.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = sorted((ROOT / "kernels" / "pera_kernels").glob("*/README.md"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *OPS]
+KERNELS = sorted((ROOT / "kernels" / "pera_kernels").glob("*/README.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *KERNELS]
 
 
 def test_measurements_are_those_of_the_results() -> None:
@@ -39,7 +39,7 @@ def test_every_page_is_linked_from_the_readme() -> None:
 
 def test_ops_times_are_on_the_page_of_results_only() -> None:
     """A number of another suite or day in an op's README is one that nobody can take again."""
-    for page in OPS:
+    for page in (page for page in KERNELS if (page.parent / "op.py").exists()):  # those with a bench
         text = page.read_text(encoding="utf-8")
         assert "docs/results.md" in text, page
         assert f"pera-fast bench {page.parent.name}" in text, page
