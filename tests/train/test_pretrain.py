@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,18 +102,30 @@ def test_exported_teacher_is_the_last_checkpoints(whole: Path):
     assert torch.equal(teacher["blocks.0.attn.qkv.weight"], state["teacher.backbone.blocks.0.attn.qkv.weight"])
 
 
-@pytest.mark.parametrize(("kill_at", "checkpoint_every"), [(1, 12), (5, 3)], ids=["before a checkpoint", "after one"])
-def test_killed_and_resumed_is_the_run_that_was_not(
-    whole: Path, images: Path, tmp_path: Path, kill_at: int, checkpoint_every: int, capsys: pytest.CaptureFixture[str]
-):
-    out = tmp_path / "run"
-    process = start(images, out, *KEYS, "train.steps=12", f"train.checkpoint_every={checkpoint_every}")
-    wait_for_steps(process, out, kill_at)
+@pytest.fixture(scope="module")
+def killed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a process leaves that is killed after its first checkpoint."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    process = start(images, out, *KEYS, "train.steps=12", "train.checkpoint_every=3")
+    wait_for_steps(process, out, 5)
     time.sleep(0.02 * (os.getpid() % 5))  # not always at the same point of a step
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    if checkpoint_every == 12:
+    assert find_checkpoints(out / "checkpoints")
+    return out
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["before a checkpoint", "after one"])
+def test_killed_and_resumed_is_the_run_that_was_not(
+    whole: Path, images: Path, killed: Path, tmp_path: Path, lost: bool, capsys: pytest.CaptureFixture[str]
+):
+    """Killed before a checkpoint: the same folder without those that it has."""
+    out = tmp_path / "run"
+    shutil.copytree(killed, out)
+    if lost:
+        for path in (out / "checkpoints").iterdir():
+            path.unlink()
         api.pretrain(images, out, None, resume=True)  # the settings are the run's own
     else:
         assert cli.run(["pretrain", "--data", str(images), "--out", str(out), "--recipe", "tiny", "--resume"]) == 0
