@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/Half.h>
 #include <torch/headeronly/util/HeaderOnlyArrayRef.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <ostream>
@@ -31,6 +32,11 @@ using torch::stable::parallel_for;
 // Arguments int[] and float[], sizes and strides: not owned.
 using Ints = torch::headeronly::HeaderOnlyArrayRef<int64_t>;
 using Doubles = torch::headeronly::HeaderOnlyArrayRef<double>;
+
+// Not ==: PyTorch 2.11 has none for its type.
+inline bool equal(Ints a, Ints b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end());
+}
 
 // [1, 2]
 inline std::ostream& operator<<(std::ostream& out, Ints values) {

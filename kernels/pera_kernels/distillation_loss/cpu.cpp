@@ -203,7 +203,7 @@ void forward_row(const T* s, const T* t, const Scales& scales, int64_t count, fl
 void check_products(const Tensor& student, const Tensor& teacher) {
   check_value(student.dim() == 2 && student.is_contiguous(), "products must be contiguous [N, c]");
   check_value(
-      teacher.sizes() == student.sizes() && teacher.is_contiguous() && teacher.scalar_type() == student.scalar_type(),
+      equal(teacher.sizes(), student.sizes()) && teacher.is_contiguous() && teacher.scalar_type() == student.scalar_type(),
       "both products must have one shape and dtype");
 }
 
@@ -319,7 +319,7 @@ Tensor distillation_backward_(
 }
 
 void check_matrix(const Tensor& x, Ints sizes) {
-  check_value(x.sizes() == sizes && x.is_contiguous(), "need contiguous ", sizes, ", got ", x.sizes());
+  check_value(equal(x.sizes(), sizes) && x.is_contiguous(), "need contiguous ", sizes, ", got ", x.sizes());
 }
 
 // Scale [c] and 1 / ||v|| [c] of a chunk of prototypes. With `direction` v / ||v|| is written to it and the scale is g;

@@ -126,7 +126,7 @@ struct Colors {
       order_ = as_contiguous(*order, ScalarType::Int);
       factors_ = as_contiguous(*factors, ScalarType::Float);
       check_value(order_.dim() == 2 && order_.size(1) == kColorOps, "order must be [N, 4]");
-      check_value(factors_.sizes() == order_.sizes(), "factors must be [N, 4], as order");
+      check_value(equal(factors_.sizes(), order_.sizes()), "factors must be [N, 4], as order");
       order_values_ = order_.const_data_ptr<int32_t>();
       factor_values_ = factors_.const_data_ptr<float>();
     }
