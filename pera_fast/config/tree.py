@@ -200,6 +200,9 @@ class DataConfig:
     verify: bool = True  # decode every file fully when the index is built
     index: str | None = None  # path of the Parquet manifest; null: in the user's cache
     max_pixels: int = _count(2**28)  # width * height of the largest image that is read
+    # On a CPU a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the windows of all its crops still have this many
+    # times their crop's pixels a side then. null: never.
+    reduced_decoding: float | None = _key(1.25, low=1)
     # Bands of a file that are the channels: numbers from 1 and names (GeoTIFF band descriptions). null: all, in order.
     bands: list[int | str] | None = None
     # Bits of a pixel's channel up to the network. auto: 16 if most readable files store more than 8, else 8. The run's

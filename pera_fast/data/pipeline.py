@@ -15,7 +15,10 @@ import numpy as np
 import torch
 
 from pera_fast.data.dali import require_dali
+from pera_fast.data.decode import as_pnm
 from pera_fast.data.host_crops import HostCropper
+
+_ANY = as_pnm(np.zeros((1, 1, 1), np.uint8))  # for DALI, where a batch has nothing to decode: it counts the batches
 
 
 class CropPipeline:
@@ -32,7 +35,7 @@ class CropPipeline:
         device: where the crops are made and handed over.
         depth: batches under way at a time; with two, one is decoded while the other is resized and copied.
         raw: bits of a value, 8 or 16, if the images come as arrays, uint8 or uint16 [H, W, C]; None: as encoded files
-            where that is possible.
+            where that is possible (on a CPU some may be arrays).
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class CropPipeline:
         on_gpu = device.type == "cuda"
         self._host = None if on_gpu else HostCropper(self._sides, threads)
         self._windows: deque[tuple[np.ndarray, np.ndarray]] = deque()  # of the batches under way, if the host crops
-        self._arrays: deque[list[np.ndarray]] = deque()  # their images, if DALI has nothing to do
+        self._arrays: deque[list[np.ndarray | None]] = deque()  # their images; None: DALI decodes it
         self._under_way: deque[int] = deque()  # number of images of each batch
         self._started = False
         self._pipe = self._build(batch_size, threads, on_gpu) if on_gpu or self._encoded else None
@@ -99,14 +102,15 @@ class CropPipeline:
         """Starts a batch.
 
         Args:
-            images: B encoded files, uint8 [bytes] (raw: uint8 or uint16 [H, W, C]).
+            images: B encoded files, uint8 [bytes], or arrays, uint8 or uint16 [H, W, C], see `raw`.
             start: float32 [crops, B, 2], corner of each window that becomes the crop's first pixel, (y, x).
             end: float32 [crops, B, 2], the opposite corner.
         """
         if self._host is not None:
             self._windows.append((start, end))
+            self._arrays.append([image if image.ndim == 3 else None for image in images])
+            images = [image for image in images if image.ndim == 1] or [_ANY]
         if self._pipe is None:
-            self._arrays.append(list(images))
             return
         self._pipe.feed_input("images", list(images))
         if self._host is None:
@@ -121,7 +125,7 @@ class CropPipeline:
     def collect(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(global, local) crops of the oldest batch: uint8 or uint16 [crops * B, H, W, C], crop-major, a copy."""
         if self._pipe is None:
-            return self._host_crops(self._arrays.popleft())
+            return self._host_crops([])
         batch = self._under_way.popleft()
         outputs = self._pipe.share_outputs()
         try:
@@ -135,9 +139,10 @@ class CropPipeline:
         finally:
             self._pipe.release_outputs()
 
-    def _host_crops(self, images: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _host_crops(self, decoded: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._host is not None
-        groups, views = [], self.views
+        groups, views, by_dali = [], self.views, iter(decoded)
+        images = [next(by_dali) if array is None else array for array in self._arrays.popleft()]
         for crops, side in ((views.num_global, views.global_size), (views.num_local, views.local_size)):
             groups.append(torch.empty((crops, len(images), side, side, self.channels), dtype=self._dtype))
         self._host(images, *self._windows.popleft(), [crop for group in groups for crop in group])

@@ -18,6 +18,7 @@ from pera_fast.data.dali import error_reason
 from pera_fast.data.manifest import Manifest
 from pera_fast.data.order import SampleOrder
 from pera_fast.data.pipeline import CropPipeline
+from pera_fast.data.reduced import ReducedDecoder
 from pera_fast.data.sensor import probe_settings, scaling_of
 from pera_fast.data.skipped import SkippedFiles
 from pera_fast.data.source import Image, SampleSource
@@ -72,7 +73,10 @@ class Producer:
         self._raw = None if settings.encoded else scaling.depth
         self._has_colors = cfg.has_colors()
         sandboxes = min(self._threads, _MAX_SANDBOXES)
-        self._source = SampleSource(manifest, settings, self._seed, skipped, sandboxes, scaling)
+        reduced = None
+        if settings.encoded and device.type == "cpu" and cfg.data.reduced_decoding is not None:
+            reduced = ReducedDecoder(self._views, self._seed, self._channels, cfg.data.reduced_decoding)
+        self._source = SampleSource(manifest, settings, self._seed, skipped, sandboxes, scaling, reduced)
         self._readers = ThreadPoolExecutor(self._threads, thread_name_prefix="pera-read")
         self._reading: deque[_Pending] = deque()
         self._decoding: deque[_Pending] = deque()
@@ -152,7 +156,10 @@ class Producer:
     def _submit(self, pipeline: CropPipeline, pending: _Pending) -> None:
         sizes = np.array([(image.height, image.width) for image in pending.images])
         windows = draw_windows(self._views, self._seed, pending.epoch, pending.samples, sizes)
-        pipeline.submit([image.data for image in pending.images], *windows.roi())
+        factors = np.array([image.factor for image in pending.images], np.float32)[:, None]
+        shifts = np.array([image.shift for image in pending.images], np.float32)
+        start, end = (corner / factors + shifts for corner in windows.roi())
+        pipeline.submit([image.data for image in pending.images], start, end)
 
     def _collect(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._pipeline is not None

@@ -14,6 +14,7 @@ from pera_fast.data import decode
 from pera_fast.data.formats import HEAD_BYTES, sniff
 from pera_fast.data.manifest import Manifest
 from pera_fast.data.probe import ProbeResult, ProbeSettings, os_reason, read_file
+from pera_fast.data.reduced import ReducedDecoder
 from pera_fast.data.sandbox import Sandbox
 from pera_fast.data.scaling import Raster, Scaling
 from pera_fast.data.shards import locate
@@ -34,8 +35,10 @@ class Image:
 
     sample: int  # row that it came from
     data: np.ndarray  # uint8 [bytes], encoded; or uint8 or uint16 [H, W, C] where the pipeline takes arrays
-    height: int  # decoded
+    height: int  # of the whole image, upright
     width: int
+    factor: int = 1  # how many times smaller it was decoded
+    shift: tuple[float, float] = (0.0, 0.0)  # y of the whole image is y / factor + shift[0] in the decoded one
 
 
 class _UnusableError(Exception):
@@ -55,6 +58,7 @@ class SampleSource:
         skipped: where unusable files are reported.
         sandboxes: the most processes that check files at a time.
         scaling: how values become pixels where the pipeline takes arrays.
+        reduced: decodes JPEG files at a smaller size where their crops allow it; None: the pipeline decodes them all.
     """
 
     def __init__(
@@ -65,11 +69,13 @@ class SampleSource:
         skipped: SkippedFiles,
         sandboxes: int = 1,
         scaling: Scaling | None = None,
+        reduced: ReducedDecoder | None = None,
     ):
         self._root = os.fspath(manifest.root)
         self._files = manifest.readable
         self._settings = replace(settings, verify=True)
         self._scaling = scaling or Scaling()
+        self._reduced = reduced
         self._seed, self._skipped = seed, skipped
         self._checked: dict[int, ProbeResult] = {}  # newer than the index
         self._unusable: set[int] = set()
@@ -90,7 +96,7 @@ class SampleSource:
             if row in self._unusable:
                 continue
             try:
-                return self._image(row, *self._load(row))
+                return self._image(epoch, row, *self._load(row))
             except _UnusableError as error:
                 self._reject(row, str(error))
         raise UserError(f"no readable image is left in {self._root}: all {len(self._files)} have become unreadable")
@@ -169,8 +175,12 @@ class SampleSource:
             mtime_ns=int(files.mtime_ns[row]),
         )
 
-    def _image(self, row: int, data: bytes, known: ProbeResult) -> Image:
+    def _image(self, epoch: int, row: int, data: bytes, known: ProbeResult) -> Image:
         if known.decoder == "dali":
+            if self._reduced is not None and sniff(data[:HEAD_BYTES]) == "jpeg":
+                small = self._reduced(data, epoch, row, known.height, known.width)
+                if small is not None:
+                    return Image(row, decode.as_pnm(small.pixels), known.height, known.width, small.factor, small.shift)
             return Image(row, np.frombuffer(data, np.uint8), known.height, known.width)
         settings = self._settings
         try:

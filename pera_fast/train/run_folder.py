@@ -28,7 +28,10 @@ HARMLESS = {
     "data.loader_threads", "data.prefetch", "data.verify", "data.index", "data.max_pixels", "model.recompute",
 }  # fmt: skip
 # These go on, but not bit for bit.
-NOTED = {"train.steps", "train.epochs", "train.precision", "train.device", "train.compile", "train.cuda_graph"}
+NOTED = {
+    "train.steps", "train.epochs", "train.precision", "train.device", "train.compile", "train.cuda_graph",
+    "data.reduced_decoding",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

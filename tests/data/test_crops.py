@@ -132,6 +132,30 @@ def test_arrays_are_resized_band_by_band(bits, channels):
                 assert np.abs(found[..., band] - expected.astype(np.float64)).max() <= 1.1
 
 
+def test_arrays_among_encoded_files():
+    """Batches with some, with nothing else and with none of them, two under way."""
+    views = small_config().views
+    pictures = [scene(key, 50, 60) for key in range(6)]
+    files = [np.frombuffer(encoded(Image.fromarray(picture), "PNG"), np.uint8) for picture in pictures]
+    batches = [[0, 1], [2, 3], [4, 5], [0, 5]]
+    arrays = [{1}, {2, 3}, {4, 5}, set()]
+    windows = draw_windows(views, 1, 0, np.arange(2), np.tile([50, 60], (2, 1)))
+    pipeline = CropPipeline(views, 3, 2, 1, CPU)
+
+    def submit(number):
+        pipeline.submit([pictures[k] if k in arrays[number] else files[k] for k in batches[number]], *windows.roi())
+
+    submit(0)
+    submit(1)
+    for number, batch in enumerate(batches):
+        found = pipeline.collect()
+        if number + 2 < len(batches):
+            submit(number + 2)
+        expected = make_crops(views, [files[key].tobytes() for key in batch], windows)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one.numpy(), other)
+
+
 def test_batches_of_arrays_come_back_in_order():
     views = small_config().views
     windows = whole((40, 40))
