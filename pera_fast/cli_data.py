@@ -80,7 +80,7 @@ def tile(
 ) -> None:
     """Cut large georeferenced scenes into tiles, each with a JSON file that says where it lies. Stopped, it goes on."""
     from pera_fast.data.tile import tile as run
-    from pera_fast.data.tile_scene import TileSettings
+    from pera_fast.data.tile_grid import TileSettings
 
     settings = TileSettings(size, overlap, nodata_max, format_.value, nodata)
     typer.echo(run(scenes, out, settings, workers=workers))

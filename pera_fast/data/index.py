@@ -7,30 +7,27 @@ import importlib.metadata
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 
 from pera_fast.data.bars import Bars, bars
-from pera_fast.data.checks import Batch, Checks, batches
+from pera_fast.data.checks import Checks
 from pera_fast.data.decode import Bands
 from pera_fast.data.journal import Journal
-from pera_fast.data.manifest import SCHEMA, Manifest, ManifestWriter, StoredManifest, not_writable
+from pera_fast.data.known import FIRST_REASONS, Counts, Known, tasks
+from pera_fast.data.manifest import Manifest, ManifestWriter, StoredManifest, not_writable
 from pera_fast.data.probe import ProbeSettings
 from pera_fast.data.scan import LISTED, Listing, scan
 from pera_fast.data.sensor import is_deep, measure, probe_settings
 from pera_fast.data.shards import list_shards
-from pera_fast.data.sorted_parts import SortedParts, Tables, side_by_side
+from pera_fast.data.sorted_parts import SortedParts, side_by_side
 from pera_fast.errors import UserError
 
-pc: Any = pyarrow.compute  # made when it is imported: type checkers see none of its functions
 _log = logging.getLogger("pera_fast")
-_FIRST_REASONS = 3
 
 
 def default_index_path(root: str | os.PathLike[str]) -> Path:
@@ -146,8 +143,8 @@ def _update(
     folder: Path, target: Path, settings: ProbeSettings, workers: int, timeout: float, bars: "Bars"
 ) -> Manifest:
     version = _dali_version()
-    counts = _Counts()
-    known = _Known(settings, version)
+    counts = Counts()
+    known = Known(settings, version)
     old = known.manifest(target, replace=target == default_index_path(folder))
     with (
         Journal(target, folder, settings, version) as journal,
@@ -162,9 +159,8 @@ def _update(
                 _log.warning("cannot read the folder %s: %s", folder / path, reason)
             bars.start_check(listing.files)
             streams = [*(known.parts(parts) for parts in journal.earlier()), *old]
-            tasks = _tasks(side_by_side(listed.streams(), streams), counts)
             pieces: list[pa.Table] = []
-            for checked, rows in checks.run(tasks):
+            for checked, rows in checks.run(tasks(side_by_side(listed.streams(), streams), counts)):
                 pieces.append(rows)
                 counts.add(rows, checked)
                 bars.done(rows.num_rows, counts.failed)
@@ -191,109 +187,14 @@ def _update(
     return manifest
 
 
-@dataclass
-class _Counts:
-    kept: int = 0
-    checked: int = 0
-    gone: int = 0
-    readable: int = 0
-    failed: int = 0
-    reasons: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of the first that are not readable
-
-    def add(self, rows: pa.Table, checked: bool) -> None:
-        readable = pc.sum(rows["ok"]).as_py() or 0
-        self.readable += readable
-        self.failed += rows.num_rows - readable
-        if checked:
-            self.checked += rows.num_rows
-        else:
-            self.kept += rows.num_rows
-        if readable < rows.num_rows and len(self.reasons) <= _FIRST_REASONS:
-            bad = rows.filter(pc.invert(rows["ok"])).slice(0, _FIRST_REASONS + 1)
-            self.reasons += zip(bad["path"].to_pylist(), bad["reason"].to_pylist(), strict=True)
-
-
-def _tasks(ranges: Iterator[list[pa.Table | None]], counts: _Counts) -> Iterator[Batch | pa.Table]:
-    """Per range of paths: batches to check, then the rows of what need not be, perhaps none."""
-    for listed, known in ranges:
-        if known is not None:
-            known = _without_repeats(known)
-        if listed is None:
-            counts.gone += known.num_rows if known is not None else 0
-            continue
-        if known is None:
-            yield from batches(listed)
-            yield SCHEMA.empty_table()
-            continue
-        at = pc.index_in(listed["path"], value_set=known["path"])
-        counts.gone += known.num_rows - (len(at) - at.null_count)
-        old = known.take(at)
-        same = pc.equal(listed["reason"], "")
-        for name in ("size", "mtime_ns", "offset"):
-            same = pc.and_(same, pc.equal(old[name], listed[name]))
-        same = pc.fill_null(same, False)
-        yield from batches(listed.filter(pc.invert(same)))
-        yield old.filter(same)
-
-
-def _without_repeats(rows: pa.Table) -> pa.Table:
-    """Of rows with equal paths, which lie together, the first."""
-    paths = rows["path"].combine_chunks()
-    if len(paths) < 2:
-        return rows
-    new = np.ones(len(paths), np.bool_)
-    new[1:] = pc.not_equal(paths[1:], paths[:-1]).to_numpy(zero_copy_only=False)
-    return rows if new.all() else rows.filter(pa.array(new))
-
-
-class _Known:
-    """Rows of earlier manifests that need no new check while size and mtime stay."""
-
-    def __init__(self, settings: ProbeSettings, version: str):
-        self._settings, self._version = settings, version
-
-    def manifest(self, target: Path, replace: bool) -> list[Tables]:
-        """The last manifest's rows. What is no manifest is overwritten only if told so: the path may be a slip."""
-        if not target.exists():
-            return []
-        try:
-            StoredManifest(target).__exit__()
-        except UserError as error:
-            if not replace:
-                raise UserError(f"{error}; delete it or give another data.index") from error
-            _log.warning("%s; it is written anew", error)
-            return []
-        return [self._rows(target)]
-
-    def parts(self, paths: Sequence[Path]) -> Tables:
-        """The rows of an attempt that was not finished. What is damaged is passed over: it is checked again."""
-        for path in paths:
-            with contextlib.suppress(UserError):
-                yield from self._rows(path)
-
-    def _rows(self, path: Path) -> Tables:
-        with StoredManifest(path) as stored:
-            same = replace(stored.settings, verify=True) == replace(self._settings, verify=True)
-            if same and stored.dali == self._version:
-                for rows in stored.stream():
-                    yield rows.filter(self._reusable(rows))
-
-    def _reusable(self, rows: pa.Table) -> pa.ChunkedArray:
-        """A header is not enough where a full check is asked for; what could not be opened may have become readable."""
-        opened = pc.greater_equal(rows["size"], 0)
-        if not self._settings.verify:
-            return opened
-        return pc.and_(opened, pc.or_(pc.not_equal(rows["decoder"], ""), pc.invert(rows["ok"])))
-
-
-def _nothing_readable(folder: Path, counts: _Counts, listing: Listing) -> str:
+def _nothing_readable(folder: Path, counts: Counts, listing: Listing) -> str:
     files = listing.files + listing.other_files
     if not files:
-        told = "; ".join(f"{path or '.'}: {reason}" for path, reason in listing.unreadable[:_FIRST_REASONS])
+        told = "; ".join(f"{path or '.'}: {reason}" for path, reason in listing.unreadable[:FIRST_REASONS])
         return f"data folder {folder} holds no files" + (f" ({told})" if told else "")
-    told = "; ".join(f"{path}: {reason}" for path, reason in counts.reasons[:_FIRST_REASONS])
+    told = "; ".join(f"{path}: {reason}" for path, reason in counts.reasons[:FIRST_REASONS])
     return f"no readable image among the {files} file(s) in {folder}" + (
-        f": {told}" + ("; ..." if counts.failed > _FIRST_REASONS else "") if told else ": none is an image"
+        f": {told}" + ("; ..." if counts.failed > FIRST_REASONS else "") if told else ": none is an image"
     )
 
 

@@ -16,7 +16,8 @@ from typing import Any
 from pera_fast.data.progress import progress_bar
 from pera_fast.data.scan import scan
 from pera_fast.data.skipped import SkippedFiles
-from pera_fast.data.tile_scene import TileCounts, TileSettings
+from pera_fast.data.tile_grid import TileSettings
+from pera_fast.data.tile_scene import TileCounts
 from pera_fast.data.worker_process import DiedError, WorkerProcess
 from pera_fast.errors import UserError
 

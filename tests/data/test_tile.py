@@ -18,10 +18,11 @@ from rasterio.transform import from_origin
 
 from pera_fast import cli
 from pera_fast.data import tile as tile_module
-from pera_fast.data import tile_scene
+from pera_fast.data import tile_grid
 from pera_fast.data.index import build_index
 from pera_fast.data.tile import tile
-from pera_fast.data.tile_scene import TileCounts, TileSettings, cut, reads, starts
+from pera_fast.data.tile_grid import TileSettings, reads, starts
+from pera_fast.data.tile_scene import TileCounts, cut
 from pera_fast.errors import UserError
 
 PLACE = {"crs": "EPSG:32618", "transform": from_origin(500_000, 4_000_000, 10, 20)}
@@ -84,11 +85,11 @@ def test_tiles_cover_every_pixel(length, size, overlap):
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 10), st.integers(1, 200))
 def test_reads_are_bounded_and_hold_every_tile_once(width, height, overlap, kib):
     settings = TileSettings(32, overlap)
-    before, tile_scene._READ_BYTES = tile_scene._READ_BYTES, kib * 1024
+    before, tile_grid._READ_BYTES = tile_grid._READ_BYTES, kib * 1024
     try:
         groups = list(reads(width, height, 3, settings))
     finally:
-        tile_scene._READ_BYTES = before
+        tile_grid._READ_BYTES = before
     boxes = [box for group in groups for box in group]
     assert len(set(boxes)) == len(boxes) == len(starts(width, 32, overlap)) * len(starts(height, 32, overlap))
     for group in groups:
@@ -108,7 +109,7 @@ def test_reads_are_bounded_and_hold_every_tile_once(width, height, overlap, kib)
 )
 @pytest.mark.parametrize("read_bytes", [2**27, 100_000])
 def test_tiles_are_the_scenes_pixels_with_their_place(tmp_path, monkeypatch, layout, read_bytes):
-    monkeypatch.setattr(tile_scene, "_READ_BYTES", read_bytes)
+    monkeypatch.setattr(tile_grid, "_READ_BYTES", read_bytes)
     pixels = picture()
     path = write_scene(tmp_path / "a.tif", pixels, descriptions=("blue", "green", "nir"), **layout)
     out = tmp_path / "out"
@@ -207,7 +208,7 @@ def test_scenes_without_a_place_smaller_than_a_tile_or_of_one_name(tmp_path):
 
 
 def test_stopped_within_a_scene_it_goes_on_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(tile_scene, "_READ_BYTES", 100_000)
+    monkeypatch.setattr(tile_grid, "_READ_BYTES", 100_000)
     path = write_scene(tmp_path / "a.tif", picture())
     out, whole = tmp_path / "out", tmp_path / "whole"
     out.mkdir()
