@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from pera_bench import CORES
 from pera_bench.command import Wish
 from pera_bench.loaders import compare_loaders, make_images, processor_seconds
 from pera_fast import cli
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WRONG = {
     "bench data --formats gif": "--formats gif: wants some of jpeg, png, tiff, separated by commas",
     "bench data --sizes big": "--sizes big: wants whole numbers from 1 on, separated by commas",
-    "bench data --threads 4096": f"--threads 4096: there are {os.cpu_count()} cores",
+    "bench data --threads 4096": f"--threads 4096: there are {len(CORES)} cores",
     "bench data --data nowhere": "--data nowhere: no such folder",
     "bench data --compare old.json": "--compare does not go with `pera-fast bench data`, which compares loaders",
     "bench koleo --formats png": "--formats, --sizes and --data are of `pera-fast bench data`, which compares loaders",
@@ -52,7 +53,7 @@ def test_wrong_input_is_one_line_and_2(line, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.run(line.split()) == 2
     assert capsys.readouterr().err == f"error: {WRONG[line]}\n"
-    told = WRONG[line].replace(f"{os.cpu_count()} cores", "2 cores")
+    told = WRONG[line].replace(f"{len(CORES)} cores", "2 cores")
     assert told in (ROOT / "docs" / "messages.md").read_text(encoding="utf-8")
 
 
