@@ -48,7 +48,11 @@ class Scaling:
         """Pixels [H, W, C], uint8 or uint16, contiguous."""
         bands = raster.bands
         if self.ranges is None or (self.keep_8_bit and bands.dtype in (np.uint8, np.bool_)):
-            out = np.ascontiguousarray(by_type(np.moveaxis(bands, 0, -1), self.depth))
+            interleaved = np.moveaxis(bands, 0, -1)
+            if interleaved.flags.c_contiguous:
+                out = by_type(interleaved, self.depth)
+            else:  # band after band is twice as fast as pixel after pixel
+                out = np.stack(list(by_type(bands, self.depth)), axis=-1)
         else:
             ranges = self.ranges * len(bands) if len(self.ranges) == 1 else self.ranges
             out = np.empty((*bands.shape[1:], len(bands)), DTYPES[self.depth])
