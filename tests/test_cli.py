@@ -259,7 +259,7 @@ def test_info_survives_a_broken_op(monkeypatch, tmp_path):
     import pera_kernels
 
     (tmp_path / "brokenop").mkdir()
-    (tmp_path / "brokenop" / "__init__.py").write_text("")
+    (tmp_path / "brokenop" / "__init__.py").write_text("from .op import brokenop")
     (tmp_path / "brokenop" / "op.py").write_text("raise RuntimeError('no such\\nluck')")
     monkeypatch.setattr(pera_kernels, "__path__", [*pera_kernels.__path__, str(tmp_path)])
     missing: dict[str, str] = {}
