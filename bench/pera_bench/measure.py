@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,11 +50,12 @@ class Measure:
     def _measure(self, made: Work | Whole, direction: str, implementation: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if self.first and isinstance(made, Whole):  # its weights and optimiser state are part of what it needs
+            gc.collect()  # what is freed meanwhile would count
             with Memory(self.device) as memory:
                 run = made.run(direction, implementation)
                 with run.context():
                     self._warm_up(run.call, implementation)
-            resident = memory.left
+            resident = max(memory.left, 0)
         else:
             run, resident = made.run(direction, implementation), 0
             with run.context():

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WRONG = {
     "bench atention": "atention: no such bench; known: contrast_mean, visible_patches, embed_tokens, sequence_norm,"
     " attention, sequence_add, mask_tokens, distillation_loss, koleo, prototype_losses, pixel_loss, block, update,"
-    " step, data",
+    " step, crop_resize, data",
     "bench step/all": "step/all: no such case; step has none, cheap, block",
     "bench koleo --device gpu": "--device gpu: wants cpu or cuda",
     "bench koleo --precision half": "--precision half: wants bf16, fp16 or fp32",

@@ -18,6 +18,7 @@ from pera_bench.work import BOTH, FORWARD
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
+NOTHING_SEEN = ("data", "crop_resize")  # another thread allocates, or the caller does
 ONLY = "reference,chosen,pera-fast,triton"
 
 
@@ -54,7 +55,7 @@ def test_suite_measures(measured, suite):
         assert 0 < row["min_s"] <= row["q1_s"] <= row["median_s"] <= row["q3_s"] <= row["max_s"]
         assert row["rounds"] >= 3
         assert row["error"] is None or row["error"] < 1e-4
-        assert row["peak_mib"] is None if suite == "data" else row["peak_mib"] > 0
+        assert suite in NOTHING_SEEN if row["peak_mib"] is None else row["peak_mib"] > 0
     if suite in OPS:
         assert {row["implementation"] for row in rows} > {"reference"}
         assert all("of_copy" in row and row["speedup"] > 0 and row["error"] is not None for row in rows)

@@ -18,5 +18,5 @@ OPS = (
     "prototype_losses",
     "pixel_loss",
 )
-WHOLES = ("block", "update", "step", "data")
+WHOLES = ("block", "update", "step", "crop_resize", "data")
 SUITES = (*OPS, *WHOLES)
