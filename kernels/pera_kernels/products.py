@@ -65,4 +65,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     dtype = product_dtype(x.dtype, x.device)
     bias = None if bias is None else bias.to(dtype)
-    return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias).to(x.dtype)
+    out = torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
+    # Not converted where there is nothing to convert: under torch.compile of PyTorch 2.11 an autograd.Function whose
+    # result is what a conversion returned unchanged has no gradient.
+    return out if out.dtype == x.dtype else out.to(x.dtype)
