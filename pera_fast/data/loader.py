@@ -13,6 +13,7 @@ from pera_fast.data.manifest import Manifest
 from pera_fast.data.order import SampleOrder
 from pera_fast.data.producer import Failure, Producer
 from pera_fast.data.skipped import SkippedFiles
+from pera_fast.data.streams import adopt
 
 T = TypeVar("T")
 
@@ -69,6 +70,7 @@ class Loader(Iterator[T], Generic[T]):
             for path, reason in manifest.unreadable():
                 skipped.add(path, reason)
         self._failure: BaseException | None = None
+        self._device = device
         self._producer = Producer(cfg, manifest, order, device, skipped, start_micro_step, transform)
         # The threads know the producer only, so a loader that is forgotten is collected and ends them.
         self._finalizer = weakref.finalize(self, self._producer.close)
@@ -87,6 +89,7 @@ class Loader(Iterator[T], Generic[T]):
         if isinstance(item, Failure):
             self._failure = item.error
             raise item.error
+        adopt(item, self._device)
         return item
 
     def close(self) -> None:

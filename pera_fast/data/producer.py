@@ -22,6 +22,7 @@ from pera_fast.data.reduced import ReducedDecoder
 from pera_fast.data.sensor import probe_settings, scaling_of
 from pera_fast.data.skipped import SkippedFiles
 from pera_fast.data.source import Image, SampleSource
+from pera_fast.data.streams import finish, own_stream
 from pera_fast.data.views import draw_colors, draw_windows
 
 _log = logging.getLogger("pera_fast")
@@ -99,11 +100,10 @@ class Producer:
 
     def _run(self) -> None:
         try:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)
-            self._pipeline = self._build()
-            while not self._stopped.is_set():
-                self._put(self._make())
+            with own_stream(self._device):
+                self._pipeline = self._build()
+                while not self._stopped.is_set():
+                    self._put(self._make())
         except BaseException as error:  # must come out of the consumer's next(), whatever it is
             if not self._stopped.is_set():
                 self._put(Failure(error))
@@ -128,7 +128,9 @@ class Producer:
         pending = self._decoding.popleft()
         self._fill()
         batch = self._finish(pending, *crops)
-        return batch if self._transform is None else self._transform(batch)
+        made = batch if self._transform is None else self._transform(batch)
+        finish(self._device)
+        return made
 
     # Reading and decoding ahead
 
