@@ -9,8 +9,8 @@ from report_text import heading, paragraph
 TEXT = """
 Side by side, `pera-fast bench data`: images/s per core (images/s), files in the page cache, on as many cores as
 threads. Ours goes up to the normalised bf16 patch rows of student and teacher, the Pillow and PyTorch pipeline to its
-float views. Per core means per second of processor time; where images/s are fewer than that, other work had the cores
-at the time.
+float views. Per core means per second of processor time; where images/s are fewer than that times the threads, a side
+left its cores idle for a part of the time, or other work had them.
 """
 NOTHING = """
 Not recorded yet; `pera-fast bench data` measures it.

@@ -10,7 +10,7 @@ from report_text import heading, paragraph
 
 RECIPE = "vit_b16"
 POLICY = "cheap"  # the default of model.recompute
-BUSY = 0.9  # share of its cores that a side has to itself on a quiet machine
+BUSY = 0.9  # share of its cores that the busiest side has to itself on a quiet machine
 FORWARD, BOTH, STEP = "forward", "forward+backward", "step"
 NO_GPU = """
 **Nothing has been measured on a GPU yet**: no step, no op, no loader, no memory. The Triton kernels are compiled for
@@ -143,8 +143,9 @@ def loaders(folder: Path) -> list[str]:
             "sizes": ", ".join(sizes),
             "threads": ", ".join(threads),
         }
-        busy = any(side["cores"] < BUSY * row["threads"] for row in rows for side in row["sides"].values())
-        facts = {**record["machine"], "recipe": record["recipe"], **found}
+        busy = any(max(side["cores"] for side in row["sides"].values()) < BUSY * row["threads"] for row in rows)
+        machine = record["machine"]
+        facts = {**machine, "recipe": record["recipe"], **found, "date": machine["date"].split()[0]}
         lines += paragraph(LOADERS.format(**facts) + (BUSY_LOADERS if busy else ""))
     return lines
 
