@@ -15,6 +15,9 @@ NATIVE := $(wildcard kernels/pera_kernels/*/cpu.cpp kernels/pera_kernels/*.h ker
 # Python compiles what it imports, when it does; to compile all that is installed takes longer than to unpack it.
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
 
+# pip leaves byte-compiling to the first import; where nothing may be written then, each import compiles again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DELETE_ON_ERROR:
 .PHONY: test demo lint venv wheel clean
 

@@ -83,7 +83,7 @@ def test_benches_of_the_parts_exist():
 
 
 def test_every_op_is_in_the_run():
-    assert {*gpu.OPS, "step", "data"} == set(SUITES)
+    assert {*gpu.OPS, "step", "data"} == set(SUITES) - {"crop_resize"}  # which is for CPUs
     assert {name.partition("/")[2] for name in gpu.STEPS} == set(load("step").CASES)
 
 
