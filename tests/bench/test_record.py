@@ -198,6 +198,10 @@ def test_summary_of_ops_and_steps(report, tmp_path):
     text = summary(report, tmp_path)
     assert "| koleo | native | 4.00 to 60.0 | 0.80 | 2.00 | 1.33 |" in text
     assert "under torch.compile" not in text
+    record(*pairs, *other, *tiny).save(tmp_path / "ops.json")  # compiled in a run of its own, without the definition
+    record(*compiled, row("compiled", 1e-3, case="unknown", **at)).save(tmp_path / "of_ops_compiled.json")
+    assert "| koleo | native | 4.00 to 60.0 | 0.80 | 2.00 | 1.33 |" in summary(report, tmp_path)
+    assert "| koleo, global | forward | compiled | 2 (10%) | |" in report.page(tmp_path)
     sizes = [row(name, median, **STEP | {"images": images, "precision": "bf16"})
              for images in (2, 4) for name, median in (("pera-fast", 2.0), ("published", 5.0 * images))]  # fmt: skip
     alone = row("pera-fast", 2.0, **STEP | {"images": 8, "precision": "bf16"})
