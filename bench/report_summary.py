@@ -110,6 +110,8 @@ def ops(records: list[Record]) -> list[str]:
             compiled = compiled_rows(of_device, rows)
             at = f"{RECIPE}, {rows[0]['images']} images, {rows[0]['precision']}; {where(record['machine'])};"
             at += f" {when(record['machine'])}. {'' if compiled else NOT_COMPILED}"
+            apart = {when(r["machine"]): None for r in of_device if r is not record and has_compiled(r)}
+            at += f" Under torch.compile: {'; '.join(apart)}." if compiled and apart else ""
             lines += [*paragraph(OPS), *_op_table(ours, compiled), "", *paragraph(at)]
             break
     return lines
@@ -127,6 +129,11 @@ def compiled_rows(records: list[Record], rows: list[Row]) -> list[Row]:
             speedup = row.get("speedup") or definition[bench_of(row)] / row["median_s"]
             found.setdefault(bench_of(row), {**row, "speedup": speedup})
     return list(found.values())
+
+
+def has_compiled(record: Record) -> bool:
+    """Whether definitions ran under torch.compile."""
+    return any(row["implementation"] == COMPILED for row in record["rows"])
 
 
 def bench_of(row: Row) -> tuple[str, str, str]:
