@@ -97,10 +97,10 @@ def _step_line(machine: Record, row: Row, other: Row) -> str:
 
 
 def ops(records: list[Record]) -> list[str]:
-    """For each device a table of all ops, blocks and the update at the published sizes: of the first such record."""
+    """For each device a table of ops, blocks and the update at the published sizes: of the record with most of them."""
     lines = []
     for _, some in groupby(records, lambda record: record["machine"]["device"]):
-        of_device = list(some)
+        of_device = sorted(some, key=lambda record: len(record["rows"]), reverse=True)
         for record in of_device:
             rows = [r for r in record["rows"] if r["recipe"] == RECIPE and r["suite"] not in ("step", "data")]
             rows = [row for row in rows if point(row) == point(rows[0])]
