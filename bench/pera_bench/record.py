@@ -106,7 +106,8 @@ def summarise(measured: list[dict[str, Any]], ceilings: dict[str, float]) -> lis
         each = [row["times_s"] for row in (first, *later)]
         times = sorted(seconds for some in each for seconds in some)
         q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-        row = {k: v for k, v in first.items() if k not in ("asked", "pass", "times_s", "moved_bytes", "flops")}
+        row = {"peak_mib": None, "error": None}  # where the first pass, which measures them, did not come through
+        row |= {k: v for k, v in first.items() if k not in ("asked", "pass", "times_s", "moved_bytes", "flops")}
         row |= {"median_s": median, "q1_s": q1, "q3_s": q3, "min_s": times[0], "max_s": times[-1]}
         row |= {"rounds": len(times), "passes_s": [statistics.median(some) for some in each]}
         for cost, share, ceiling in (("moved_bytes", "of_copy", "copy"), ("flops", "of_matrix", "matrix")):

@@ -95,6 +95,8 @@ def test_passes_make_one_row():
     assert "of_matrix" not in first
     assert not {"asked", "pass", "times_s"} & first.keys()
     assert (chosen["median_s"], other["images"], other["rounds"]) == (9.0, 4, 1)
+    (late,) = summarise([timed([1.0], 2)], {"copy": 4.0, "matrix": 1.0})  # the first pass had failed
+    assert "1 s" in printed(show, record(late))
 
 
 def test_spread_is_of_the_calls_or_between_the_passes():
