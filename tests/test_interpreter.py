@@ -25,6 +25,8 @@ SELECTIONS = {
         *("tests/kernels/test_distillation_loss.py", "-k"),
         "(error_within and native) or extreme or noncontiguous or equal_bits or uninitialised or odd or nan_is",
     ],
+    "add_norm": ["tests/kernels/test_add_norm.py", "-k", "triton and not opcheck"],
+    "gelu": ["tests/kernels/test_gelu.py", "-k", "triton and not opcheck"],
     "embed_tokens": [*PACKED, "embed_tokens and triton and not opcheck"],
     "mask_tokens": [*PACKED, "mask_tokens and triton and not opcheck"],
     "sequence_add": [*PACKED, "sequence_add and triton and not opcheck"],

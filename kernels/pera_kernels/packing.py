@@ -53,6 +53,26 @@ def kept_parts(x: Tensor, keep: Tensor, groups: Sequence[int], kept: Sequence[in
     return zip(split(x, groups), keep.split(list(kept)), strict=True)
 
 
+def with_places(keep: Tensor, groups: Sequence[int], kept: Sequence[int]) -> Tensor:
+    """Append to a subset of the sequences each sequence's place in it: the form in which ``add_norm`` takes a subset.
+
+    Args:
+        keep: int32 [..., sum(kept)], kept sequence numbers of each group, without repetition.
+        groups, kept: see above.
+
+    Returns:
+        int32 [..., sum(kept) + sum(n)]: keep, then for every sequence its place among the kept ones of its group, or
+        -1 if it is not kept.
+    """
+    shapes = pairs(groups)
+    parts, places = keep.split(list(kept), dim=-1), []
+    for part, (n, _) in zip(parts, shapes, strict=True):
+        place = torch.full((*keep.shape[:-1], n), -1, dtype=torch.int32, device=keep.device)
+        numbers = torch.arange(part.shape[-1], dtype=torch.int32, device=keep.device)
+        places.append(place.scatter_(-1, part.long(), numbers.expand(part.shape)))
+    return torch.cat([keep, *places], dim=-1)
+
+
 def gather(x: Tensor, keep: Tensor | None, groups: Sequence[int], kept: Sequence[int]) -> Tensor:
     """The kept sequences of x [T, D], packed: [sum(kept[i] * len[i]), D]. All of x (no copy) if keep is None."""
     if keep is None:

@@ -44,28 +44,64 @@ def half_products() -> Iterator[None]:
         _always_half = before
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
+def in_dtype(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter in a dtype: its compute copy where it has one that is up to date, else a cast.
+
+    A compute copy is a half-precision copy that the optimiser's pass writes together with the parameter, as the
+    attribute ``compute_copy``. The attribute ``compute_copy_version`` is the parameter's version counter at the time
+    when both were equal, so whoever else writes to the parameter makes the copy stale.
+    """
+    if parameter.dtype == dtype or torch.compiler.is_compiling():
+        return parameter.to(dtype)
+    copy = getattr(parameter, "compute_copy", None)
+    if copy is None or copy.dtype != dtype or getattr(parameter, "compute_copy_version", None) != parameter._version:
+        return parameter.to(dtype)
+    return copy
+
+
+def matmul(a: Tensor, b: Tensor, rows: slice | None = None) -> Tensor:
     """``a @ b`` in the dtype of a, whatever that of b; computed in ``product_dtype``.
 
     Args:
         a: [..., M, K].
         b: [..., K, N]; cast.
+        rows: of b; None: all.
     """
     dtype = product_dtype(a.dtype, a.device)
-    return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
+    return (a.to(dtype) @ in_dtype(b, dtype)[rows or slice(None)]).to(a.dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad' x``, the gradient of a linear layer's weight, accumulated in float32 and rounded to dtype once.
+
+    Args:
+        grad: gradient of the layer's result [T, out].
+        x: its argument [T, in], dtype of grad.
+        dtype: of the weight.
+
+    Returns:
+        [out, in]. Half types on a GPU give a float32 result straight from the product.
+    """
+    if grad.is_cuda and dtype == torch.float32 and grad.dtype in (torch.bfloat16, torch.float16):
+        return torch.ops.aten.mm.dtype(grad.t(), x, torch.float32)
+    product = product_dtype(grad.dtype, grad.device)
+    return (grad.to(product).t() @ x.to(product)).to(dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, rows: slice | None = None) -> Tensor:
     """``x W' + b`` in the dtype of x; weight and bias are cast; computed in ``product_dtype``.
 
     Args:
         x: [T, in].
         weight: [out, in].
         bias: [out] or None.
+        rows: of weight and bias, whose results are wanted; None: all.
     """
     dtype = product_dtype(x.dtype, x.device)
-    bias = None if bias is None else bias.to(dtype)
-    out = torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
+    weight, bias = in_dtype(weight, dtype), None if bias is None else in_dtype(bias, dtype)
+    if rows is not None:
+        weight, bias = weight[rows], None if bias is None else bias[rows]
+    out = torch.nn.functional.linear(x.to(dtype), weight, bias)
     # Not converted where there is nothing to convert: under torch.compile of PyTorch 2.11 an autograd.Function whose
     # result is what a conversion returned unchanged has no gradient.
     return out if out.dtype == x.dtype else out.to(x.dtype)

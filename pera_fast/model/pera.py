@@ -12,13 +12,15 @@ from pera_fast.ranges import span
 from pera_kernels.distillation_loss import prototype_logits_mean, sinkhorn_center
 from pera_kernels.koleo import koleo_rows
 from pera_kernels.mask_tokens import mask_tokens
+from pera_kernels.packing import with_places
 from pera_kernels.pixel_loss import pixel_loss
 from pera_kernels.prototype_losses import prototype_losses
 from pera_kernels.visible_patches import contrast_mean, visible_patches
 
 from .heads import ClsHead, PixelHead
 from .inputs import GroupInputs, StepInputs, num_kept
-from .transformer import VisionTransformer, sequence_starts
+from .rows import row_groups, split_rows
+from .transformer import VisionTransformer
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -132,9 +134,9 @@ class PerA(nn.Module):
                 rows = self._patches(crops, group.teacher_index, group.teacher_order, group.teacher_factors)[0]
                 tokens.append(self._embed(backbone, rows, group.teacher_index, crops))
             groups += [group.teacher_index.shape[0], 1 + group.teacher_index.shape[1]]
-        x = backbone.forward_blocks(torch.cat(tokens), groups)
+        rows = backbone.forward_rows(torch.cat(tokens), groups, [0, 0])
         with span("cls head"):
-            return self.teacher.cls_head(backbone.final_norm(sequence_starts(x, groups)))
+            return self.teacher.cls_head(rows)
 
     def student_rows(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """Unit bottleneck rows of the student [crops * B, bottleneck], and the pixel loss (scalar)."""
@@ -149,14 +151,17 @@ class PerA(nn.Module):
         x = torch.cat(tokens)
         drop_path = self.cfg.model.drop_path
         kept = [] if inputs.keep is None else [num_kept(groups[0], drop_path), num_kept(groups[2], drop_path)]
+        subsets = None if inputs.keep is None else with_places(inputs.keep, groups, kept)
         middle = len(backbone.blocks) // 2
-        x = backbone.forward_blocks(x, groups, 0, middle, inputs.keep, kept, recompute)
+        x = backbone.forward_blocks(x, groups, 0, middle, subsets, kept, recompute)
         x, groups = self._grow(x, groups, inputs.global_.predicted_index)
-        x = backbone.forward_blocks(x, groups, middle, None, inputs.keep, kept, recompute)
+        tails = [inputs.global_.predicted_index.shape[1], 0]
+        rows = backbone.forward_rows(x, groups, tails, middle, subsets, kept, recompute)
+        cls, predicted = split_rows(rows, row_groups(groups, tails))
         with span("cls head"):
-            rows = self.student.cls_head(backbone.final_norm(sequence_starts(x, groups)))
+            cls = self.student.cls_head(cls)
         with span("pixel head"):
-            return rows, self._pixel_loss(x, groups, inputs.global_, means[0])
+            return cls, self._pixel_loss(predicted, inputs.global_, means[0])
 
     def _patches(
         self, crops: Tensor, index: Tensor, order: Tensor | None, factors: Tensor | None
@@ -180,13 +185,11 @@ class PerA(nn.Module):
         new = mask_tokens(old, self.s_mask_token[0, 0], self.student.backbone.pos_embed[0], predicted)
         return torch.cat([new, rest]), [num, length + predicted.shape[1], *groups[2:]]
 
-    def _pixel_loss(self, x: Tensor, groups: Sequence[int], group: GroupInputs, gray: Tensor | None) -> Tensor:
-        num_predicted = group.predicted_index.shape[1]
-        if num_predicted == 0:
-            return x.new_zeros((), dtype=torch.float32)
-        num, length = groups[:2]
-        tokens = x[: num * length].view(num, length, -1)[:, length - num_predicted :].flatten(0, 1)
-        pred = self.pred_head(self.student.backbone.final_norm(tokens))
+    def _pixel_loss(self, predicted: Tensor, group: GroupInputs, gray: Tensor | None) -> Tensor:
+        """The pixel loss (scalar) of the predicted tokens [n * predicted, D] after the final norm."""
+        if predicted.shape[0] == 0:
+            return predicted.new_zeros((), dtype=torch.float32)
+        pred = self.pred_head(predicted)
         colour = group.student_order, group.student_factors, gray
         mean, std = self.cfg.views.mean, self.cfg.views.std
         patch = self.cfg.model.patch_size
@@ -195,12 +198,14 @@ class PerA(nn.Module):
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compiles the transformer blocks of both networks, each as one graph, with the ops as its opaque parts.
 
-        What is between the blocks is a few ops that have their own kernels. Blocks share their code, so there are
-        three graphs: the teacher's, and the student's before and after the mask tokens.
+        What is between the blocks is a few ops that have their own kernels. Blocks share their code, so there is one
+        graph for each kind of block: first, middle and last of the teacher; first and middle of the student before and
+        after the mask tokens, and its last.
 
         Args:
             backend: of ``torch.compile``.
         """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)
         for branch in (self.student, self.teacher):
             for block in branch.backbone.blocks:
                 block.compile(fullgraph=True, dynamic=False, backend=backend)

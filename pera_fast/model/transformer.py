@@ -13,13 +13,11 @@ from torch.nn.init import normal_, trunc_normal_, zeros_
 from torch.utils.checkpoint import checkpoint
 
 from pera_fast.ranges import span
-from pera_kernels.attention import attention
 from pera_kernels.embed_tokens import embed_tokens
-from pera_kernels.packing import kept_groups, pairs
-from pera_kernels.sequence_add import sequence_add
 from pera_kernels.sequence_norm import sequence_norm
 
-from .linear import gelu_linear, linear, norm_linear
+from .branches import Pending, Plan, add_pending, attention_branch, mlp_branch, norm_pending
+from .rows import row_groups
 
 NORM_EPS = 1e-6
 
@@ -62,49 +60,34 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(
-        self, x: Tensor, groups: Sequence[int], keep: Tensor | None, kept: Sequence[int], recompute: str
-    ) -> Tensor:
-        """One block.
+        self,
+        x: Tensor,
+        pending: Pending | None,
+        subsets: tuple[Tensor, Tensor] | tuple[None, None],
+        plan: Plan,
+        tails: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Pending]:
+        """One block, whose last addition is left to what follows.
 
         Args:
-            x: packed tokens [T, D].
-            groups: [n0, len0, n1, len1, ...].
-            keep: int32 [2, sum(kept)], sequences that the attention (0) and MLP (1) branches see; None: all.
-            kept: kept sequences of each group.
-            recompute: "cheap" keeps neither norms nor the GELU; anything else keeps what autograd keeps.
+            x: packed tokens [T, D]; overwritten where no gradient is recorded.
+            pending: the addition that the block before left; None: x is complete.
+            subsets: sequences that the attention and the MLP branch see, see ``attention_branch``.
+            plan: groups and policy.
+            tails: None, or in a network's last block the rows that are read, see ``rows.take_rows``.
 
         Returns:
-            [T, D].
+            The stream and the MLP branch's result; with tails the rows of both that are read.
         """
-        keep_attn, keep_mlp = (None, None) if keep is None else keep
-        recorded = torch.is_grad_enabled()
-        cheap = recompute == "cheap" or not recorded
-        branch_groups = kept_groups(groups, None if keep is None else kept)
+        attn, mlp = self.attn, self.mlp
         with span("attention"):
-            qkv = _norm_linear(x, self.norm1, groups, keep_attn, kept, self.attn.qkv, cheap)
-            y = attention(qkv, self.attn.num_heads, branch_groups)
-            x = sequence_add(x, linear(y, self.attn.proj.weight, self.attn.proj.bias), groups, keep_attn, kept)
+            x, pending = attention_branch(
+                x, pending, self.norm1, attn.qkv, attn.proj, attn.num_heads, subsets[0], plan, tails
+            )
+        if tails is not None:
+            plan = plan._replace(groups=tuple(row_groups(plan.groups, tails)))
         with span("mlp"):
-            hidden = _norm_linear(x, self.norm2, groups, keep_mlp, kept, self.mlp.fc1, cheap)
-            fc2 = self.mlp.fc2
-            y = gelu_linear(hidden, fc2.weight, fc2.bias) if cheap else linear(F.gelu(hidden), fc2.weight, fc2.bias)
-            if not recorded and keep_mlp is None:
-                return x.add_(y)  # x is this call's own sum, and nobody keeps it
-            return sequence_add(x, y, groups, keep_mlp, kept)
-
-
-def _norm_linear(
-    x: Tensor,
-    norm: nn.LayerNorm,
-    groups: Sequence[int],
-    keep: Tensor | None,
-    kept: Sequence[int],
-    layer: nn.Linear,
-    cheap: bool,
-) -> Tensor:
-    if cheap:
-        return norm_linear(x, norm.weight, norm.bias, norm.eps, groups, keep, kept, layer.weight, layer.bias)
-    return linear(sequence_norm(x, norm.weight, norm.bias, norm.eps, groups, keep, kept), layer.weight, layer.bias)
+            return mlp_branch(x, pending, self.norm2, mlp.fc1, mlp.fc2, subsets[1], plan)
 
 
 def bicubic_matrix(grid: int, target: int) -> Tensor:
@@ -191,39 +174,81 @@ class VisionTransformer(nn.Module):
         groups: Sequence[int],
         start: int = 0,
         stop: int | None = None,
-        keep: Tensor | None = None,
+        subsets: Tensor | None = None,
         kept: Sequence[int] = (),
         recompute: str = "none",
     ) -> Tensor:
         """Blocks start to stop on packed tokens.
 
         Args:
-            x: packed tokens [T, D] in the compute dtype.
+            x: packed tokens [T, D] in the compute dtype; overwritten where no gradient is recorded.
             groups: [n0, len0, n1, len1, ...].
             start, stop: range of blocks.
-            keep: int32 [depth, 2, sum(kept)], stochastic depth's subsets for every block; None drops nothing.
+            subsets: int32 [depth, 2, sum(kept) + sum(n)], stochastic depth's subsets for every block and branch, as
+                ``packing.with_places`` gives them; None drops nothing.
             kept: kept sequences of each group.
             recompute: what the backward pass makes again: "none", "cheap" (norms and GELU) or "block" (everything).
 
         Returns:
             [T, D], before the final norm.
         """
-        stop = len(self.blocks) if stop is None else stop
+        plan = _plan(groups, subsets, kept, recompute)
+        x, pending = self._blocks(x, start, len(self.blocks) if stop is None else stop, subsets, plan, recompute)
+        return x if pending is None else add_pending(x, pending, plan)
+
+    def forward_rows(
+        self,
+        x: Tensor,
+        groups: Sequence[int],
+        tails: Sequence[int],
+        start: int = 0,
+        subsets: Tensor | None = None,
+        kept: Sequence[int] = (),
+        recompute: str = "none",
+    ) -> Tensor:
+        """All blocks from start on and the final norm, for the rows that are read.
+
+        The last block makes queries, projection and MLP of those rows only; keys and values come from all tokens.
+
+        Args:
+            tails: how many last tokens of a sequence of each group are read, beside its cls token.
+            x, groups, start, subsets, kept, recompute: as for ``forward_blocks``.
+
+        Returns:
+            Normalised rows [sum(n * (1 + tail)), D], as ``rows.take_rows`` orders them.
+        """
+        plan, last = _plan(groups, subsets, kept, recompute), len(self.blocks) - 1
+        x, pending = self._blocks(x, start, last, subsets, plan, recompute)
+        x, pending = self.blocks[last](x, pending, _subsets(subsets, last), plan, tails)
+        plan = plan._replace(groups=tuple(row_groups(groups, tails)))
+        return norm_pending(x, pending, self.norm, plan)
+
+    def _blocks(
+        self, x: Tensor, start: int, stop: int, subsets: Tensor | None, plan: Plan, recompute: str
+    ) -> tuple[Tensor, Pending | None]:
+        """Blocks start to stop: the stream and what is still to be added."""
+        pending: Pending | None = None
         for i in range(start, stop):
-            block_keep = None if keep is None else keep[i]
-            args = x, groups, block_keep, kept, recompute
+            args = _subsets(subsets, i), plan
             if recompute == "block" and torch.is_grad_enabled():
-                x = checkpoint(self.blocks[i], *args, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(self._whole, i, x, *args, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = self.blocks[i](*args)
-        return x
+                x, pending = self.blocks[i](x, pending, *args)
+        return x, pending
+
+    def _whole(self, i: int, x: Tensor, subsets: tuple[Tensor, Tensor] | tuple[None, None], plan: Plan) -> Tensor:
+        """Block i with its last addition: one tensor to keep, the stream."""
+        return add_pending(*self.blocks[i](x, None, subsets, plan), plan)
 
     def final_norm(self, rows: Tensor) -> Tensor:
         """The final LayerNorm on some rows [R, D]: it acts on each row alone, so only rows that are used need it."""
         return sequence_norm(rows, self.norm.weight, self.norm.bias, self.norm.eps, [rows.shape[0], 1])
 
 
-def sequence_starts(x: Tensor, groups: Sequence[int]) -> Tensor:
-    """The first token (cls) of every packed sequence: [sum(n), D]."""
-    parts = x.split([n * length for n, length in pairs(groups)])
-    return torch.cat([p.view(n, length, -1)[:, 0] for p, (n, length) in zip(parts, pairs(groups), strict=True) if n])
+def _plan(groups: Sequence[int], subsets: Tensor | None, kept: Sequence[int], recompute: str) -> Plan:
+    return Plan(tuple(groups), None if subsets is None else tuple(kept), recompute == "none")
+
+
+def _subsets(subsets: Tensor | None, block: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """What a block's attention and MLP branch see."""
+    return (None, None) if subsets is None else (subsets[block, 0], subsets[block, 1])

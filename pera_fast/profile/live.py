@@ -32,7 +32,9 @@ PIECEWISE = frozenset(
 # Not opened: a GPU's kernels hold their results and a few KiB. What runs on fake tensors in their place widens half
 # types and writes gathered rows and scores out, up to 10 MiB per image at vit_b16.
 FUSED = frozenset(
-    f"pera::{name}{way}" for name in ("attention", "sequence_norm", "sequence_add") for way in ("", "_backward")
+    f"pera::{name}{way}"
+    for name in ("attention", "query_attention", "sequence_norm", "sequence_add", "add_norm", "gelu")
+    for way in ("", "_", "_backward", "_backward_")
 )
 
 

@@ -1,7 +1,8 @@
 """Model FLOP utilisation: the matrix products that the method needs, against the device's published peak.
 
-Counted: multiply-adds (as 2) of matrix products and attention, once for each token that a network sees. Not counted:
-recomputation, and what stochastic depth leaves out. METHOD.md section 4.
+Counted: multiply-adds (as 2) of matrix products and attention, once for each token that a network sees; in the last
+block, keys and values of all tokens and the rest for the rows that are read. Not counted: recomputation, and what
+stochastic depth leaves out. METHOD.md section 4.
 """
 
 import torch
@@ -35,6 +36,13 @@ def _blocks(cfg: Config, length: int, depth: int) -> float:
     return depth * (dense + 4 * length * length * D)
 
 
+def _last_block(cfg: Config, length: int, rows: int) -> float:
+    """Forward FLOPs of the last block on one sequence of `length` tokens, of which `rows` are read."""
+    D = cfg.model.embed_dim
+    dense = length * 4 * D * D + rows * (4 + 4 * cfg.model.mlp_ratio) * D * D  # keys and values; the rest
+    return dense + 4 * rows * length * D
+
+
 def _mlp_head(cfg: Config) -> float:
     """Forward FLOPs of a head's MLP on one row."""
     m = cfg.model
@@ -50,12 +58,13 @@ def flops_per_image(cfg: Config) -> float:
     student, teacher, embedding = 0.0, 0.0, 0.0
     for crops, size, predicts in ((v.num_global, v.global_size, True), (v.num_local, v.local_size, False)):
         seen, predicted, taught = m.patch_counts((size // m.patch_size) ** 2)
-        late = 1 + seen + (predicted if predicts else 0)
-        half = m.depth // 2
-        blocks = _blocks(cfg, 1 + seen, half) + _blocks(cfg, late, m.depth - half)
+        read = 1 + (predicted if predicts else 0)
+        half, late = m.depth // 2, seen + read
+        blocks = _blocks(cfg, 1 + seen, half) + _blocks(cfg, late, m.depth - half - 1) + _last_block(cfg, late, read)
         student += crops * ((1 - m.drop_path) * blocks + head)
         if predicts:
             student += crops * predicted * (_mlp_head(cfg) + 2 * m.bottleneck * patch)
         embedding += crops * seen * embed
-        teacher += crops * (_blocks(cfg, 1 + taught, m.depth) + head + taught * embed)
+        blocks = _blocks(cfg, 1 + taught, m.depth - 1) + _last_block(cfg, 1 + taught, 1)
+        teacher += crops * (blocks + head + taught * embed)
     return 3 * student + 2 * embedding + teacher  # pixels take no gradient

@@ -127,7 +127,7 @@ def test_recomputation_changes_no_gradient(policy: str) -> None:
     [("none", "aot_eager"), ("block", "aot_eager"), ("cheap", "inductor")],  # inductor does all that aot_eager does
 )
 def test_blocks_compile_as_one_graph(policy: str, backend: str) -> None:
-    cfg = config(f"model.recompute={policy}", "model.depth=2")
+    cfg = config(f"model.recompute={policy}", "model.depth=4")
     model, out = step(cfg)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -136,7 +136,10 @@ def test_blocks_compile_as_one_graph(policy: str, backend: str) -> None:
     compiled.compile_blocks(backend)
     compiled_out = compiled(make_inputs(batch_of(cfg), cfg), 0.04)
     compiled_out["loss"].backward()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    # Teacher: first, middle, last. Student, before and after the mask tokens: first, second, which is after them the
+    # last; with policy "block" every block is given a complete stream, as the first one is.
+    graphs = 3 + (3 if policy == "block" else 4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     torch.testing.assert_close(compiled_out["loss"], out["loss"], rtol=1e-6, atol=0)
     for (name, grad), got in zip(gradients(model).items(), gradients(compiled).values(), strict=True):
         assert (grad - got).norm() <= 1e-5 * grad.norm() + 1e-12, name

@@ -107,6 +107,19 @@ def test_flops_of_a_block_are_what_torch_counts():
     assert 5 * counter.get_total_flops() == flops._blocks(cfg, n, 5)
 
 
+def test_flops_of_the_last_block_are_what_torch_counts():
+    cfg = load_config("tiny", ["model.embed_dim=24", "model.num_heads=2", "model.mlp_ratio=3"])
+    n, rows, D, heads = 11, 4, 24, 2
+    x, read = torch.zeros(1, n, D), torch.zeros(1, rows, D)
+    with FlopCounterMode(display=False) as counter:
+        k, v = F.linear(x, torch.zeros(2 * D, D)).view(1, n, 2, heads, D // heads).permute(2, 0, 3, 1, 4)
+        q = F.linear(read, torch.zeros(D, D)).view(1, rows, heads, D // heads).transpose(1, 2)
+        attention = torch.softmax(q @ k.transpose(-1, -2), -1) @ v
+        x = F.linear(attention.transpose(1, 2).reshape(1, rows, D), torch.zeros(D, D))
+        F.linear(F.linear(x, torch.zeros(3 * D, D)), torch.zeros(D, 3 * D))
+    assert counter.get_total_flops() == flops._last_block(cfg, n, rows)
+
+
 def test_flops_follow_what_is_seen():
     """The published recipe stands near the published code's 403 GFLOP; sparsity is what keeps it there."""
     published = flops_per_image(load_config("vit_b16"))

@@ -155,3 +155,16 @@ def attention(qkv: Tensor, num_heads: int, groups: Sequence[int]) -> Tensor:
         raise ValueError(f"qkv {tuple(qkv.shape)} must be [T, 3 * D] with D a multiple of num_heads = {num_heads}")
     check(qkv, None, groups, ())
     return _attention(qkv.contiguous(), num_heads, list(groups))[0]
+
+
+def attention_with_lse(qkv: Tensor, num_heads: int, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """As ``attention``, with the log-sum-exp of each query's scores [T, H]; not differentiable."""
+    return _attention(qkv, num_heads, list(groups))
+
+
+def attention_backward_with_sums(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, groups: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Gradient of qkv [T, 3 * D] and its column sums [3 * D], float32 (float64 for float64)."""
+    grad_qkv = _backward(grad, qkv, out, lse, num_heads, list(groups))
+    return grad_qkv, grad_qkv.sum(0, dtype=_wide(qkv))

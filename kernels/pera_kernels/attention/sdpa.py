@@ -41,7 +41,7 @@ def _is_flash(q: Tensor) -> bool:
     return q.dtype in HALF and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def _heads(part: Tensor, num_heads: int, three: int = 3) -> Tensor:
+def heads(part: Tensor, num_heads: int, three: int = 3) -> Tensor:
     """[n, len, 3 * D] -> [3, n, H, len, d] views."""
     n, length, width = part.shape
     return part.view(n, length, three, num_heads, width // (three * num_heads)).permute(2, 0, 3, 1, 4)
@@ -84,7 +84,8 @@ def _backward_fused(
         seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of the dropout: there is none
         backward = aten._scaled_dot_product_flash_attention_backward
         # The kernels read the log-sum-exps by pointer, as a contiguous tensor.
-        return backward(grad, q, k, v, out, lse.contiguous(), None, None, length, length, 0.0, False, seed, seed)
+        lengths = length, k.shape[2]
+        return backward(grad, q, k, v, out, lse.contiguous(), None, None, *lengths, 0.0, False, seed, seed)
     seed = torch.empty(0, dtype=torch.int64, device=q.device)
     padded = torch.nn.functional.pad(lse, (0, -length % 32), value=float("inf")).contiguous()
     backward = aten._scaled_dot_product_efficient_attention_backward
@@ -107,7 +108,7 @@ class _PerGroup:
     """An implementation that takes the groups one after the other."""
 
     def __init__(self, forward_group, backward_group, available, why_not) -> None:
-        self._forward, self._backward = forward_group, backward_group
+        self.forward_group, self.backward_group = forward_group, backward_group
         self.available, self.why_not = available, why_not
 
     def forward(self, qkv: Tensor, num_heads: int, groups: Sequence[int], out: Tensor | None, lse: Tensor) -> Tensor:
@@ -116,8 +117,8 @@ class _PerGroup:
             out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
         for x, target, sums in zip(*(split(t, groups) for t in (qkv, out, lse)), strict=True):
             if x.numel():
-                y, part_sums = self._forward(*_heads(x, num_heads))
-                _heads(target, num_heads, 1)[0].copy_(y)
+                y, part_sums = self.forward_group(*heads(x, num_heads))
+                heads(target, num_heads, 1)[0].copy_(y)
                 sums.copy_(part_sums.transpose(1, 2))
         return out
 
@@ -134,9 +135,9 @@ class _PerGroup:
         """Fills grad_qkv (T, 3 * D)."""
         for g, x, y, sums, target in zip(*(split(t, groups) for t in (grad, qkv, out, lse, grad_qkv)), strict=True):
             if x.numel():
-                (g,), (y,) = _heads(g, num_heads, 1), _heads(y, num_heads, 1)
-                grads = self._backward(g, *_heads(x, num_heads), y, sums.transpose(1, 2))
-                for part, value in zip(_heads(target, num_heads), grads, strict=True):
+                (g,), (y,) = heads(g, num_heads, 1), heads(y, num_heads, 1)
+                grads = self.backward_group(g, *heads(x, num_heads), y, sums.transpose(1, 2))
+                for part, value in zip(heads(target, num_heads), grads, strict=True):
                     part.copy_(value)
 
 

@@ -105,3 +105,6 @@ def sequence_add(
     if y.shape != (num_tokens(kept_groups(groups, kept)), x.shape[1]):
         raise ValueError(f"y {tuple(y.shape)} does not hold the kept sequences of groups {list(groups)}: {list(kept)}")
     return _sequence_add(x, y, keep, list(groups), list(kept))
+
+
+sequence_add_backward = _backward
