@@ -51,7 +51,9 @@ class ModelConfig:
     head_hidden: int = _count(2048)  # width of the heads' MLP
     bottleneck: int = _count(384)  # width of the L2-normalised rows that meet the prototypes
     prototypes: int = _count(131072, low=2)
-    recompute: str = _key("cheap", choices=("none", "cheap", "block"))  # activations recomputed in backward
+    # Activations that the backward pass computes again. auto: none where a step then leaves a tenth of the GPU's memory
+    # free, else cheap, else block; cheap on a CPU.
+    recompute: str = _key("auto", choices=("auto", "none", "cheap", "block"))
     masking: str = _key("random", choices=("random", "block", "grid", "none"))  # none: dense, both see every patch
     student_ratio: float = _key(0.2, above=0, high=1)  # fraction of patches that the student sees
     teacher_ratio: float = _key(0.6, above=0, high=1)  # fraction that the teacher sees; disjoint from the student's

@@ -53,6 +53,7 @@ class PerA(nn.Module):
     Attributes:
         compute_dtype: dtype of activations and matrix products; parameters stay float32.
         center: float32 [1, prototypes], running mean of the teacher's logits, used by the next step.
+        recompute: policy of ``model.recompute``; "auto" is "cheap" until ``train.memory_plan`` chooses.
     """
 
     def __init__(self, cfg: Config):
@@ -60,6 +61,7 @@ class PerA(nn.Module):
         self.cfg = cfg
         self.rgb = cfg.rgb_channels()
         self.compute_dtype = PRECISIONS[cfg.train.precision]
+        self.recompute = "cheap" if cfg.model.recompute == "auto" else cfg.model.recompute
         self.student = Branch(cfg)
         self.teacher = Branch(cfg)
         self.teacher.load_state_dict(self.student.state_dict())
@@ -140,7 +142,7 @@ class PerA(nn.Module):
 
     def student_rows(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """Unit bottleneck rows of the student [crops * B, bottleneck], and the pixel loss (scalar)."""
-        backbone, recompute = self.student.backbone, self.cfg.model.recompute
+        backbone, recompute = self.student.backbone, self.recompute
         tokens, groups, means = [], [], []
         for group in (inputs.global_, inputs.local):
             with span("embed"):

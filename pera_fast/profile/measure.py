@@ -26,6 +26,7 @@ from pera_fast.train.api import make_model
 from pera_fast.train.distributed import World
 from pera_fast.train.flops import device_peak, flops_per_image
 from pera_fast.train.host_memory import reuse_freed_memory
+from pera_fast.train.memory_plan import choose_recompute
 from pera_fast.train.optim import make_optimizer, make_scaler
 from pera_fast.train.step import make_graph, train_step
 
@@ -67,6 +68,7 @@ def real_step(cfg: Config, device: torch.device, data: Iterator[Any] | None = No
     plan = cfg.train.resolve_batch(1)
     inputs = repeat(random_inputs(cfg, plan.per_device).to(device)) if data is None else data
     model = make_model(cfg).to(device)
+    model.recompute = choose_recompute(cfg, model, device, plan.per_device).policy
     optimizer, scaler = make_optimizer(model.parameters(), cfg), make_scaler(cfg, device)
     graph = make_graph(model, scaler, plan.accumulate) if cfg.train.cuda_graph else None
     world = World(0, 1, device)

@@ -118,7 +118,7 @@ def plan(
     for recipe in recipes:
         given = tuple(overrides)
         cfg = load_config(recipe, given)
-        own_policy = cfg.model.recompute
+        own_policy = "none" if cfg.model.recompute == "auto" else cfg.model.recompute
         compared = policies or ([own_policy] if "model.recompute" in keys else POLICIES)
         variants += [Variant(recipe, (*given, f"model.recompute={policy}")) for policy in compared]
         if cfg.model.masking == "none":

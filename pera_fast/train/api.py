@@ -26,6 +26,7 @@ from pera_fast.train.distributed import World, let_main_speak, world
 from pera_fast.train.host_memory import reuse_freed_memory
 from pera_fast.train.inputs import make_inputs
 from pera_fast.train.loop import Run, fit
+from pera_fast.train.memory_plan import choose_recompute
 from pera_fast.train.optim import make_optimizer, make_scaler
 from pera_fast.train.run_folder import RunFolder, Start, check_resumed_batch, resumed_position, start_new, start_resumed
 from pera_fast.train.schedules import make_schedules
@@ -137,6 +138,10 @@ def _build(folder: RunFolder, start: Start, here: World, manifest: Manifest, loa
         reuse_freed_memory()
     pera = make_model(cfg).to(here.device)  # while the first batches are read
     plan, scaler = cfg.train.resolve_batch(here.size), make_scaler(cfg, here.device)
+    choice = choose_recompute(cfg, pera, here.device, plan.per_device)
+    pera.recompute = choice.policy
+    if cfg.model.recompute == "auto":
+        log.info("recompute: %s (%s)", choice.policy, choice.reason)
     run = Run(
         cfg=cfg,
         folder=folder,

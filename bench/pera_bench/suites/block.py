@@ -22,7 +22,7 @@ def make(point: Point, case: str) -> Work:
     m, groups = point.cfg.model, point.groups(case)
     keep, kept = (None, []) if case == "teacher" else point.keep(groups)
     subset = None if keep is None else with_places(keep, groups, kept)
-    plan = Plan(tuple(groups), None if keep is None else tuple(kept), m.recompute == "none")
+    plan = Plan(tuple(groups), None if keep is None else tuple(kept), m.recompute in ("auto", "none"))
     block = Block(m.embed_dim, m.num_heads, m.mlp_ratio).to(point.device)
     torch.manual_seed(0)
     for parameter in block.parameters():
