@@ -116,7 +116,9 @@ def test_near_duplicates(form, dtype):
     dense = evaluate(reference.koleo, args, 2)
     for name, got, plain, want in zip(("loss", "rows", "v", "g"), evaluate(koleo, args, 2), dense, exact, strict=True):
         assert error(got, want) <= 2 * max(error(plain, want), 1e-5), name
-        assert error(got, want) <= 2e-2, name
+        # Of the distance itself much is left: 2 - 2 cos would be wrong by its whole size. How much bfloat16 leaves
+        # depends on the CPU's products.
+        assert dtype != torch.float32 or error(got, want) <= 2e-2, name
 
 
 @pytest.mark.parametrize("d", [3, 40])

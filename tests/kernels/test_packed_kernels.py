@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from packed_support import compare, implementation, outputs_and_grads, randn, subset  # noqa: F401 one is a fixture
+from packed_support import (
+    EPS,
+    compare,
+    error,
+    implementation,  # noqa: F401 a fixture
+    outputs_and_grads,
+    randn,
+    subset,
+)
 from torch import Tensor
 
 from pera_kernels import backend, packing
@@ -119,9 +127,13 @@ def test_layout_of_the_inputs_does_not_matter(op: str) -> None:
     strided = {name: torch.stack([t, t], -1)[..., 0] for name, t in tensors.items()}
     assert not any(t.is_contiguous() for t in strided.values())
     same = lambda **t: fast(**{name: torch.stack([t[name]] * 2, -1)[..., 0] for name in t})  # noqa: E731
-    assert equal_bits(want, outputs_and_grads(same, strided, takes))
     numbers, *_ = case(op, 10, strided_numbers=True)
-    assert equal_bits(want, outputs_and_grads(numbers, tensors, takes))
+    for got in outputs_and_grads(same, strided, takes), outputs_and_grads(numbers, tensors, takes):
+        if op == "embed_tokens":  # its products are BLAS's, which may sum another layout in another order
+            for name, value in want.items():
+                assert error(got[name], value) <= 4 * EPS[torch.float32], name
+        else:
+            assert equal_bits(want, got)
 
 
 def test_mask_tokens_rounds_once_and_copies_the_rest(implementation: str) -> None:  # noqa: F811

@@ -113,6 +113,7 @@ def forward(
     inverse_norms = torch.empty(2, k, dtype=dtype, device=student_v.device)
     student = _Logits(student_rows, student_v, student_g, inverse_norms[0], False, size, native)
     teacher = _Logits(teacher_rows, teacher_v, teacher_g, inverse_norms[1], False, size, native)
+    teacher.narrow = student.narrow  # each is read as soon as it is written
     if native:
         return *_native_forward(student, teacher, center, student_temp, teacher_temp), inverse_norms
     student_lse, teacher_lse = _LogSumExp(student_rows, dtype), _LogSumExp(student_rows, dtype)
@@ -170,6 +171,7 @@ def backward(
     size = chunk_size(n, k)
     student = _Logits(student_rows, student_v, student_g, inverse_norms[0], True, size, native)
     teacher = _Logits(teacher_rows, teacher_v, teacher_g, inverse_norms[1], True, size, native)
+    teacher.narrow = student.narrow  # each is read as soon as it is written
     differentiate = (_NativeGradient if native else _Gradient)(
         grad.to(dtype) / student_temp, center, student_lse, teacher_lse, student_temp, teacher_temp, size
     )

@@ -364,13 +364,12 @@ std::tuple<Tensor, Tensor> weight_norm(
 }
 
 // Gradient of a chunk of v, in place where `products` is `out`:
-//   factor * products - v * pull,  pull = g/||v||^2 * along,  factor = 1/||v|| where the direction was v / ||v||, else 1.
+//   factor * (products - (products . v/||v||) * v/||v||),  factor = 1/||v|| where the direction was v / ||v||, else 1.
+// The part along v is taken off the products as they were rounded: in half types it would not cancel otherwise.
 void weight_norm_backward_(
     const Tensor& products, // [c, d]: dz' rows, with the chunk's scale in dz
     const Tensor& v, // [c, d]
-    const Tensor& scale, // [c]
     const Tensor& inverse_norm, // [c]
-    const Tensor& along, // [c]: gradient of g
     bool unit,
     Tensor& out) { // [c, d]
   check_value(v.dim() == 2 && v.is_contiguous(), "v must be contiguous [c, d]");
@@ -378,12 +377,8 @@ void weight_norm_backward_(
   check_matrix(products, v.sizes());
   check_matrix(out, v.sizes());
   check_value(out.scalar_type() == v.scalar_type(), "the gradient must have v's dtype");
-  for (const Tensor* x : {&scale, &inverse_norm, &along}) {
-    check_vector(*x, count);
-  }
-  const float* scales = scale.const_data_ptr<float>();
+  check_vector(inverse_norm, count);
   const float* inverse = inverse_norm.const_data_ptr<float>();
-  const float* slopes = along.const_data_ptr<float>();
   dispatch(v.scalar_type(), [&]<typename V>(V) {
     const V* rows = v.const_data_ptr<V>();
     V* result = out.mutable_data_ptr<V>();
@@ -392,10 +387,10 @@ void weight_norm_backward_(
       parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; ++k) {
           const float factor = unit ? inverse[k] : 1.0f;
-          const float pull = scales[k] * factor * slopes[k] * inverse[k];
           const V* row = rows + k * dim;
           const P* product = from + k * dim; // may be `to`
           V* to = result + k * dim;
+          const float pull = factor * dot(product, row, dim) * inverse[k] * inverse[k];
 #pragma GCC ivdep
           for (int64_t i = 0; i < dim; ++i) {
             store(to + i, std::fma(to_float(row[i]), -pull, factor * to_float(product[i])));
@@ -417,8 +412,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pera_native, m) {
       "Tensor center, float student_temp, float teacher_temp, Tensor statistics, Tensor upstream) -> Tensor");
   m.def("weight_norm(Tensor v, Tensor g, Tensor(a!)? direction) -> (Tensor, Tensor)");
   m.def(
-      "weight_norm_backward_(Tensor products, Tensor v, Tensor scale, Tensor inverse_norm, Tensor along, bool unit, "
-      "Tensor(a!) out) -> ()");
+      "weight_norm_backward_(Tensor products, Tensor v, Tensor inverse_norm, bool unit, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pera_native, CPU, m) {

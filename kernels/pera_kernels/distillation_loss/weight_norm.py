@@ -140,6 +140,8 @@ def _inverse_norm(v: Tensor, dtype: torch.dtype) -> Tensor:
 def write_grad_v(out: Tensor, dz: Tensor, rows: Tensor, v: Tensor, along: Tensor, chunk: Chunk) -> None:
     """Gradient of a chunk of v from that of its products with rows: ``g/||v|| * (dz' rows - v/||v|| * along)``.
 
+    In half types the part along v is taken off ``dz' rows`` as it was rounded, or the two would not cancel.
+
     Args:
         out: [c, d] of v's dtype; written once.
         dz: [N, c] gradient of ``rows @ w.T`` times the chunk's scale, dtype of products.
@@ -149,20 +151,20 @@ def write_grad_v(out: Tensor, dz: Tensor, rows: Tensor, v: Tensor, along: Tensor
         chunk: the chunk.
     """
     # Both kinds of direction give g / ||v||.
-    size = chunk.scale * chunk.inverse_norm if chunk.unit else chunk.scale
-    pull_back = (size * along * chunk.inverse_norm)[:, None]
-    if out.dtype == dz.dtype and not chunk.unit:
+    if out.dtype == dz.dtype and not chunk.unit and dz.dtype.itemsize >= 4:
+        pull_back = (chunk.scale * along * chunk.inverse_norm)[:, None]
         torch.mul(v, -pull_back.to(v.dtype), out=out)
         out.addmm_(dz.t(), rows)
         return
     products = torch.mm(dz.t(), rows)
     if chunk.native:
-        NATIVE.weight_norm_backward_(products, v.contiguous(), chunk.scale, chunk.inverse_norm, along, chunk.unit, out)
+        NATIVE.weight_norm_backward_(products, v.contiguous(), chunk.inverse_norm, chunk.unit, out)
         return
-    wide = products.to(chunk.scale.dtype)
-    if chunk.unit:
-        wide.mul_(chunk.inverse_norm[:, None])
-    out.copy_(wide.sub_(v.to(wide.dtype) * pull_back))
+    wide, v = products.to(chunk.scale.dtype), v.to(chunk.scale.dtype)
+    del products
+    dots = torch.bmm(wide[:, None], v[:, :, None])[:, :, 0]  # no temporary of the chunk's size
+    wide.addcmul_(v, dots.mul_(chunk.inverse_norm[:, None] ** 2), value=-1)
+    out.copy_(wide.mul_(chunk.inverse_norm[:, None]) if chunk.unit else wide)
 
 
 def prototypes(v: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> Tensor:
