@@ -35,7 +35,7 @@ OPS = (
     *("distillation_loss", "koleo", "prototype_losses", "pixel_loss", "block", "update"),
 )
 KERNELS = "reference,pera-fast,triton,chunked,eager,xformers,varlen,sdpa"
-GRAPHS = "graph,compiled graph"
+GRAPHS = "no graph"
 ATTENTION = "attention=triton,attention=xformers,attention=varlen,attention=sdpa"
 
 

@@ -28,7 +28,19 @@ from typing import Any
 
 import torch
 
-__all__ = ["Row", "choose", "native", "needs_native", "needs_triton", "register", "report", "use", "without"]
+__all__ = [
+    "Row",
+    "choose",
+    "native",
+    "needs_native",
+    "needs_triton",
+    "prefer",
+    "register",
+    "report",
+    "use",
+    "wanted",
+    "without",
+]
 
 REFERENCE = "reference"
 ENVIRONMENT = "PERA_BACKEND"
@@ -58,6 +70,7 @@ _registry: dict[str, dict[str, Check]] = {}
 # A plain variable rather than a context variable: backward passes and prefetch threads must see the same choice.
 _forced: str | None = None
 _left_out: frozenset[str] = frozenset()
+_preferred: dict[str, str] = {}  # name of an implementation by op
 
 
 def _always(device: torch.device) -> str | None:
@@ -75,6 +88,26 @@ def register(op: str, name: str, *, available: Check = _always) -> None:
     checks = _registry.setdefault(op, {})
     if name != REFERENCE:
         checks[name] = available
+
+
+def wanted(op: str) -> str | None:
+    """Name of the implementation of an op that is forced or preferred, or None. Raises ValueError, see ``choose``."""
+    return _wanted() or _preferred.get(op)
+
+
+def prefer(op: str, name: str | None) -> None:
+    """Makes one op choose an implementation from now on, unless another one is forced; None: chooses as usual again.
+
+    Raises:
+        KeyError: no such op.
+        ValueError: the op has no implementation of that name.
+    """
+    if name is None:
+        _preferred.pop(op, None)
+        return
+    if name != REFERENCE and name not in _registry[op]:
+        raise ValueError(f"{op} has no implementation {name!r}; it has {', '.join(_registry[op])}, {REFERENCE}")
+    _preferred[op] = name
 
 
 def _wanted() -> str | None:
@@ -98,13 +131,13 @@ def _select(op: str, device: torch.device) -> tuple[str, dict[str, str]]:
     if op not in _registry:
         raise KeyError(f"no op {op!r} is registered; known: {', '.join(sorted(_registry)) or 'none'}")
     checks = _registry[op]
-    wanted = _wanted()
-    if wanted == REFERENCE:
+    asked = wanted(op)
+    if asked == REFERENCE:
         return REFERENCE, dict.fromkeys(checks, f"{REFERENCE} is forced")
     missing: dict[str, str] = {}
     for name, available in checks.items():
-        if wanted in checks and name != wanted:
-            missing[name] = f"{wanted} is forced"
+        if asked in checks and name != asked:
+            missing[name] = f"{asked} is forced"
             continue
         reason = "it is left out" if name in _left_out else available(device)
         if reason is None:
@@ -122,9 +155,9 @@ def choose(op: str, device: torch.device) -> str:
         ValueError: ``PERA_BACKEND`` holds a name that no op has.
     """
     name, missing = _select(op, device)
-    wanted = _wanted()
-    if wanted in missing and wanted != name:
-        raise RuntimeError(f"{op}: the {wanted} implementation was asked for, but {missing[wanted]}")
+    asked = wanted(op)
+    if asked in missing and asked != name:
+        raise RuntimeError(f"{op}: the {asked} implementation was asked for, but {missing[asked]}")
     return name
 
 

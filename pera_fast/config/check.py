@@ -18,7 +18,7 @@ def check(cfg: Config) -> None:
     _check_bands(cfg)
     _check_channels(cfg)
     _check_lengths(cfg)
-    if cfg.train.cuda_graph and cfg.loss.centering == "sinkhorn":
+    if cfg.train.cuda_graph == "true" and cfg.loss.centering == "sinkhorn":
         raise fail("train.cuda_graph", True, "goes with loss.centering=center only, not with sinkhorn")
 
 

@@ -104,6 +104,8 @@ def _typed(key: str, value: Any) -> Any:
     base, optional = kind(key)
     if value is None and optional:
         return None
+    if base is str and isinstance(value, bool) and "true" in KEYS[key].metadata.get("choices", ()):
+        return "true" if value else "false"  # YAML reads the words as booleans
     if base == list[float]:
         if isinstance(value, list) and value and all(_number(v) for v in value):
             return [float(v) for v in value]

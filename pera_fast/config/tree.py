@@ -160,7 +160,8 @@ class TrainConfig:
     max_nonfinite: int = _count(10)  # steps with a non-finite loss in a row that end the run
     device: str = _key("auto", choices=("auto", "cpu", "cuda"))
     compile: bool = False  # the transformer's blocks, by torch.compile
-    cuda_graph: bool = False  # forward and backward as one CUDA graph; on one GPU
+    # Forward and backward as one CUDA graph. auto: on a GPU, where shapes are the same in every step.
+    cuda_graph: str = _key("auto", choices=("auto", "true", "false"))
 
     def resolve_batch(self, world_size: int) -> BatchPlan:
         """The batch for `world_size` devices; whatever is null follows from the rest. Raises UserError if it cannot."""

@@ -213,16 +213,21 @@ class PerA(nn.Module):
                 block.compile(fullgraph=True, dynamic=False, backend=backend)
 
     @torch.no_grad()
-    def update_center(self, teacher_mean: Tensor) -> None:
+    def update_center(self, teacher_mean: Tensor, ok: Tensor | None = None) -> None:
         """Move the center towards the mean teacher logits; call before update_teacher.
 
         Args:
+            ok: bool [] on the model's device: the center stays where it is False. None: it moves.
             teacher_mean: float32 [bottleneck], mean unit row over all crops, samples, micro-batches and ranks. The mean
                 of the logits is the prototypes times this: 384 numbers to reduce instead of 131072.
         """
         layer = self.teacher.cls_head.last_layer
-        logits = prototype_logits_mean(teacher_mean, layer.weight_v, layer.weight_g)
-        self.center.lerp_(logits.to(self.center).unsqueeze(0), 1 - self.cfg.loss.center_momentum)
+        logits = prototype_logits_mean(teacher_mean, layer.weight_v, layer.weight_g).to(self.center).unsqueeze(0)
+        if ok is None:
+            self.center.lerp_(logits, 1 - self.cfg.loss.center_momentum)
+        else:  # selected: a lerp of weight 0 keeps a NaN
+            moved = self.center.lerp(logits, 1 - self.cfg.loss.center_momentum)
+            self.center.copy_(torch.where(ok, moved, self.center))
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

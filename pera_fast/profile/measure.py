@@ -23,12 +23,15 @@ from pera_fast.profile.batches import random_inputs
 from pera_fast.profile.points import Point
 from pera_fast.profile.simulate import VALUES, simulate_step
 from pera_fast.train.api import make_model
+from pera_fast.train.compute_copies import make_copies
 from pera_fast.train.distributed import World
 from pera_fast.train.flops import device_peak, flops_per_image
+from pera_fast.train.fused_update import make_update
+from pera_fast.train.graph import choose_graph
 from pera_fast.train.host_memory import reuse_freed_memory
 from pera_fast.train.memory_plan import choose_recompute
 from pera_fast.train.optim import make_optimizer, make_scaler
-from pera_fast.train.step import make_graph, train_step
+from pera_fast.train.step import launch_step, make_graph
 
 WARM_UP = 3  # steps: the first makes AdamW's state, kernels are compiled and chosen
 
@@ -62,21 +65,26 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def real_step(cfg: Config, device: torch.device, data: Iterator[Any] | None = None) -> Callable[[], Any]:
-    """The trainer's step on random crops that lie on the device already; every call is one optimiser step."""
+    """The trainer's step on random crops that lie on the device already; every call launches one optimiser step.
+
+    On a GPU the host does not wait for it: synchronise before reading a clock.
+    """
     if device.type == "cpu":
         reuse_freed_memory()
     plan = cfg.train.resolve_batch(1)
     inputs = repeat(random_inputs(cfg, plan.per_device).to(device)) if data is None else data
     model = make_model(cfg).to(device)
     model.recompute = choose_recompute(cfg, model, device, plan.per_device).policy
+    make_copies(model)
     optimizer, scaler = make_optimizer(model.parameters(), cfg), make_scaler(cfg, device)
-    graph = make_graph(model, scaler, plan.accumulate) if cfg.train.cuda_graph else None
-    world = World(0, 1, device)
+    graph = make_graph(model, scaler, plan.accumulate) if choose_graph(cfg, device).use else None
+    world, update = World(0, 1, device), make_update(model, optimizer, scaler)
 
     def step() -> Any:
-        return train_step(
-            model, model, optimizer, scaler, inputs, plan.accumulate, VALUES, cfg.optim.clip, world, graph=graph
-        )
+        return launch_step(
+            *(model, model, optimizer, scaler, inputs, plan.accumulate, VALUES, cfg.optim.clip, world),
+            graph=graph, update=update,
+        )  # fmt: skip
 
     return step
 

@@ -21,8 +21,11 @@ from pera_fast.data.skipped import SkippedFiles
 from pera_fast.errors import UserError
 from pera_fast.model.export import export_teacher
 from pera_fast.model.pera import PerA
+from pera_fast.train.compute_copies import make_copies
 from pera_fast.train.console import RunLog
 from pera_fast.train.distributed import World, let_main_speak, world
+from pera_fast.train.fused_update import make_update
+from pera_fast.train.graph import choose_graph
 from pera_fast.train.host_memory import reuse_freed_memory
 from pera_fast.train.inputs import make_inputs
 from pera_fast.train.loop import Run, fit
@@ -97,9 +100,7 @@ def pretrain(
 def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunResult:
     cfg = start.cfg
     plan = cfg.train.resolve_batch(here.size)
-    if cfg.train.cuda_graph and (here.device.type != "cuda" or here.size > 1):
-        where = f"{here.size} {here.device.type} device(s)"
-        raise UserError(f"train.cuda_graph=true: wants one GPU, this run has {where}; leave it out")
+    choose_graph(cfg, here.device)  # what cannot be is said before anything else
     if start.checkpoint:
         check_resumed_batch(start.checkpoint, plan.total, here.size)
     manifest = _open_data(data, folder, start, here)
@@ -142,6 +143,12 @@ def _build(folder: RunFolder, start: Start, here: World, manifest: Manifest, loa
     pera.recompute = choice.policy
     if cfg.model.recompute == "auto":
         log.info("recompute: %s (%s)", choice.policy, choice.reason)
+    graph = choose_graph(cfg, here.device)
+    log.info("CUDA graph: %s (%s)", "yes" if graph.use else "no", graph.reason)
+    make_copies(pera)
+    if graph.use:
+        here.share_parameters(pera)
+    optimizer = make_optimizer(pera.parameters(), cfg)
     run = Run(
         cfg=cfg,
         folder=folder,
@@ -149,14 +156,15 @@ def _build(folder: RunFolder, start: Start, here: World, manifest: Manifest, loa
         plan=plan,
         schedules=make_schedules(cfg, loader.steps_per_epoch),
         pera=pera,
-        model=here.wrap(pera, unused=_tokens(cfg)["global"][1] == 0),
-        optimizer=make_optimizer(pera.parameters(), cfg),
+        model=pera if graph.use else here.wrap(pera, unused=_tokens(cfg)["global"][1] == 0),
+        optimizer=optimizer,
         scaler=scaler,
         inputs=loader,
         images=len(manifest.readable),
         data=_digest(manifest),
         export=export_teacher,
-        graph=make_graph(pera, scaler, plan.accumulate) if cfg.train.cuda_graph else None,
+        graph=make_graph(pera, scaler, plan.accumulate) if graph.use else None,
+        update=make_update(pera, optimizer, scaler),
     )
     if start.checkpoint:
         run.load(start.checkpoint, str(folder.root))

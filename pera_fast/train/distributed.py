@@ -18,6 +18,7 @@ from pera_fast.errors import UserError
 
 T = TypeVar("T")
 MAIN_SPEAKS_SECONDS = 5.0
+BUCKET_BYTES = 64 << 20  # of gradients in one all-reduce
 HOST_TIMEOUT = timedelta(days=1)  # rank 0 may index millions of images while the others wait
 
 
@@ -41,6 +42,23 @@ class World:
             dist.all_reduce(values)
             values /= self.size
         return values
+
+    def mean_gradients(self, gradients: list[Tensor]) -> None:
+        """Mean of gradients over the ranks, in place, in buckets of about BUCKET_BYTES; for a model without DDP."""
+        if self.size == 1:
+            return
+        for bucket in _buckets(gradients):
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat)
+            flat /= self.size
+            parts = flat.split([g.numel() for g in bucket])
+            torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
+
+    def share_parameters(self, model: nn.Module) -> None:
+        """Give every rank the parameters and buffers of rank 0; DDP does the same for a model that it wraps."""
+        if self.size > 1:
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor.detach(), src=0)
 
     def barrier(self) -> None:
         """Waits for all ranks."""
@@ -80,6 +98,20 @@ class World:
             return nn.parallel.DistributedDataParallel(
                 model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=unused
             )
+
+
+def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Gradients in their order, in lists of about BUCKET_BYTES."""
+    bucket: list[Tensor] = []
+    size = 0
+    for gradient in gradients:
+        if bucket and size + gradient.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.nbytes
+    if bucket:
+        yield bucket
 
 
 def let_main_speak(error: UserError) -> None:

@@ -1,31 +1,80 @@
-"""Forward and backward of a micro-batch as one CUDA graph: a thousand launches become one.
+"""Forward and backward of a micro-batch as one CUDA graph: hundreds of launches become one.
 
-Shapes are the same in every step of a run and nothing in between waits for the host, so the work can be recorded once
-and replayed. The optimiser, the center and the EMA stay outside: their numbers change with every step, and they are a
-few launches over all parameters. Written without a GPU at hand: tests/train/test_graph.py runs it where there is one.
+Shapes are the same in every step of a run and nothing in between waits for the host, so the work is recorded once and
+replayed. The update stays outside: its numbers change with every step, and it is a few launches over all parameters
+(``fused_update``).
 """
 
+import gc
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pera_fast.config import Config
+from pera_fast.errors import UserError
+
 WARMUP = 3  # runs before the recording: kernels compile, libraries make their workspaces
 
 Replay = Callable[[], None]
+Forget = Callable[[], None]
 
 
-def record(function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-    """Records a function of no arguments as a CUDA graph: (replays it, its result, which every replay overwrites)."""
-    side = torch.cuda.Stream()
+@dataclass(frozen=True)
+class GraphChoice:
+    """Whether a run's micro-batches are a CUDA graph, and the reason, one clause."""
+
+    use: bool
+    reason: str
+
+
+def choose_graph(cfg: Config, device: torch.device) -> GraphChoice:
+    """Decide on a CUDA graph (``train.cuda_graph``).
+
+    Raises:
+        UserError: one is asked for where there can be none.
+    """
+    wanted = cfg.train.cuda_graph
+    if wanted == "false":
+        return GraphChoice(False, "as configured")
+    reason = None
+    if device.type != "cuda":
+        reason = f"wants a GPU, this run has {device.type}"
+    elif cfg.loss.centering == "sinkhorn":
+        reason = "goes with loss.centering=center only, not with sinkhorn"
+    if reason is None:
+        return GraphChoice(True, "shapes are the same in every step")
+    if wanted == "true":
+        raise UserError(f"train.cuda_graph=true: {reason}; leave it out")
+    return GraphChoice(False, f"a CUDA graph {reason}")
+
+
+def record(function: Callable[[], Tensor], forget: Forget) -> tuple[Replay, Tensor]:
+    """Record a function of no arguments as a CUDA graph.
+
+    Args:
+        function: leaves gradients behind.
+        forget: drops or zeroes them; called before every run.
+
+    Returns:
+        What replays it, and its result, which every replay overwrites.
+    """
+    side = torch.cuda.Stream()  # of the warm-up and of the recording: autograd remembers the stream of a parameter
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARMUP):
+            forget()
             function()
+        forget()
     torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()  # the graph has memory of its own: what the warm-up took would lie idle beside it
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # The loader's thread copies and allocates meanwhile; that is not part of this recording.
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         out = function()
     return graph.replay, out
 
@@ -33,12 +82,13 @@ def record(function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
 class StepGraph:
     """Runs micro-batches from tensors of its own, whose addresses the graph knows.
 
-    Gradients are added to those of the parameters, which must stay where they are: zero them in place, never drop them.
-    Before the first call there are none.
+    With one micro-batch a step, every replay writes the gradients anew, where the recording has left them. With more,
+    they are added to gradients that stay where they are, and `begin_step` zeroes them. Never drop them.
 
     Args:
         backward: (inputs with ``apply``, teacher temperature []) to its result, leaving gradients behind.
         parameters: all that may get gradients.
+        accumulate: micro-batches of a step.
         record: as ``record`` above.
     """
 
@@ -46,19 +96,28 @@ class StepGraph:
         self,
         backward: Callable[[Any, Tensor], Tensor],
         parameters: Iterable[torch.nn.Parameter],
-        record: Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]] = record,
+        accumulate: int,
+        record: Callable[[Callable[[], Tensor], Forget], tuple[Replay, Tensor]] = record,
     ):
         self._backward, self._parameters, self._record = backward, list(parameters), record
+        self._adds = accumulate > 1
         self._tensors: list[Tensor] = []  # of the inputs, in the order of `apply`
         self._replay: Replay | None = None
+
+    def begin_step(self) -> None:
+        """Call before the first micro-batch of every step."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if self._adds and gradients:
+            torch._foreach_zero_(gradients)
 
     def __call__(self, inputs: Any, teacher_temp: float) -> Tensor:
         """The result for one micro-batch on the device, whose shapes are those of the first one."""
         if self._replay is None:
             self._begin(inputs, teacher_temp)
         else:
-            waiting = iter(self._tensors)
-            inputs.apply(lambda new: next(waiting).copy_(new))
+            new: list[Tensor] = []
+            inputs.apply(new.append)
+            torch._foreach_copy_(self._tensors, new)
             self._temp.fill_(teacher_temp)
         assert self._replay is not None
         self._replay()
@@ -71,7 +130,13 @@ class StepGraph:
 
         own = inputs.apply(keep)
         self._temp = torch.full((), teacher_temp, device=self._tensors[0].device)
-        self._replay, self._out = self._record(lambda: self._backward(own, self._temp))
+        self._replay, self._out = self._record(lambda: self._backward(own, self._temp), self._forget)
+        if self._adds:
+            self.begin_step()  # what the warm-up has left
+
+    def _forget(self) -> None:
         for parameter in self._parameters:
-            if parameter.grad is not None:
-                parameter.grad.zero_()  # of what the warm-up has left
+            if not self._adds:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.zero_()

@@ -11,15 +11,17 @@ import torch
 from pera_fast.config import BatchPlan, Config, to_yaml
 from pera_fast.errors import UserError
 from pera_fast.train.checkpoint import FORMAT, save_checkpoint
+from pera_fast.train.compute_copies import refresh_copies
 from pera_fast.train.console import Progress
 from pera_fast.train.distributed import World
 from pera_fast.train.flops import device_peak, flops_per_image
+from pera_fast.train.fused_update import FusedUpdate
 from pera_fast.train.graph import StepGraph
 from pera_fast.train.metrics import MetricsWriter, memory_mib
 from pera_fast.train.run_folder import RunFolder
 from pera_fast.train.schedules import Schedules
 from pera_fast.train.signals import StopRequest
-from pera_fast.train.step import StepResult, train_step
+from pera_fast.train.step import LaunchedStep, StepResult, launch_step
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class Run:
     data: str  # digest of the data
     export: Callable[[Any, Any], Any]  # (model, path): writes the teacher
     graph: StepGraph | None = None  # of the micro-batches
+    update: FusedUpdate | None = None  # on a GPU
     step: int = 0  # optimiser steps done
     position: int = 0  # place in the data, in steps of this total batch from epoch 0; differs if the batch once changed
     nonfinite: dict[str, int] = field(default_factory=lambda: {"total": 0, "row": 0})
@@ -86,12 +89,18 @@ class Run:
         except (RuntimeError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{source}: does not fit this version's {self.cfg.recipe} model: {reason}") from None
+        refresh_copies(self.pera)
+        if self.update is not None:
+            self.update.forget()
         self.step, self.nonfinite = state["step"], dict(state["nonfinite"])
         self.position = state.get("position", self.step)
 
 
 def fit(run: Run, stop: StopRequest) -> tuple[int, dict[str, Any]]:
     """Trains to the last step, or until it is asked to stop.
+
+    On a GPU a step's numbers are read after the next step was launched, so that the device never waits for the host;
+    before a checkpoint, the last step and the end all that was launched is read.
 
     Returns:
         (exit code, metrics of the last step): 0 done, 130 or 143 stopped by a signal, with a checkpoint written.
@@ -100,20 +109,21 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, dict[str, Any]]:
         UserError: too many steps in a row that were not finite, or the last checkpoint could not be written.
     """
     cfg, world = run.cfg, run.world
-    metrics: dict[str, Any] = {}
-    writer = MetricsWriter(run.folder.metrics if world.main else None, run.step)
+    reader = _Reader(run, MetricsWriter(run.folder.metrics if world.main else None, run.step))
     try:
         with Progress(run.schedules.steps, run.place, world.main) as progress:
             while run.place < run.schedules.steps:
-                metrics, result = _one_step(run, stop)
-                writer.write(metrics)
-                progress.update(run.place, metrics)
-                _note_nonfinite(run, result)
-                stopped = 143 if result.stop[1] else 130 if result.stop[0] else 0
+                reader.take(_launch(run, stop), progress)
+                last = run.place == run.schedules.steps
+                due = last or run.step % cfg.train.checkpoint_every == 0
+                if due or reader.stopped or (world.size == 1 and stop.exit_code) or run.update is None:
+                    reader.finish(progress)
+                stopped = reader.stopped
                 if world.size == 1:
                     stopped = stop.exit_code  # also if it came after the step had asked
-                last = run.place == run.schedules.steps
-                if stopped or last or run.step % cfg.train.checkpoint_every == 0:
+                    if stopped:
+                        reader.finish(progress)
+                if stopped or due:
                     saved = _save(run)
                     if last and not saved:
                         raise UserError(
@@ -121,14 +131,91 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, dict[str, Any]]:
                         )
                 if stopped and not last:
                     log.info("stopped after step %d; continue with --resume", run.step)
-                    return stopped, metrics
+                    return stopped, reader.metrics
     finally:
-        writer.close()
-    return 0, metrics
+        reader.writer.close()
+    return 0, reader.metrics
 
 
-def _one_step(run: Run, stop: StopRequest) -> tuple[dict[str, Any], StepResult]:
-    """One optimiser step and its metrics."""
+@dataclass
+class _Launch:
+    """A step that was launched, and what the host knew of it then."""
+
+    step: LaunchedStep
+    place: int
+    metrics: dict[str, Any]
+    waited: float  # seconds that the loader blocked
+    seconds: float  # that the host took
+
+
+@dataclass
+class _Reader:
+    """Reads launched steps, the last one only when it must, and does what their numbers ask for.
+
+    Attributes:
+        metrics: of the last step that was read.
+        stopped: exit code that a read step asks for on several ranks; 0: go on.
+    """
+
+    run: Run
+    writer: MetricsWriter
+    metrics: dict[str, Any] = field(default_factory=dict)
+    stopped: int = 0
+    _pending: _Launch | None = None
+    _before: LaunchedStep | None = None  # the one read last
+
+    def take(self, launch: _Launch, progress: Progress) -> None:
+        """Keep a launched step and read the one before."""
+        before, self._pending = self._pending, launch
+        if before is not None:
+            self._read(before, progress)
+
+    def finish(self, progress: Progress) -> None:
+        """Read what was launched, and wait for it."""
+        if self._pending is not None:
+            launch, self._pending = self._pending, None
+            self._read(launch, progress)
+
+    def _read(self, launch: _Launch, progress: Progress) -> None:
+        run, result = self.run, launch.step.result()
+        seconds, idle = self._times(launch)
+        self._before = launch.step
+        rate = run.plan.total / seconds
+        peak = device_peak(run.world.device, run.cfg.train.precision)
+        self.metrics = {
+            **{key: launch.metrics[key] for key in ("step", "epoch")},
+            **result.losses,
+            **{key: launch.metrics[key] for key in ("lr", "wd", "momentum", "teacher_temp")},
+            "grad_norm": result.grad_norm,
+            "images_per_s": rate,
+            "data_wait": min(idle / seconds, 1.0),
+            "mfu": None if peak is None else rate * flops_per_image(run.cfg) / (peak * run.world.size),
+            "mem": memory_mib(run.world.device),
+        }
+        if not result.applied:
+            self.metrics["nonfinite"] = result.nonfinite
+        if result.loss_scale is not None:
+            self.metrics["loss_scale"] = result.loss_scale
+        self.writer.write(self.metrics)
+        progress.update(launch.place, self.metrics)
+        _note_nonfinite(run, launch.metrics["step"], result)
+        self.stopped = 143 if result.stop[1] else 130 if result.stop[0] else self.stopped
+
+    def _times(self, launch: _Launch) -> tuple[float, float]:
+        """Seconds of a step, and of those the ones in which it waited for its data.
+
+        On a GPU by its own clock: from the end of one step to the end of the next, and how long it had nothing to do.
+        """
+        step, before = launch.step, self._before
+        if step.begin is None or step.end is None:
+            return launch.seconds, launch.waited
+        if before is None or before.end is None:
+            return step.begin.elapsed_time(step.end) / 1000, 0.0
+        return before.end.elapsed_time(step.end) / 1000, before.end.elapsed_time(step.begin) / 1000
+
+
+def _launch(run: Run, stop: StopRequest) -> _Launch:
+    """Launch one optimiser step."""
     began, waited = time.perf_counter(), 0.0
 
     def inputs() -> Iterator[Any]:
@@ -139,54 +226,40 @@ def _one_step(run: Run, stop: StopRequest) -> tuple[dict[str, Any], StepResult]:
             yield batch
 
     values = run.schedules.at(run.place)
-    result = train_step(
+    step = launch_step(
         run.model, run.pera, run.optimizer, run.scaler, inputs(), run.plan.accumulate, values, run.cfg.optim.clip,
-        run.world, stop.asked, run.graph,
+        run.world, stop.asked, run.graph, run.update,
     )  # fmt: skip
     seconds = time.perf_counter() - began
     run.step += 1
     run.position += 1
-    rate = run.plan.total / seconds
-    peak = device_peak(run.world.device, run.cfg.train.precision)
-    metrics: dict[str, Any] = {
+    metrics = {
         "step": run.step,
         "epoch": (run.position - 1) // run.inputs.steps_per_epoch,
-        **result.losses,
         "lr": values.lr,
         "wd": values.weight_decay,
         "momentum": values.momentum,
         "teacher_temp": values.teacher_temp,
-        "grad_norm": result.grad_norm,
-        "images_per_s": rate,
-        "data_wait": min(waited / seconds, 1.0),
-        "mfu": None if peak is None else rate * flops_per_image(run.cfg) / (peak * run.world.size),
-        "mem": memory_mib(run.world.device),
     }
-    if not result.applied:
-        metrics["nonfinite"] = result.nonfinite
-    if run.scaler.is_enabled():
-        metrics["loss_scale"] = run.scaler.get_scale()
-    return metrics, result
+    return _Launch(step, run.place, metrics, waited, seconds)
 
 
-def _note_nonfinite(run: Run, result: StepResult) -> None:
+def _note_nonfinite(run: Run, step: int, result: StepResult) -> None:
     """Counts a skipped step and says what was not finite; raises UserError after too many in a row."""
     if result.applied:
         run.nonfinite["row"] = 0
         return
-    if run.scaler.is_enabled() and result.nonfinite == ["gradients"] and run.scaler.get_scale() > 1:
-        log.info("step %d skipped: gradients overflow; loss scale now %g", run.step, run.scaler.get_scale())
+    if result.loss_scale is not None and result.nonfinite == ["gradients"] and result.loss_scale > 1:
+        log.info("step %d skipped: gradients overflow; loss scale now %g", step, result.loss_scale)
         return  # how loss scaling finds its scale: no sign of trouble
     run.nonfinite["total"] += 1
     run.nonfinite["row"] += 1
     row, limit = run.nonfinite["row"], run.cfg.train.max_nonfinite
     names = ", ".join(result.nonfinite)
-    log.warning(
-        "step %d skipped: not finite: %s (%d in a row, %d in all)", run.step, names, row, run.nonfinite["total"]
-    )
+    log.warning("step %d skipped: not finite: %s (%d in a row, %d in all)", step, names, row, run.nonfinite["total"])
     if row >= limit:
         raise UserError(
-            f"step {run.step}: {names} not finite in {row} steps in a row (train.max_nonfinite={limit}); these steps"
+            f"step {step}: {names} not finite in {row} steps in a row (train.max_nonfinite={limit}); these steps"
             f" changed nothing; try a lower optim.lr, a longer optim.warmup_epochs or train.precision=fp32"
         )
 

@@ -30,7 +30,7 @@ def fixed_bytes(model: PerA) -> int:
     weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     half = 0 if model.compute_dtype == torch.float32 else 2 * weights
-    return 4 * (weights + 3 * trained + model.center.shape[1]) + half + LOSS_BYTES
+    return 4 * (weights + 3 * trained + model.cfg.model.prototypes) + half + LOSS_BYTES
 
 
 def bytes_per_image(cfg: Config, policy: str) -> float:

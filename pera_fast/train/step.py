@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pera_fast.ranges import span
 from pera_fast.train.distributed import World, gradient_sync
+from pera_fast.train.fused_update import FusedUpdate
 from pera_fast.train.graph import StepGraph
 from pera_fast.train.optim import apply_gradients
 from pera_fast.train.schedules import StepValues
@@ -26,12 +27,14 @@ class StepResult:
         grad_norm: before clipping.
         applied: False if something was not finite: then parameters, teacher and center are as before.
         stop: over all ranks, whether (SIGINT, SIGTERM) came.
+        loss_scale: after this step; None without loss scaling.
     """
 
     losses: dict[str, float]
     grad_norm: float
     applied: bool
     stop: tuple[bool, bool]
+    loss_scale: float | None = None
 
     @property
     def nonfinite(self) -> list[str]:
@@ -42,7 +45,35 @@ class StepResult:
         return bad if bad or self.applied else ["teacher_mean"]
 
 
-def train_step(
+@dataclass
+class LaunchedStep:
+    """A step whose work was handed to the device; the host has not waited for it.
+
+    Attributes:
+        numbers: losses, (SIGINT, SIGTERM), gradient norm, whether the update was made, loss scale (0: none); float64 on
+            the host, where they arrive when ``end`` has passed.
+        begin, end: CUDA events around the step's work; None on a CPU, where the work is done.
+    """
+
+    numbers: Tensor
+    begin: torch.cuda.Event | None = None
+    end: torch.cuda.Event | None = None
+
+    def result(self) -> StepResult:
+        """Wait for the step and read what it gave."""
+        if self.end is not None:
+            self.end.synchronize()
+        *losses, sigint, sigterm, norm, applied, scale = self.numbers.tolist()
+        named = dict(zip(LOSSES, losses, strict=True))
+        return StepResult(named, norm, bool(applied), (sigint > 0, sigterm > 0), scale or None)
+
+
+def train_step(*args: Any, **kwargs: Any) -> StepResult:
+    """One update, of which the host waits for the end; arguments as those of ``launch_step``."""
+    return launch_step(*args, **kwargs).result()
+
+
+def launch_step(
     model: nn.Module,
     pera: Any,
     optimizer: torch.optim.AdamW,
@@ -54,16 +85,22 @@ def train_step(
     world: World,
     stop: Callable[[], tuple[bool, bool]] = lambda: (False, False),
     graph: StepGraph | None = None,
-) -> StepResult:
-    """Takes `accumulate` micro-batches from `inputs` and makes one update. Reads from the device once, at its end.
+    update: FusedUpdate | None = None,
+) -> LaunchedStep:
+    """Take `accumulate` micro-batches from `inputs` and make one update; with `update` the host waits for nothing.
 
     Args:
         model: called for the losses; `pera` itself, or `pera` in DDP.
         pera: the model with its center and teacher.
         stop: says whether (SIGINT, SIGTERM) came to this process; all ranks learn it, in `StepResult.stop`.
         graph: made by `make_graph`, runs the micro-batches; None: they run op by op.
+        update: made by `make_update`, for a GPU; None: PyTorch's operators, and the host looks whether all is finite.
     """
-    optimizer.zero_grad(set_to_none=graph is None)  # a graph knows the gradients by their addresses
+    begin = _mark(world.device)
+    if graph is None:
+        optimizer.zero_grad(set_to_none=True)
+    else:
+        graph.begin_step()
     parts = []  # f32 [5 + bottleneck] each: loss parts, then the mean teacher row
     for micro in range(accumulate):
         with span("data"):
@@ -73,25 +110,53 @@ def train_step(
                 parts.append(_backward(model, scaler, batch, values.teacher_temp, accumulate))
             else:
                 parts.append(graph(batch, values.teacher_temp))
-    total = torch.stack(parts).sum(0)
+    total = parts[0] if accumulate == 1 else torch.stack(parts).sum(0)
     # One collective for all that the ranks must agree on: the losses, the center's input, and whether to stop.
-    total = world.mean(torch.cat([total, *(total.new_full((1,), float(flag)) for flag in stop())]))
+    asked = [float(flag) for flag in stop()]
+    total = world.mean(torch.cat([total, _on_device(asked, total)]))
+    if graph is not None:
+        world.mean_gradients([p.grad for p in model.parameters() if p.grad is not None])
     with span("optimiser"):
-        norm, ok = apply_gradients(optimizer, scaler, values, clip, total)
-    numbers = torch.cat([total[: len(LOSSES)], total[-2:], torch.stack([norm, ok])]).tolist()  # waits for the device
-    applied = bool(numbers[-1])
-    if applied:
+        if update is not None:
+            norm, ok = update(total, total[len(LOSSES) : -2], values, clip)
+        else:
+            norm, ok = apply_gradients(optimizer, scaler, values, clip, total)
+    scale = scaler._scale if scaler.is_enabled() else None
+    last = torch.stack([norm, ok, torch.zeros_like(norm) if scale is None else scale.float()])
+    numbers = torch.cat([total[: len(LOSSES)], total[-2:], last]).double()
+    if update is not None:
+        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        host.copy_(numbers, non_blocking=True)
+        return LaunchedStep(host, begin, _mark(world.device))
+    numbers = numbers.cpu()  # waits for the device
+    if numbers[-2] > 0:
         with span("EMA"):
             pera.update_center(total[len(LOSSES) : -2])  # before the teacher's, and in effect from the next step on
             pera.update_teacher(values.momentum)
-    sigint, sigterm, grad_norm, _ = numbers[len(LOSSES) :]
-    losses = dict(zip(LOSSES, numbers[: len(LOSSES)], strict=True))
-    return StepResult(losses, grad_norm, applied, (sigint > 0, sigterm > 0))
+    return LaunchedStep(numbers, begin, _mark(world.device))
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    """An event at this place of the device's current stream; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _on_device(values: list[float], like: Tensor) -> Tensor:
+    """Numbers beside a tensor, float32, without a wait."""
+    if like.is_cuda:
+        return torch.tensor(values, pin_memory=True).to(like.device, non_blocking=True)
+    return like.new_tensor(values)
 
 
 def make_graph(model: nn.Module, scaler: torch.amp.GradScaler, accumulate: int) -> StepGraph:
-    """For `train_step` on one GPU: its micro-batches as a CUDA graph, recorded at the first one."""
-    return StepGraph(lambda batch, temp: _backward(model, scaler, batch, temp, accumulate), model.parameters())
+    """For `launch_step` on a GPU: its micro-batches as a CUDA graph, recorded at the first one."""
+    return StepGraph(
+        lambda batch, temp: _backward(model, scaler, batch, temp, accumulate), model.parameters(), accumulate
+    )
 
 
 def _backward(

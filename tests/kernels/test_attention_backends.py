@@ -319,7 +319,7 @@ def test_a_wrong_switch_is_named(monkeypatch):
 def test_every_implementation_says_why_it_cannot_run():
     row = next(row for row in backend.report(CPU) if row.op == "attention")
     assert row.runs == "sdpa"
-    assert list(row.missing) == ["triton", "xformers", "varlen"]
+    assert list(row.missing) == ["triton", "cudnn", "xformers", "varlen"]
     assert all("not on cpu" in reason for reason in row.missing.values())
     if not torch.cuda.is_available():
         assert xformers.available(CUDA)

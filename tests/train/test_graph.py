@@ -1,6 +1,7 @@
 """The recorded step: on a CPU with a recorder that runs the work again, on a GPU for real."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,11 +22,15 @@ from pera_fast.train.step import _backward, make_graph, train_step
 SMALL = ["train.batch_size=4", "train.precision=fp32", "model.prototypes=256", "model.depth=2"]
 
 
-def run_again(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """What ``record`` does, without a graph."""
+def run_again(
+    function: Callable[[], Tensor], forget: Callable[[], None], accumulate: int
+) -> tuple[Callable[[], None], Tensor]:
+    """What ``record`` does, without a graph: with one micro-batch a replay writes the gradients anew."""
     out = function()
 
     def replay() -> None:
+        if accumulate == 1:
+            forget()
         out.copy_(function())
 
     return replay, out
@@ -68,7 +73,10 @@ def same(device: torch.device, accumulate: int, graph: Callable[..., Any]) -> No
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_replays_give_what_steps_give(accumulate: int) -> None:
     def rerun(model: PerA, scaler: torch.amp.GradScaler, accumulate: int) -> StepGraph:
-        return StepGraph(lambda x, t: _backward(model, scaler, x, t, accumulate), model.parameters(), run_again)
+        return StepGraph(
+            lambda x, t: _backward(model, scaler, x, t, accumulate), model.parameters(), accumulate,
+            partial(run_again, accumulate=accumulate),
+        )  # fmt: skip
 
     same(torch.device("cpu"), accumulate, rerun)
 

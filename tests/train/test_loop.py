@@ -146,7 +146,7 @@ def test_nonfinite_step_changes_nothing(tmp_path: Path, what: str, caplog):
             out[what] = out[what] * math.nan
 
     model = Tampered(run, poison)
-    original = loop.train_step
+    original = loop.launch_step
     after: list[torch.Tensor] = []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -156,7 +156,7 @@ def test_nonfinite_step_changes_nothing(tmp_path: Path, what: str, caplog):
         return result
 
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO, "pera_fast"):
-        patch.setattr(loop, "train_step", watched)
+        patch.setattr(loop, "launch_step", watched)
         assert fit(run, StopRequest())[0] == 0
     assert len(before) == len(after) > 50
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -13,15 +13,16 @@ from torch import Tensor
 
 from .. import backend
 from ..packing import check, num_tokens, pairs
-from . import sdpa, varlen, xformers
+from . import cudnn, sdpa, varlen, xformers
 
 # Groups of at most this many tokens a sequence go to the Triton kernels, which take up to 32; 0: none. Set it by what
 # `pera-fast bench attention --all` measures. PERA_SHORT_ATTENTION=1 or 0 overrides: all up to 32, or none.
 SHORT_SEQUENCE = 32
 TRITON_LENGTH = 32
 
-# Fastest first; reference takes everything.
-_WHOLE = {"xformers": xformers, "varlen": varlen, "sdpa": sdpa.fused, "reference": sdpa.formula}
+# Fastest first; reference takes everything. cudnn runs where it was measured to be the fastest (``measured``), or is
+# asked for.
+_WHOLE = {"cudnn": cudnn, "xformers": xformers, "varlen": varlen, "sdpa": sdpa.fused, "reference": sdpa.formula}
 
 
 def _short_sequence() -> int:
@@ -158,13 +159,54 @@ def attention(qkv: Tensor, num_heads: int, groups: Sequence[int]) -> Tensor:
 
 
 def attention_with_lse(qkv: Tensor, num_heads: int, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """As ``attention``, with the log-sum-exp of each query's scores [T, H]; not differentiable."""
+    """As ``attention``, with the log-sum-exp of each query's scores [T, H] (float32, float64 for float64).
+
+    Not differentiable: ``attention_backward_with_sums`` is its gradient.
+    """
     return _attention(qkv, num_heads, list(groups))
+
+
+@torch.library.custom_op("pera::attention_backward_with_sums", mutates_args=())
+def _backward_with_sums(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, groups: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    grad, qkv, out, lse = (t.contiguous() for t in (grad, qkv, out, lse))
+    grad_qkv = torch.empty_like(qkv)
+    partial = []  # (P, 3 * D) each
+    for module, rows, part in _runs(qkv, num_heads, groups):
+        found = module.backward(grad[rows], qkv[rows], out[rows], lse[rows], num_heads, part, grad_qkv[rows])
+        partial.append(_column_sums(grad_qkv[rows]) if found is None else found)
+    if not partial:
+        return grad_qkv, qkv.new_zeros(qkv.shape[1], dtype=_wide(qkv))
+    return grad_qkv, (torch.cat(partial) if len(partial) > 1 else partial[0]).sum(0)
+
+
+@_backward_with_sums.register_fake
+def _(grad, qkv, out, lse, num_heads, groups):
+    sums = qkv.new_empty(qkv.shape[1], dtype=_wide(qkv))
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format), sums
+
+
+def _column_sums(x: Tensor) -> Tensor:
+    """Partial sums (P, 3 * D) of the columns of x."""
+    if x.dtype != torch.float64 and backend.needs_triton(x.device) is None:
+        from . import triton
+
+        return triton.column_sums(x)
+    return x.sum(0, keepdim=True, dtype=_wide(x))
 
 
 def attention_backward_with_sums(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, groups: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of qkv [T, 3 * D] and its column sums [3 * D], float32 (float64 for float64)."""
-    grad_qkv = _backward(grad, qkv, out, lse, num_heads, list(groups))
-    return grad_qkv, grad_qkv.sum(0, dtype=_wide(qkv))
+    """Gradient of qkv [T, 3 * D] and its column sums [3 * D]: the gradient of the projection's bias.
+
+    Args:
+        grad: gradient of the result [T, D].
+        qkv, num_heads, groups: as for ``attention``.
+        out, lse: what ``attention_with_lse`` returned.
+
+    Returns:
+        The sums are float32 (float64 for float64).
+    """
+    return _backward_with_sums(grad, qkv, out, lse, num_heads, list(groups))

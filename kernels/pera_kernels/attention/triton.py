@@ -181,8 +181,83 @@ def backward(
         attention_bwd_kernel[grid](*tensors, *args, **constants, num_warps=4, num_stages=1)
 
 
+@triton.jit
+def attention_pack_kernel(
+    q_ptr,  # (R, D), rows stride apart
+    k_ptr,
+    v_ptr,
+    out_ptr,  # (R, 3, D)
+    sums_ptr,  # (programs, 3, D) float32
+    rows,
+    stride,
+    programs,
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COPY: tl.constexpr,
+):
+    which = tl.program_id(1)
+    program = tl.program_id(2)
+    col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for first in range(program * BLOCK_R, rows, programs * BLOCK_R):
+        row = first + tl.arange(0, BLOCK_R)
+        mask = (row < rows)[:, None] & (col < D)[None, :]
+        place = row.to(tl.int64)[:, None] * stride + col[None, :]
+        if which == 0:
+            x = tl.load(q_ptr + place, mask=mask, other=0.0)
+        elif which == 1:
+            x = tl.load(k_ptr + place, mask=mask, other=0.0)
+        else:
+            x = tl.load(v_ptr + place, mask=mask, other=0.0)
+        if COPY:
+            tl.store(out_ptr + row.to(tl.int64)[:, None] * (3 * D) + which * D + col[None, :], x, mask=mask)
+        total += x.to(tl.float32)
+    tl.store(sums_ptr + (program * 3 + which) * D + col, tl.sum(total, 0), mask=col < D)
+
+
+PACK_ROWS, PACK_COLUMNS, PACK_PROGRAMS = 16, 256, 4  # tile; programs per multiprocessor
+
+
+def pack_gradients(grads: Sequence[Tensor], out: Tensor) -> Tensor:
+    """Write the gradients of q, k and v (n, len, H, d) side by side into out (n, len, 3 * D).
+
+    Returns partial sums of out's columns, (P, 3 * D) float32.
+    """
+    rows, dim = out.shape[0] * out.shape[1], out.shape[2] // 3
+    flat = [grad.reshape(rows, dim) for grad in grads]  # views: they lie as q does
+    return _pack(flat, out, rows, dim, dim, copy=True)
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """Partial sums of the columns of contiguous x (R, 3 * D): (P, 3 * D) float32."""
+    rows, dim = x.shape[0], x.shape[1] // 3
+    return _pack([x[:, i * dim :] for i in range(3)], x, rows, dim, 3 * dim, copy=False)
+
+
+def _pack(parts: Sequence[Tensor], out: Tensor, rows: int, dim: int, stride: int, copy: bool) -> Tensor:
+    blocks = triton.cdiv(dim, PACK_COLUMNS)
+    programs = 2
+    if out.is_cuda:
+        programs = PACK_PROGRAMS * torch.cuda.get_device_properties(out.device).multi_processor_count
+    programs = max(min(programs // (3 * blocks), triton.cdiv(rows, PACK_ROWS)), 1)
+    sums = torch.empty(programs, 3 * dim, dtype=torch.float32, device=out.device)
+    attention_pack_kernel[(blocks, 3, programs)](
+        *parts, out, sums, rows, stride, programs,
+        D=dim, BLOCK_R=PACK_ROWS, BLOCK_C=PACK_COLUMNS, COPY=copy, num_warps=4,
+    )  # fmt: skip
+    return sums
+
+
 def _variants() -> list[Variant]:
     result = []
+    pointers = {f"{name}_ptr": "*bf16" for name in ("q", "k", "v", "out")} | {"sums_ptr": "*fp32"}
+    sizes = dict.fromkeys(("rows", "stride", "programs"), "i32")
+    for recipe, dim in (("vit_s16", 384), ("vit_b16", 768), ("vit_g16", 1024)):
+        for copy in (True, False):
+            tile = {"D": dim, "BLOCK_R": PACK_ROWS, "BLOCK_C": PACK_COLUMNS, "COPY": copy}
+            name = f"{recipe} bf16{'' if copy else ', sums alone'}"
+            result.append(Variant(name, attention_pack_kernel, {**pointers, **sizes}, tile, num_warps=4))
     scalars = {"lse_ptr": "*fp32", "num_rows": "i32", "scale": "fp32"}
     forward_args = {"qkv_ptr": "*bf16", "out_ptr": "*bf16", **scalars}
     backward_args = {"grad_ptr": "*bf16", "qkv_ptr": "*bf16", "grad_qkv_ptr": "*bf16", **scalars}

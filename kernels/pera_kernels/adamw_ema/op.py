@@ -1,0 +1,131 @@
+"""The update's interface: checks the tensors, keeps them, and chooses who does the work."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from . import reference
+from .reference import Slot
+
+backend.register("adamw_ema", "triton", available=backend.needs_triton)
+
+
+class AdamWEma:
+    """AdamW and EMA over fixed tensors, in two calls a step; the host waits for neither.
+
+    Between them the caller may use what `prepare` found out, and the parameters are still the old ones.
+
+    Args:
+        slots: one for each parameter. They are kept, and must not move: a new optimiser state wants a new object.
+        betas, eps: of AdamW.
+
+    Raises:
+        ValueError: a tensor has the wrong dtype, shape, device or strides, or there is no slot.
+    """
+
+    def __init__(self, slots: Sequence[Slot], betas: tuple[float, float], eps: float):
+        if not slots:
+            raise ValueError("AdamWEma: no parameters")
+        self.slots, self._betas, self._eps = list(slots), betas, eps
+        self._device = self.slots[0].param.device
+        self._copy_dtype: torch.dtype | None = None
+        for number, slot in enumerate(self.slots):
+            self._check(number, slot)
+        self._gradients: list[Tensor | None] = []
+        self._scalars = torch.zeros(4, device=self._device)
+        self._table: Any = None
+
+    def _check(self, number: int, slot: Slot) -> None:
+        singles = {"exp_avg": slot.exp_avg, "exp_avg_sq": slot.exp_avg_sq, "teacher": slot.teacher}
+        moments = [tensor is None for tensor in (slot.exp_avg, slot.exp_avg_sq, slot.step)]
+        if any(moments) and not all(moments):
+            raise ValueError(f"AdamWEma: slot {number}: exp_avg, exp_avg_sq and step come together")
+        for name, tensor in {"param": slot.param, **singles}.items():
+            _check_one(f"slot {number}: {name}", tensor, slot.param, torch.float32)
+        for name, tensor in {"copy": slot.copy, "teacher_copy": slot.teacher_copy}.items():
+            if tensor is not None:
+                if tensor.dtype not in (torch.bfloat16, torch.float16):
+                    raise ValueError(f"AdamWEma: slot {number}: {name} is {tensor.dtype}, wants bfloat16 or float16")
+                self._copy_dtype = self._copy_dtype or tensor.dtype
+                _check_one(f"slot {number}: {name}", tensor, slot.param, self._copy_dtype)
+
+    def prepare(
+        self,
+        gradients: Sequence[Tensor | None],  # of each slot, f32; None or no moments: AdamW leaves the parameter alone
+        losses: Tensor,  # f32 [any], contiguous: the update is skipped unless all are finite
+        clip: float,
+        grad_scale: Tensor | None = None,  # f32 [], what the gradients were multiplied by (GradScaler)
+        factor: float = 1.0,  # what they are to be multiplied by, besides
+    ) -> Tensor:
+        """Takes the gradients for the next `apply`, and counts the step if there will be one.
+
+        Returns:
+            f32 [4] on the device, overwritten by the next call: norm of the gradients before clipping; 1 if the update
+            is made, else 0; what `apply` multiplies the gradients by; 1 if the norm is not finite, else 0.
+        """
+        if len(gradients) != len(self.slots):
+            raise ValueError(f"AdamWEma: {len(gradients)} gradients for {len(self.slots)} parameters")
+        self._gradients = [
+            g if slot.exp_avg is not None else None for slot, g in zip(self.slots, gradients, strict=True)
+        ]
+        for number, (slot, gradient) in enumerate(zip(self.slots, self._gradients, strict=True)):
+            _check_one(f"gradient {number}", gradient, slot.param, torch.float32)
+        if losses.dtype != torch.float32 or losses.dim() != 1 or not losses.is_contiguous():
+            raise ValueError(
+                f"AdamWEma: losses are {losses.dtype} {list(losses.shape)}, want float32 [any], contiguous"
+            )
+        with torch.no_grad(), self._place():
+            if not self._in_triton():
+                self._scalars = reference.prepare(self.slots, self._gradients, losses, clip, grad_scale, factor)
+            else:
+                self._table.point(self._gradients)
+                logs = (_log(self._betas[0]), _log(self._betas[1]))
+                self._scalars = self._table.prepare(losses, clip, grad_scale, factor, logs)
+        return self._scalars
+
+    def apply(self, lr: float, weight_decay: float, momentum: float) -> None:
+        """Make the update that `prepare` allowed: AdamW, then teacher = momentum * teacher + (1 - momentum) * param.
+
+        Args:
+            lr, weight_decay: of AdamW at this step.
+            momentum: of the EMA.
+        """
+        values = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": self._betas, "eps": self._eps}
+        with torch.no_grad(), self._place():
+            if not self._in_triton():
+                reference.apply(self.slots, self._gradients, self._scalars, **values)
+            else:
+                self._table.apply(**values)
+
+    def _place(self) -> torch.cuda.device:
+        return torch.cuda.device(self._device if self._device.type == "cuda" else -1)
+
+    def _in_triton(self) -> bool:
+        if backend.choose("adamw_ema", self._device) != "triton":
+            return False
+        if self._table is None:
+            from .triton import Table
+
+            self._table = Table(self.slots, self._device, self._copy_dtype)
+        return True
+
+
+def _check_one(what: str, tensor: Tensor | None, param: Tensor, dtype: torch.dtype) -> None:
+    """Kernels walk over memory: whatever the order of the dimensions is, it must be the parameter's."""
+    if tensor is None:
+        return
+    if tensor.dtype != dtype or tensor.shape != param.shape or tensor.device != param.device:
+        raise ValueError(
+            f"AdamWEma: {what} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, wants {dtype}"
+            f" {list(param.shape)} on {param.device}"
+        )
+    if not tensor.is_contiguous():
+        raise ValueError(f"AdamWEma: {what} is not contiguous")
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -math.inf

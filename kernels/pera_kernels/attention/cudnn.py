@@ -1,0 +1,109 @@
+"""Attention group by group on a GPU: cuDNN's fused attention, through PyTorch's operators.
+
+The sequences of a group have one length, so a group is a dense batch. Queries, keys and values are read where they lie
+in the packed projections; gradients are packed by one kernel that also sums their columns.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..packing import pairs, split
+from . import measured
+
+aten = torch.ops.aten
+MAX_HEAD_DIM = 128
+OPERATORS = ("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward")
+
+
+def available(device: torch.device) -> str | None:
+    """Why this cannot or should not run on a device, or None."""
+    if device.type != "cuda":
+        return f"cuDNN's attention runs on a GPU, not on {device.type}"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if not all(hasattr(aten, name) for name in OPERATORS) or not torch.backends.cudnn.is_available():
+        return "this build of torch has no cuDNN attention"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return "cuDNN's attention needs compute capability 8.0"
+    if torch.are_deterministic_algorithms_enabled():
+        return "cuDNN's attention adds up the gradient of the queries in any order"
+    if backend.wanted("attention") != "cudnn" and measured.fastest(capability) != "cudnn":
+        return f"nobody measured it to be the fastest on compute capability {capability[0]}.{capability[1]}"
+    return None
+
+
+def why_not(qkv: Tensor, num_heads: int) -> str | None:
+    """Why cuDNN's attention cannot take such projections, or None."""
+    if qkv.dtype not in (torch.bfloat16, torch.float16):
+        return f"cuDNN's attention takes bfloat16 and float16, not {qkv.dtype}"
+    head_dim = qkv.shape[1] // (3 * num_heads)
+    if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+        return f"heads of {head_dim} values: cuDNN's attention takes multiples of 8 up to {MAX_HEAD_DIM}"
+    return None
+
+
+def _views(part: Tensor, num_heads: int, count: int) -> tuple[Tensor, ...]:
+    """``count`` views [n, H, len, d] of a group's packed [n, len, count * D]."""
+    n, length, width = part.shape
+    return part.view(n, length, count, num_heads, width // (count * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def forward(
+    qkv: Tensor,  # (T, 3 * D)
+    num_heads: int,
+    groups: Sequence[int],
+    out: Tensor | None,  # (T, D), filled; None: where one group is all, the operator's own result is returned
+    lse: Tensor,  # (T, H) float32, filled
+) -> Tensor:
+    """Attention (T, D) of every group."""
+    single = out is None and len([n for n, length in pairs(groups) if n * length]) == 1
+    if out is None and not single:
+        out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
+    result = out
+    for i, (x, sums) in enumerate(zip(split(qkv, groups), split(lse, groups), strict=True)):
+        if not x.numel():
+            continue
+        q, k, v = _views(x, num_heads, 3)
+        y, found = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+        sums.copy_(found.reshape(q.shape[:3]).transpose(1, 2))  # (n, H, len, 1) in some versions
+        packed = y.transpose(1, 2).reshape(x.shape[0] * x.shape[1], -1)  # a view: y lies as q does
+        if single:
+            result = packed
+        else:
+            assert out is not None
+            split(out, groups)[i].copy_(packed.view(x.shape[0], x.shape[1], -1))
+    assert result is not None
+    return result
+
+
+def backward(
+    grad: Tensor,  # (T, D)
+    qkv: Tensor,  # (T, 3 * D)
+    out: Tensor,  # (T, D)
+    lse: Tensor,  # (T, H) float32
+    num_heads: int,
+    groups: Sequence[int],
+    grad_qkv: Tensor,  # (T, 3 * D), filled
+) -> Tensor:
+    """Gradient of qkv; returns partial sums (P, 3 * D) float32 of its columns."""
+    from .triton import pack_gradients
+
+    partial = []
+    seed = torch.empty((), dtype=torch.int64, device=qkv.device)  # of the dropout: there is none
+    for g, x, y, sums, target in zip(*(split(t, groups) for t in (grad, qkv, out, lse, grad_qkv)), strict=True):
+        if not x.numel():
+            continue
+        q, k, v = _views(x, num_heads, 3)
+        (g,), (y,) = _views(g, num_heads, 1), _views(y, num_heads, 1)
+        length = q.shape[2]
+        found = sums.transpose(1, 2).contiguous().unsqueeze(-1)
+        # No bias and no cumulative lengths: the operator's schema wants tensors all the same.
+        grads = aten._scaled_dot_product_cudnn_attention_backward(
+            g, q, k, v, y, found, seed, seed, None, None, None, length, length, 0.0, False
+        )
+        partial.append(pack_gradients([t.transpose(1, 2) for t in grads], target))
+    return torch.cat(partial) if len(partial) > 1 else partial[0]
