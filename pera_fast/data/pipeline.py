@@ -59,7 +59,7 @@ class CropPipeline:
         self.views, self.channels, self.device = views, channels, device
         self._sides = [views.global_size] * views.num_global + [views.local_size] * views.num_local
         on_gpu = device.type == "cuda"
-        self._host = None if on_gpu else HostCropper(self._sides, threads)
+        self._host = None if on_gpu else HostCropper(threads)
         self._windows: deque[tuple[np.ndarray, np.ndarray]] = deque()  # of the batches under way, if the host crops
         self._arrays: deque[list[np.ndarray | None]] = deque()  # their images; None: DALI decodes it
         self._under_way: deque[int] = deque()  # number of images of each batch
@@ -156,7 +156,7 @@ class CropPipeline:
         for crops, side in ((views.num_global, views.global_size), (views.num_local, views.local_size)):
             shape = (crops, len(images), side, side, self.channels)
             groups.append(host_empty(shape, self._dtype, self._pinned))
-        self._host(images, *self._windows.popleft(), [crop for group in groups for crop in group])
+        self._host(images, *self._windows.popleft(), groups)
         return groups[0].flatten(0, 1), groups[1].flatten(0, 1)
 
     def _gather(self, outputs: Sequence[Any], batch: int, side: int) -> torch.Tensor:
