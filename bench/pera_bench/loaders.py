@@ -130,11 +130,8 @@ def run(wish: LoaderWish, files: Sequence[Path], console: Console) -> None:
         m = record["machine"]
         console.print(f"{wish.recipe}, batches of {wish.batch_size}, {m['device']}, torch {m['torch']}, {m['commit']}")
         console.print("images/s for each second of processor time (images/s)")
-        console.print(
-            f"{'images':<24}{'threads':>8}"
-            + "".join(f"{side:>20}" for side in sides_of(wish).values())
-            + f"{'ratio':>14}"
-        )
+        names = "".join(f"{side:>20}" for side in sides_of(wish).values())
+        console.print(f"{'images':<24}{'threads':>8}{names}{'ratio':>14}")
         for kind in wish.formats:
             for size in wish.sizes:
                 folder = scratch / f"{kind}-{size}"

@@ -165,7 +165,7 @@ def test_the_native_call_refuses_what_it_cannot_read():
         (picture, start, end, 0, out[:, :, :, ::2]),
         (picture[..., :2], start, end, 0, out),
     ):
-        with pytest.raises(ValueError, match="image|start"):
+        with pytest.raises(ValueError, match=r"image|start"):
             crops_of_image(*wrong)
     with pytest.raises(IndexError, match="slot 3 of 3"):
         crops_of_image(picture, start, end, 3, out)

@@ -48,8 +48,8 @@ def crop_resize(window: Tensor, flip_y: bool, flip_x: bool, out: Tensor) -> None
 def crops_of_image(image: Tensor, start: Tensor, end: Tensor, slot: int, out: Tensor) -> None:
     """Fills all crops of one size of an image in one call, during which Python's other threads run.
 
-    RGB and gray of 8 bits are resized by PyTorch's `interpolate(mode="bilinear", antialias=True)`, whose uint8 kernel is
-    made for that, to the bit; anything else as `crop_resize` does.
+    RGB and gray of 8 bits are resized by PyTorch's `interpolate(mode="bilinear", antialias=True)`, to the bit: its
+    uint8 kernel is made for that. Anything else is resized as `crop_resize` does.
 
     Args:
         image: uint8 or uint16 [H, W, C] on the CPU, the values of a line one after the other in memory.
