@@ -44,12 +44,12 @@ def compare(sources: list[Path], recipe: str, sizes: list[int], images: int, epo
     """(range's number, group) -> (mean square, mean absolute) difference of each crop."""
     views, rng, found = load_config(recipe).views, np.random.default_rng(0), defaultdict(list)
     sides = [views.global_size] * views.num_global + [views.local_size] * views.num_local
-    cropper, dali = HostCropper(sides, 1), DaliDecoder(3, 1)
+    cropper, dali = HostCropper(1), DaliDecoder(3, 1)
 
     def crops(image: np.ndarray, start: np.ndarray, end: np.ndarray) -> list[np.ndarray]:
-        out = [torch.empty((1, side, side, 3), dtype=torch.uint8) for side in sides]
+        out = [torch.empty((1, 1, side, side, 3), dtype=torch.uint8) for side in sides]
         cropper([image], start, end, out)
-        return [crop.numpy().astype(float) for crop in out]
+        return [crop[0].numpy().astype(float) for crop in out]
 
     for size in sizes:
         for sample in range(images):

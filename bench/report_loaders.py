@@ -45,6 +45,8 @@ def loaders_table(folder: Path) -> list[str]:
             sides = row["sides"].values()
             cells = " | ".join(f"{side['images_per_core_s']:.1f} ({side['images_per_s']:.1f})" for side in sides)
             ratios = ", ".join(f"{ratio:.1f}" for ratio in _ratios(row))
+            if "gpu" in row["sides"]:
+                size += "; on the GPU, and on the CPU for it, instead of folder and shards"
             lines.append(f"| {device} | {record['recipe']}, {size} | {row['threads']} | {cells} | {ratios} | {when} |")
     if not lines:
         return ["## Loaders", "", *paragraph(NOTHING)]

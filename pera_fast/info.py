@@ -53,6 +53,7 @@ class Info:
     versions: dict[str, str | None]  # None: not installed
     ops: list[Op]
     missing: dict[str, str]  # part -> why it matters and how to get it
+    decoding: str = ""  # where data.decode_on=auto decodes
 
 
 def collect() -> Info:
@@ -72,7 +73,8 @@ def collect() -> Info:
         missing["GPU"] = _no_gpu(torch.version.cuda)
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     devices = [f"{g.name}, sm_{g.major}{g.minor}, {g.total_memory / 2**30:.0f} GiB" for g in gpus]
-    return Info(device, devices, _cpu(torch.backends.cpu.get_cpu_capability()), versions, ops, missing)
+    cpu = _cpu(torch.backends.cpu.get_cpu_capability())
+    return Info(device, devices, cpu, versions, ops, missing, _decoding(device))
 
 
 def show(info: Info, console: Console | None = None) -> None:
@@ -81,6 +83,8 @@ def show(info: Info, console: Console | None = None) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("device", info.device + (f" ({'; '.join(info.devices)})" if info.devices else ""))
     table.add_row("CPU", info.cpu)
+    if info.decoding:
+        table.add_row("decoding", info.decoding)
     for name, version in info.versions.items():
         table.add_row(name, version or "[yellow]not installed[/]")
     console.print(table)
@@ -96,6 +100,23 @@ def show(info: Info, console: Console | None = None) -> None:
             absent.add_row(part, _plain(why))
         console.print()
         console.print(absent)
+
+
+def _decoding(device: str) -> str:
+    """Where data.decode_on=auto decodes JPEG files of 512 px for the recipe vit_b16, one process on this machine."""
+    import torch
+
+    from pera_fast.config import load_config
+    from pera_fast.data.cores import usable_cores
+    from pera_fast.data.decode_on import choose, cores_image_seconds, has_jpeg_hardware
+    from pera_fast.train.flops import fastest_rate
+
+    where, cfg = torch.device(device), load_config("vit_b16")
+    seconds = cores_image_seconds(cfg.views, cfg.model.in_chans, 512.0 * 512.0, 0.0)
+    rate = fastest_rate(cfg, where)
+    made = choose("auto", has_gpu=device == "cuda", cores=usable_cores(), image_seconds=seconds, step_rate=rate)
+    hardware = "; the GPU has a JPEG decoder in hardware" if has_jpeg_hardware(where) else ""
+    return f"vit_b16, JPEG of 512 px: {made}{hardware}"
 
 
 def _plain(text: str) -> str:

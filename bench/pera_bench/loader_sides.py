@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pera_fast.config import Config
 from pera_fast.data.batch import Batch
+from pera_fast.data.decode_on import Decoding
 from pera_fast.data.index import build_index
 from pera_fast.data.loader import Loader
 from pera_fast.data.skipped import SkippedFiles
@@ -95,12 +97,19 @@ def pillow(folder: Path, cfg: Config, threads: int, batch_size: int) -> Iterator
         yield from loader
 
 
-def ours(data: Path, cfg: Config, batch_size: int, scratch: Path, device: torch.device) -> Loader[StepInputs]:
-    """Our loader as the trainer opens it; in its thread the rows of student and teacher are made too."""
+@contextmanager
+def ours(
+    data: Path, cfg: Config, batch_size: int, scratch: Path, device: torch.device, on: str | None = None
+) -> Iterator[Iterator[StepInputs]]:
+    """Our loader as the trainer opens it, and the rows of student and teacher: on a CPU made in the loader's thread, on
+    a GPU from what has arrived there.
+
+    Args:
+        on: "cpu" or "gpu", where images are decoded for a GPU; None: as the device says.
+    """
     manifest = build_index(data, out=scratch / f"{data.name}.parquet", progress=False)
 
-    def rows(batch: Batch) -> StepInputs:
-        inputs = make_inputs(batch, cfg)
+    def rows(inputs: StepInputs) -> StepInputs:
         for group in (inputs.global_, inputs.local):
             for index, order, factors in (
                 (group.student_index, group.student_order, group.student_factors),
@@ -113,5 +122,13 @@ def ours(data: Path, cfg: Config, batch_size: int, scratch: Path, device: torch.
                 visible_patches(group.crops, index, order, factors, gray, mean, std, patch, torch.bfloat16)
         return inputs
 
+    def transform(batch: Batch) -> StepInputs:
+        inputs = make_inputs(batch, cfg)
+        return rows(inputs) if device.type == "cpu" else inputs
+
+    decoding = None if on is None else Decoding(on, cfg.data.loader_threads or 1, "compared")
     skipped = SkippedFiles(scratch / "skipped.csv")
-    return Loader(cfg, manifest, batch_size=batch_size, device=device, skipped=skipped, transform=rows)
+    with Loader(
+        cfg, manifest, batch_size=batch_size, device=device, skipped=skipped, transform=transform, decoding=decoding
+    ) as loader:
+        yield loader if device.type == "cpu" else map(rows, loader)

@@ -42,6 +42,7 @@ SCENES = 64  # different ones, if nobody gives any
 SCENE_SIDE = 512
 WARM_UP = 2  # batches; nothing waits in a queue then, as no other work is done between them
 SIDES = {"pillow": "Pillow, PyTorch", "folder": "ours, folder", "shards": "ours, shards"}
+GPU_SIDES = {"pillow": "Pillow, PyTorch", "gpu": "ours, GPU decodes", "cpu": "ours, CPU decodes"}
 
 
 @dataclass
@@ -129,9 +130,8 @@ def run(wish: LoaderWish, files: Sequence[Path], console: Console) -> None:
         m = record["machine"]
         console.print(f"{wish.recipe}, batches of {wish.batch_size}, {m['device']}, torch {m['torch']}, {m['commit']}")
         console.print("images/s for each second of processor time (images/s)")
-        console.print(
-            f"{'images':<24}{'threads':>8}" + "".join(f"{side:>20}" for side in SIDES.values()) + f"{'ratio':>14}"
-        )
+        names = "".join(f"{side:>20}" for side in sides_of(wish).values())
+        console.print(f"{'images':<24}{'threads':>8}{names}{'ratio':>14}")
         for kind in wish.formats:
             for size in wish.sizes:
                 folder = scratch / f"{kind}-{size}"
@@ -183,7 +183,7 @@ def make_images(folder: Path, kind: str, size: int, sources: Sequence[Path], lea
 
 
 def compare(wish: LoaderWish, folder: Path, threads: int) -> dict[str, dict[str, float]]:
-    """The three sides, each on as many cores as threads."""
+    """The sides, each on as many cores as threads."""
     size = wish.batch_size
     cfg = load_config(wish.recipe, [f"train.batch_size={size}", f"data.loader_threads={threads}"])
     pinned, before = os.sched_getaffinity(0), torch.get_num_threads()
@@ -191,8 +191,10 @@ def compare(wish: LoaderWish, folder: Path, threads: int) -> dict[str, dict[str,
     os.sched_setaffinity(0, sorted(CORES)[:threads])
     try:
         sides = {"pillow": measure(pillow(folder / "images", cfg, threads, size), size, wish.seconds)}
-        for name, data in (("folder", folder / "images"), ("shards", folder / "shards")):
-            with ours(data, cfg, size, folder, torch.device(wish.device)) as loader:
+        where = {"shards": folder / "shards"}
+        for name in list(sides_of(wish))[1:]:
+            on = name if name in ("gpu", "cpu") else None
+            with ours(where.get(name, folder / "images"), cfg, size, folder, torch.device(wish.device), on) as loader:
                 sides[name] = measure(loader, size, wish.seconds)
     finally:
         os.sched_setaffinity(0, pinned)
@@ -214,6 +216,11 @@ def measure(batches: Iterator[Any], size: int, seconds: float) -> dict[str, floa
     return {"images_per_s": count / elapsed, "images_per_core_s": count / used, "cores": used / elapsed}
 
 
+def sides_of(wish: LoaderWish) -> dict[str, str]:
+    """What is compared on the device, by the names of the record."""
+    return SIDES if wish.device == "cpu" else GPU_SIDES
+
+
 def processor_seconds() -> float:
     """Of this process and its workers, those that have ended too: a loader may start new ones for each epoch."""
     alive = multiprocessing.active_children()  # waits for those that have ended, which are counted from then on
@@ -228,7 +235,7 @@ def processor_seconds() -> float:
 def line(row: dict[str, Any]) -> str:
     """One line of the table."""
     name = f"{row['format']} {row['size']} px, {row['bytes'] / row['images'] / 1024:.0f} KiB"
-    sides = [row["sides"][side] for side in SIDES]
+    sides = list(row["sides"].values())
     cells = "".join(f"{side['images_per_core_s']:>11.1f} ({side['images_per_s']:>6.1f})" for side in sides)
     ratios = " ".join(f"{side['images_per_core_s'] / sides[0]['images_per_core_s']:.1f}" for side in sides[1:])
     return f"{name:<24}{row['threads']:>8}{cells}{ratios:>14}"

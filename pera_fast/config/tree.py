@@ -198,13 +198,16 @@ def _share(total: int, parts: int, what: str) -> int:
 class DataConfig:
     """Reading and decoding."""
 
-    loader_threads: int = _count(4)  # decoding threads per process
+    # Where images are decoded and cropped for a GPU: on it, or on the CPU, so that only the crops cross. auto: on the
+    # CPU where its cores are enough for the step, which then has the GPU to itself. The run says which it is.
+    decode_on: str = _key("auto", choices=("auto", "gpu", "cpu"))
+    loader_threads: int | None = _count(None)  # decoding threads per process; null: as many as the step needs
     prefetch: int = _count(2)  # batches ready ahead of the step
     verify: bool = True  # decode every file fully when the index is built
     index: str | None = None  # path of the Parquet manifest; null: in the user's cache
     max_pixels: int = _count(2**28)  # width * height of the largest image that is read
-    # On a CPU a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the windows of all its crops still have this many
-    # times their crop's pixels a side then. null: never.
+    # Where the CPU decodes, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the windows of all its crops still have
+    # this many times their crop's pixels a side then. null: never.
     reduced_decoding: float | None = _key(1.25, low=1)
     # Bands of a file that are the channels: numbers from 1 and names (GeoTIFF band descriptions). null: all, in order.
     bands: list[int | str] | None = None

@@ -10,24 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from torch.nn.functional import interpolate
 
-from pera_kernels.crop_resize import crop_resize
-
-_PLAIN = (1, 3)  # channels
-_GRAIN = 32768  # elements from which on PyTorch's elementwise operations use several threads
+from pera_kernels.crop_resize import crops_of_image
 
 
 class HostCropper:
     """Crops of decoded images, made by threads.
 
     Args:
-        sides: pixels a side of each crop of an image.
         threads: how many images are worked on at a time.
     """
 
-    def __init__(self, sides: Sequence[int], threads: int):
-        self._sides = list(sides)
+    def __init__(self, threads: int):
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pera-crop")
 
     def __call__(
@@ -39,43 +33,20 @@ class HostCropper:
             images: B decoded images, uint8 or uint16 [H, W, C].
             start: [crops, B, 2], corner of each window that becomes the crop's first pixel, (y, x).
             end: [crops, B, 2], the opposite corner; before `start` along an axis: a flip.
-            out: for each crop [B, side, side, C], of the same type.
+            out: for each size, in the order of the crops, [crops, B, side, side, C] of the same type.
         """
-        starts, ends = (corner.round().astype(np.int64).tolist() for corner in (start, end))  # plain numbers are faster
-        results = [crop.numpy() for crop in out]
+        corners = (torch.from_numpy(corner.round().astype(np.int64)) for corner in (start, end))
+        sizes = [len(group) for group in out]
+        work = list(zip(*(corner.split(sizes) for corner in corners), out, strict=True))
 
-        sides = self._sides
+        def crops(slot: int) -> None:
+            # Few calls for an image: after each a thread waits for its turn with the interpreter.
+            image = torch.from_numpy(np.ascontiguousarray(images[slot]))
+            for starts, ends, group in work:
+                crops_of_image(image, starts, ends, slot, group)
 
-        def work(slot: int) -> None:
-            for crop, side in enumerate(sides):
-                _crop(images[slot], starts[crop][slot], ends[crop][slot], side, results[crop][slot])
-
-        for _ in self._pool.map(work, range(len(images))):
+        for _ in self._pool.map(crops, range(len(images))):
             pass
 
     def __del__(self) -> None:
         self._pool.shutdown()
-
-
-def _crop(image: np.ndarray, start: list[int], end: list[int], side: int, out: np.ndarray) -> None:
-    (top, bottom), (left, right) = (sorted(axis) for axis in zip(start, end, strict=True))
-    window = torch.from_numpy(image[top:bottom, left:right])
-    if window.dtype != torch.uint8 or window.shape[2] not in _PLAIN:
-        crop_resize(window, start[0] > end[0], start[1] > end[1], torch.from_numpy(out))
-        return
-    # Unsqueezed first, permuted then: its strides say channels-last, which is what the fast path looks for.
-    resized = interpolate(window[None].permute(0, 3, 1, 2), size=(side, side), mode="bilinear", antialias=True)
-    pixels = resized[0].permute(1, 2, 0)
-    if start[0] > end[0]:
-        out = out[::-1]
-    if start[1] > end[1]:
-        _mirror(pixels, out)
-    else:
-        out[...] = pixels.numpy()
-
-
-def _mirror(pixels: torch.Tensor, out: np.ndarray) -> None:
-    """Left and right exchanged, in pieces that PyTorch does not share out to a team of threads for each of ours."""
-    rows = max(1, (_GRAIN - 1) // pixels[0].numel())
-    for top in range(0, len(out), rows):
-        out[top : top + rows] = pixels[top : top + rows].flip(1).numpy()

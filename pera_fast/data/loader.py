@@ -9,11 +9,12 @@ import torch
 
 from pera_fast.data.batch import Batch
 from pera_fast.data.dali import require_dali
+from pera_fast.data.decode_on import Decoding, plan
 from pera_fast.data.manifest import Manifest
 from pera_fast.data.order import SampleOrder
 from pera_fast.data.producer import Failure, Producer
 from pera_fast.data.skipped import SkippedFiles
-from pera_fast.data.streams import adopt
+from pera_fast.data.streams import receive, with_index
 
 T = TypeVar("T")
 
@@ -28,10 +29,12 @@ class Loader(Iterator[T], Generic[T]):
         accumulate: micro-batches of one optimiser step.
         rank: of this process.
         world_size: number of ranks.
-        device: where the crops are made and live.
+        device: where the batches go.
         skipped: where files that cannot be used are reported; rank 0 enters those of the index too.
         start_micro_step: position in the run at which to start.
-        transform: applied to each batch in the loader's thread; its result is what `next` gives.
+        transform: applied to each batch in the loader's thread; its result is what `next` gives. Where the batch goes
+            to a GPU, this is before: its crops are where they were made, everything else is on the CPU.
+        decoding: where images are decoded, and by how many threads; None: see `decode_on.plan`.
 
     Raises:
         UserError: too few images, or DALI is not installed. From `next`: no readable image is left. Whatever a thread
@@ -40,6 +43,7 @@ class Loader(Iterator[T], Generic[T]):
 
     steps_per_epoch: int  # optimiser steps
     wait_seconds: float  # time that the last `next` blocked
+    decoding: Decoding
 
     def __init__(
         self,
@@ -54,6 +58,7 @@ class Loader(Iterator[T], Generic[T]):
         skipped: SkippedFiles,
         start_micro_step: int = 0,
         transform: Callable[[Batch], T] | None = None,
+        decoding: Decoding | None = None,
     ):
         require_dali()
         order = SampleOrder(
@@ -70,8 +75,11 @@ class Loader(Iterator[T], Generic[T]):
             for path, reason in manifest.unreadable():
                 skipped.add(path, reason)
         self._failure: BaseException | None = None
-        self._device = device
-        self._producer = Producer(cfg, manifest, order, device, skipped, start_micro_step, transform)
+        self._device = with_index(device)
+        self.decoding = decoding or plan(cfg, manifest, device, ranks=world_size)
+        self._producer = Producer(
+            cfg, manifest, order, self._device, skipped, start_micro_step, transform, self.decoding
+        )
         # The threads know the producer only, so a loader that is forgotten is collected and ends them.
         self._finalizer = weakref.finalize(self, self._producer.close)
 
@@ -89,8 +97,7 @@ class Loader(Iterator[T], Generic[T]):
         if isinstance(item, Failure):
             self._failure = item.error
             raise item.error
-        adopt(item, self._device)
-        return item
+        return receive(item, self._device)
 
     def close(self) -> None:
         """Stops the threads and processes; takes as long as one batch at most."""

@@ -15,6 +15,7 @@ import torch
 
 from pera_fast.data.batch import Batch, ColorParams, CropGroup
 from pera_fast.data.dali import error_reason
+from pera_fast.data.decode_on import Decoding
 from pera_fast.data.manifest import Manifest
 from pera_fast.data.order import SampleOrder
 from pera_fast.data.pipeline import CropPipeline
@@ -22,7 +23,7 @@ from pera_fast.data.reduced import ReducedDecoder
 from pera_fast.data.sensor import probe_settings, scaling_of
 from pera_fast.data.skipped import SkippedFiles
 from pera_fast.data.source import Image, SampleSource
-from pera_fast.data.streams import finish, own_stream
+from pera_fast.data.streams import own_stream, ship
 from pera_fast.data.views import draw_colors, draw_windows
 
 _log = logging.getLogger("pera_fast")
@@ -65,17 +66,19 @@ class Producer:
         skipped: SkippedFiles,
         start_micro_step: int,
         transform: Callable[[Batch], Any] | None,
+        decoding: Decoding,
     ):
         self._views, self._seed, self._channels = cfg.views, cfg.train.seed, cfg.model.in_chans
-        self._threads = cfg.data.loader_threads
+        self._threads = decoding.threads
         self._order, self._device, self._transform = order, device, transform
+        self._crops_on = device if decoding.on == "gpu" else torch.device("cpu")
         self._next_step = start_micro_step
         settings, scaling = probe_settings(cfg), scaling_of(cfg)
         self._raw = None if settings.encoded else scaling.depth
         self._has_colors = cfg.has_colors()
         sandboxes = min(self._threads, _MAX_SANDBOXES)
         reduced = None
-        if settings.encoded and device.type == "cpu" and cfg.data.reduced_decoding is not None:
+        if settings.encoded and self._crops_on.type == "cpu" and cfg.data.reduced_decoding is not None:
             reduced = ReducedDecoder(self._views, self._seed, self._channels, cfg.data.reduced_decoding)
         self._source = SampleSource(manifest, settings, self._seed, skipped, sandboxes, scaling, reduced)
         self._readers = ThreadPoolExecutor(self._threads, thread_name_prefix="pera-read")
@@ -118,8 +121,16 @@ class Producer:
                 return
 
     def _build(self, batch_size: int | None = None, depth: int = 2) -> CropPipeline:
-        size = batch_size or self._order.batch_size
-        return CropPipeline(self._views, self._channels, size, self._threads, self._device, depth=depth, raw=self._raw)
+        return CropPipeline(
+            self._views,
+            self._channels,
+            batch_size or self._order.batch_size,
+            self._threads,
+            self._crops_on,
+            depth=depth,
+            raw=self._raw,
+            pinned=self._crops_on != self._device,
+        )
 
     def _make(self) -> Any:
         """The next batch. The one after it is started first, so that DALI works while this one is finished."""
@@ -128,9 +139,7 @@ class Producer:
         pending = self._decoding.popleft()
         self._fill()
         batch = self._finish(pending, *crops)
-        made = batch if self._transform is None else self._transform(batch)
-        finish(self._device)
-        return made
+        return ship(batch if self._transform is None else self._transform(batch), self._device)
 
     # Reading and decoding ahead
 
@@ -177,13 +186,14 @@ class Producer:
     def _recover(self, error: Exception) -> None:
         """Finds the files that fail alone, puts others in their place and starts the batches again."""
         _log.debug("the image pipeline failed and is built anew: %s", error)
-        found = False
+        found, single = False, None
         for pending in self._decoding:
             for slot, image in enumerate(pending.images):
-                told = self._fails_alone(pending, slot)
+                single = single or self._build(batch_size=1, depth=1)
+                told = self._fails_alone(single, pending, slot)
                 if told is None:
                     continue
-                found = True
+                found, single = True, None  # a pipeline that raised is of no use any more
                 self._source.distrust(image.sample, told)
                 pending.images[slot] = self._source.fetch(pending.epoch, pending.wanted[slot])
         if not found:
@@ -192,8 +202,7 @@ class Producer:
         for pending in self._decoding:
             self._submit(self._pipeline, pending)
 
-    def _fails_alone(self, pending: _Pending, slot: int) -> str | None:
-        single = self._build(batch_size=1, depth=1)
+    def _fails_alone(self, single: CropPipeline, pending: _Pending, slot: int) -> str | None:
         try:
             self._submit(single, _Pending(0, pending.epoch, [], [], [pending.images[slot]]))
             single.collect()

@@ -12,18 +12,21 @@ from typing import Any
 import torch
 
 from pera_fast.config import Config
+from pera_fast.data.decode_on import plan as plan_decoding
 from pera_fast.data.index import open_or_build
 from pera_fast.data.loader import Loader
 from pera_fast.data.manifest import Manifest
 from pera_fast.data.sensor import adopt, describe
 from pera_fast.data.shards import file_of
 from pera_fast.data.skipped import SkippedFiles
+from pera_fast.data.streams import step_stream
 from pera_fast.errors import UserError
 from pera_fast.model.export import export_teacher
 from pera_fast.model.pera import PerA
 from pera_fast.train.compute_copies import make_copies
 from pera_fast.train.console import RunLog
 from pera_fast.train.distributed import World, let_main_speak, world
+from pera_fast.train.flops import fastest_rate
 from pera_fast.train.fused_update import make_update
 from pera_fast.train.graph import choose_graph
 from pera_fast.train.host_memory import reuse_freed_memory
@@ -91,6 +94,7 @@ def pretrain(
             here.on_main(folder.make)
             here.on_main(lambda: stack.enter_context(folder.locked()))
             stack.enter_context(RunLog(folder.log if here.main else None))
+            stack.enter_context(step_stream(here.device))
             return _pretrain(Path(data), folder, start, here)
     except UserError as error:
         let_main_speak(error)
@@ -110,12 +114,14 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
         start.notes += [note] if note else []
     for note in start.notes:
         log.info("%s", note)
+    rate = fastest_rate(cfg, here.device)
+    decoding = plan_decoding(cfg, manifest, here.device, ranks=here.size, step_rate=rate)
     with StopRequest() as stop:  # from here on a signal waits for the next step's end
         loader = Loader(
             cfg, manifest,
             batch_size=plan.per_device, accumulate=plan.accumulate, rank=here.rank, world_size=here.size,
             device=here.device, skipped=SkippedFiles(folder.skipped), start_micro_step=position * plan.accumulate,
-            transform=lambda batch: make_inputs(batch, cfg, here.rank),
+            transform=lambda batch: make_inputs(batch, cfg, here.rank), decoding=decoding,
         )  # fmt: skip
         try:
             run = _build(folder, start, here, manifest, loader)
@@ -124,6 +130,7 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
                 folder.write_config(cfg)
                 folder.cut_metrics(run.step)
             _announce(run)
+            log.info("%s", decoding)
             code, metrics = fit(run, stop)
             here.barrier()  # rank 0 may still be writing
         finally:

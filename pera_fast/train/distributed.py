@@ -162,6 +162,7 @@ def world(device_name: str) -> Iterator[World]:
         torch.cuda.set_device(device)
     ours = not dist.is_initialized()
     if ours:
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")  # as the step's stream: not to wait behind it
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)

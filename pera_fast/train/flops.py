@@ -68,3 +68,17 @@ def flops_per_image(cfg: Config) -> float:
         blocks = _blocks(cfg, 1 + taught, m.depth - 1) + _last_block(cfg, 1 + taught, 1)
         teacher += crops * (blocks + head + taught * embed)
     return 3 * student + 2 * embedding + teacher  # pixels take no gradient
+
+
+FASTEST_MFU = 0.5  # more than any step has reached: 0.34 on an H200 at commit fce4329
+_UNKNOWN_PEAK = 989.4e12  # for a card that is not listed; the H100's and H200's
+_FP32 = 8  # times slower than bf16, at least
+
+
+def fastest_rate(cfg: Config, device: torch.device) -> float | None:
+    """Images/s that a step may reach on the device at most, for what must keep up with it; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    peak = device_peak(device, "bf16") or _UNKNOWN_PEAK
+    slower = _FP32 if cfg.train.precision == "fp32" else 1
+    return FASTEST_MFU * peak / slower / flops_per_image(cfg)

@@ -22,7 +22,7 @@ def make_inputs(batch: Batch, cfg: Config, rank: int = 0) -> StepInputs:
         rank: this process's rank; stochastic depth is keyed by it and the micro-step.
 
     Returns:
-        Inputs on the device of the batch's crops, indices int32.
+        Inputs with the crops where they are, and all else on the device of the batch's colours; indices int32.
     """
     views, masking = cfg.views, cfg.model.masking
     grids = [views.global_size // cfg.model.patch_size, views.local_size // cfg.model.patch_size]
@@ -36,7 +36,7 @@ def make_inputs(batch: Batch, cfg: Config, rank: int = 0) -> StepInputs:
             indices.append(indices_from_ranks(ranks, student, predicted))
     groups = [_group(group, *index) for group, index in zip((batch.global_, batch.local), indices, strict=True)]
     keep = kept_sequences(cfg, [index[0].shape[0] for index in indices], batch.micro_step, rank)
-    device = batch.global_.pixels.device
+    device = batch.global_.student.order.device
     return StepInputs(*groups, keep=None if keep is None else torch.from_numpy(keep).to(device))
 
 
@@ -50,7 +50,7 @@ def _ranks(batch: Batch, cfg: Config, crops: list[int], grids: list[int]) -> lis
 
 
 def _group(group: CropGroup, student: np.ndarray, predicted: np.ndarray, teacher: np.ndarray) -> GroupInputs:
-    device = group.pixels.device
+    device = group.student.order.device
     index = [torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (student, predicted, teacher)]
     colours = group.student.order, group.student.factors, group.teacher.order, group.teacher.factors
     return GroupInputs(group.pixels, *index, *(c.to(device) for c in colours))

@@ -8,6 +8,7 @@ import torch
 
 from pera_fast.config import Config
 from pera_fast.data.batch import Batch
+from pera_fast.data.decode_on import plan
 from pera_fast.data.manifest import Manifest
 from pera_fast.data.order import SampleOrder
 from pera_fast.data.producer import Failure, Producer
@@ -48,14 +49,16 @@ def redraw(cfg: Config, manifest: Manifest, epoch: int, samples: Sequence[int], 
     Raises:
         UserError: no readable image is left.
     """
+    cpu = torch.device("cpu")
     producer = Producer(
         cfg,
         manifest,
         _Fixed(epoch, samples),
-        torch.device("cpu"),
+        cpu,
         skipped,
         0,
         lambda batch: Redrawn(batch, make_inputs(batch, cfg)),
+        plan(cfg, manifest, cpu),
     )
     try:
         made = producer.batches.get()

@@ -30,7 +30,7 @@ HARMLESS = {
 # These go on, but not bit for bit.
 NOTED = {
     "train.steps", "train.epochs", "train.precision", "train.device", "train.compile", "train.cuda_graph",
-    "data.reduced_decoding",
+    "data.reduced_decoding", "data.decode_on",
 }  # fmt: skip
 
 

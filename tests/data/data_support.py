@@ -58,12 +58,13 @@ def raster(bands: np.ndarray, **profile) -> bytes:
         return bytes(memory.read())
 
 
-def write_scenes(folder: Path, count: int, height: int = 48, width: int = 64) -> list[str]:
-    """`count` PNG files 000.png, 001.png ...; returns their names."""
+def write_scenes(folder: Path, count: int, height: int = 48, width: int = 64, suffix: str = ".png") -> list[str]:
+    """`count` files 000.png, 001.png ...; returns their names. JPEG ones have all colours at full resolution."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{number:03d}.png" for number in range(count)]
+    names = [f"{number:03d}{suffix}" for number in range(count)]
+    options = {"quality": 95, "subsampling": 0} if suffix == ".jpg" else {}
     for number, name in enumerate(names):
-        Image.fromarray(scene(number, height, width)).save(folder / name)
+        Image.fromarray(scene(number, height, width)).save(folder / name, **options)
     return names
 
 

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pera_kernels import backend
-from pera_kernels.crop_resize import crop_resize
+from pera_kernels.crop_resize import crop_resize, crops_of_image
 from pera_kernels.crop_resize.reference import weights
 
 LARGEST = {torch.uint8: 255, torch.uint16: 65535}
-HAS_NATIVE = backend.needs_native("crop_resize")(torch.device("cpu")) is None
+HAS_NATIVE = backend.needs_native("crop_resize", "crops_of_image")(torch.device("cpu")) is None
 
 
 def image(height: int, width: int, channels: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -97,3 +97,75 @@ def test_what_is_wrong_is_named(implementation):
         crop_resize(window[:0], False, False, out)
     with pytest.raises(ValueError, match="one after the other"):
         crop_resize(window[..., :2], False, False, out[..., :2])
+
+
+def corners(crops: int, images: int, height: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows of images of one size, some flipped."""
+    rng = np.random.default_rng(seed)
+    near = rng.integers(0, (height - 1, width - 1), (crops, images, 2))
+    far = near + 1 + (rng.random((crops, images, 2)) * ((height, width) - near - 1)).astype(np.int64)
+    flip = rng.random((crops, images, 2)) < 0.5
+    return torch.from_numpy(np.where(flip, far, near)), torch.from_numpy(np.where(flip, near, far))
+
+
+def pytorchs(image: torch.Tensor, start: list[int], end: list[int], side: int) -> np.ndarray:
+    (top, bottom), (left, right) = (sorted(axis) for axis in zip(start, end, strict=True))
+    window = image[top:bottom, left:right].permute(2, 0, 1)[None]
+    crop = torch.nn.functional.interpolate(window, size=(side, side), mode="bilinear", antialias=True)[0]
+    return crop.permute(1, 2, 0).numpy()[:: -1 if start[0] > end[0] else 1, :: -1 if start[1] > end[1] else 1]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("side", [1, 2, 7, 48, 130])
+def test_plain_crops_of_an_image_are_pytorchs_to_the_bit(implementation, channels, side):
+    pictures = [image(61, 83, channels, torch.uint8, seed) for seed in range(3)]
+    start, end = corners(9, 3, 61, 83, side)
+    out = torch.full((9, 3, side, side, channels), 7, dtype=torch.uint8)
+    crops_of_image(pictures[2], start, end, 2, out)
+    assert (out[:, :2] == 7).all()
+    for crop in range(9):
+        expected = pytorchs(pictures[2], start[crop, 2].tolist(), end[crop, 2].tolist(), side)
+        np.testing.assert_array_equal(out[crop, 2].numpy(), expected)
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(5, torch.uint8), (3, torch.uint16), (8, torch.uint16)])
+def test_other_crops_of_an_image_are_those_of_single_windows(implementation, channels, dtype):
+    picture = image(40, 50, channels, dtype)
+    start, end = corners(6, 1, 40, 50)
+    out = torch.empty((6, 1, 16, 16, channels), dtype=dtype)
+    crops_of_image(picture, start, end, 0, out)
+    for crop in range(6):
+        a, b = start[crop, 0].tolist(), end[crop, 0].tolist()
+        window = picture[min(a[0], b[0]) : max(a[0], b[0]), min(a[1], b[1]) : max(a[1], b[1])]
+        expected = torch.empty((16, 16, channels), dtype=dtype)
+        crop_resize(window, a[0] > b[0], a[1] > b[1], expected)
+        np.testing.assert_array_equal(out[crop, 0].numpy(), expected.numpy())
+
+
+def test_a_window_that_reaches_beyond_the_image_is_cut_off(implementation):
+    picture = image(20, 30, 3, torch.uint8)
+    start, end = torch.tensor([[[4, 31]]]), torch.tensor([[[23, 10]]])
+    out = torch.empty((1, 1, 8, 8, 3), dtype=torch.uint8)
+    crops_of_image(picture, start, end, 0, out)
+    np.testing.assert_array_equal(out[0, 0].numpy(), pytorchs(picture, [4, 30], [20, 10], 8))
+    with pytest.raises(ValueError, match="crop 0 of image 0 has no pixel of it"):
+        crops_of_image(picture, start, torch.tensor([[[4, 10]]]), 0, out)
+    crops_of_image(picture, start[:0], end[:0], 0, out[:0])
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="not built")
+def test_the_native_call_refuses_what_it_cannot_read():
+    picture, out = image(20, 30, 3, torch.uint8), torch.empty((2, 3, 8, 8, 3), dtype=torch.uint8)
+    start, end = corners(2, 3, 20, 30)
+    for wrong in (
+        (picture.short(), start, end, 0, out.short()),
+        (picture, start.int(), end.int(), 0, out),
+        (picture, start[:1], end[:1], 0, out),
+        (picture[:, ::2], start, end, 0, out),
+        (picture, start, end, 0, out[:, :, :, ::2]),
+        (picture[..., :2], start, end, 0, out),
+    ):
+        with pytest.raises(ValueError, match=r"image|start"):
+            crops_of_image(*wrong)
+    with pytest.raises(IndexError, match="slot 3 of 3"):
+        crops_of_image(picture, start, end, 3, out)

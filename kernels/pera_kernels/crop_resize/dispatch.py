@@ -11,7 +11,7 @@ from pera_kernels import backend
 
 from . import reference
 
-backend.register("crop_resize", "native", available=backend.needs_native("crop_resize"))
+backend.register("crop_resize", "native", available=backend.needs_native("crop_resize", "crops_of_image"))
 
 _CPU = torch.device("cpu")
 _DTYPES = (torch.uint8, torch.uint16)
@@ -43,3 +43,26 @@ def crop_resize(window: Tensor, flip_y: bool, flip_x: bool, out: Tensor) -> None
         torch.ops.pera_native.crop_resize(window, flip_y, flip_x, out)
     else:
         reference.crop_resize(window, flip_y, flip_x, out)
+
+
+def crops_of_image(image: Tensor, start: Tensor, end: Tensor, slot: int, out: Tensor) -> None:
+    """Fills all crops of one size of an image in one call, during which Python's other threads run.
+
+    RGB and gray of 8 bits are resized by PyTorch's `interpolate(mode="bilinear", antialias=True)`, to the bit: its
+    uint8 kernel is made for that. Anything else is resized as `crop_resize` does.
+
+    Args:
+        image: uint8 or uint16 [H, W, C] on the CPU, the values of a line one after the other in memory.
+        start: int64 [crops, images, 2], the corner of each window that becomes the crop's first pixel, (y, x).
+        end: int64 [crops, images, 2], the opposite corner; before `start` along an axis: a flip.
+        slot: which of the images this is.
+        out: of the image's type [crops, images, side, side, C], without gaps; [:, slot] is written.
+
+    Raises:
+        ValueError, IndexError: an argument of another type or shape, or a window with no pixel of the image (one that
+            only reaches beyond it is cut off); the message says which.
+    """
+    if backend.choose("crop_resize", _CPU) == "native":
+        torch.ops.pera_native.crops_of_image.default(image, start, end, slot, out)
+    else:
+        reference.crops_of_image(image, start, end, slot, out)
