@@ -106,7 +106,7 @@ def model_of(golden: Golden, recompute: str = "none") -> PerA:
 
 def close(got: Tensor, want: Tensor, relative: float, what: str) -> None:
     """Largest difference, relative to the largest value."""
-    want = want.reshape(got.shape).double()
+    got, want = got.cpu(), want.reshape(got.shape).double()
     bound = relative * want.abs().max().item() + 1e-12
     difference = (got.double() - want).abs().max().item()
     assert difference <= bound, f"{what}: off by {difference:.3g}, allowed {bound:.3g}"
@@ -162,16 +162,25 @@ def test_training_steps_with_every_backend(golden: Golden, implementation: str) 
         check_training_steps(golden, "cheap", 1 if interpreted else golden.meta["steps"])
 
 
-def check_training_steps(golden: Golden, recompute: str, steps: int) -> None:
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recompute", ["none", "cheap"])
+def test_training_steps_on_a_gpu(golden: Golden, recompute: str) -> None:
+    check_training_steps(golden, recompute, golden.meta["steps"], torch.device("cuda", 0))
+
+
+def check_training_steps(
+    golden: Golden, recompute: str, steps: int, device: torch.device = torch.device("cpu")
+) -> None:
     meta = golden.meta
-    model = model_of(golden, recompute)
+    model = model_of(golden, recompute).to(device)
     cfg = model.cfg
-    optimizer, scaler = make_optimizer(model.parameters(), cfg), make_scaler(cfg, torch.device("cpu"))
+    optimizer, scaler = make_optimizer(model.parameters(), cfg), make_scaler(cfg, device)
     values = StepValues(
         lr=meta["lr"], weight_decay=meta["wd"], momentum=meta["momentum"], teacher_temp=meta["teacher_temp"]
     )
     for step in range(steps):
-        out = model(golden.inputs(step), meta["teacher_temp"])
+        out = model(golden.inputs(step).to(device), meta["teacher_temp"])
         check_losses(golden, step, out)
         optimizer.zero_grad()
         out["loss"].backward()
@@ -208,7 +217,7 @@ def check_parameters(golden: Golden, step: int, model: PerA) -> None:
         grad = gradients[name.replace("teacher.", "student.")]
         real = grad.abs() > 1e-6
         compared, total = compared + int(real.sum()), total + real.numel()
-        difference = torch.where(real, state[name] - want, 0.0).abs().max().item()
+        difference = torch.where(real, state[name].cpu() - want, 0.0).abs().max().item()
         assert difference <= 1e-5, f"step {step} {name} after the step: off by {difference:.3g}"
     assert compared > 0.5 * total, f"only {compared} of {total} parameters have a gradient to compare by"
 

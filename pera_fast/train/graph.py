@@ -61,8 +61,8 @@ def record(function: Callable[[], Tensor], forget: Forget) -> tuple[Replay, Tens
     Returns:
         What replays it, and its result, which every replay overwrites.
     """
-    # Of the warm-up and of the recording: autograd remembers the stream of a parameter. Its priority becomes that of the
-    # graph's kernels, above the loader's.
+    # Of the warm-up and of the recording: autograd remembers the stream of a parameter. Its priority becomes that of
+    # the graph's kernels, above the loader's.
     side = torch.cuda.Stream(priority=-1)
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

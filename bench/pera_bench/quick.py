@@ -1,0 +1,153 @@
+"""Measure one thing of a training step on a GPU, in a process of its own: `python -m pera_bench.quick PART ...`.
+
+    step --batch 64 [--set KEY=VALUE ...] [--backend NAME]      the trainer's step on random crops
+    published --batch 64 --checkout DIR                         the published implementation's
+    trace --batch 64 --csv FILE                                 every kernel of a step: ms, launches, name
+
+Prints one line of JSON: what was measured, device and versions. Imports no more than the trainer's step does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pera_fast.config import Config, load_config
+from pera_fast.model.pera import PRECISIONS
+from pera_fast.profile.measure import real_step
+from pera_fast.profile.simulate import VALUES
+from pera_fast.train.flops import device_peak, flops_per_image
+from pera_kernels import backend
+
+ROOT = Path(__file__).resolve().parents[2]
+MIB = 2**20
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Device, versions and commit."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    versions = {"torch": torch.__version__, "cudnn": str(torch.backends.cudnn.version())}
+    return {"device": name, **versions, "commit": commit, "date": time.strftime("%Y-%m-%d")}
+
+
+def times(step: Callable[[], Any], device: torch.device, warm_up: int, rounds: int, steps: int) -> dict[str, float]:
+    """Milliseconds a step: median, least and most of some rounds of several steps, the host waiting between rounds."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    for _ in range(warm_up):
+        step()
+    wait()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        wait()
+        found.append(1000 * (time.perf_counter() - start) / steps)
+    return {"ms": statistics.median(found), "ms_min": min(found), "ms_max": max(found)}
+
+
+def memory(device: torch.device) -> dict[str, int]:
+    """Peak MiB that tensors took, and that the allocator holds, a graph's pool included."""
+    if device.type != "cuda":
+        return {}
+    allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)
+    return {"peak_mib": allocated // MIB, "reserved_mib": reserved // MIB}
+
+
+def _config(args: argparse.Namespace) -> Config:
+    settings = [f"train.batch_size={args.batch}", f"train.precision={args.precision}", *args.set]
+    return load_config(args.recipe, settings)
+
+
+def measure_step(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The trainer's step."""
+    cfg = _config(args)
+    with backend.use(args.backend) if args.backend else nullcontext():
+        found = times(real_step(cfg, device), device, 3, args.rounds, args.steps)
+    rate = 1000 * args.batch / found["ms"]
+    peak = device_peak(device, args.precision)
+    mfu = None if peak is None else rate * flops_per_image(cfg) / peak
+    return {**found, "images_per_s": rate, "mfu": mfu, **memory(device)}
+
+
+def measure_published(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The published implementation's step."""
+    from pera_bench.published import PublishedStep
+    from pera_kernels.attention import xformers
+
+    cfg = _config(args)
+    side = PublishedStep(args.checkout, cfg, device)
+    views, dtype = side.views(args.batch, device), PRECISIONS[args.precision]
+    found = times(
+        lambda: side.step(views, dtype, VALUES.teacher_temp, VALUES.momentum), device, 3, args.rounds, args.steps
+    )
+    reason = xformers.available(device)
+    attention = "xformers" if reason is None else f"sdpa, as {reason}"
+    return {**found, "images_per_s": 1000 * args.batch / found["ms"], "attention": attention, **memory(device)}
+
+
+def measure_trace(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Kernels of a step by name, written to a CSV file: ms a step, launches a step, name."""
+    step = real_step(_config(args), device)
+    for _ in range(4):
+        step()
+    torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(args.steps):
+            step()
+        torch.cuda.synchronize(device)
+    kernels: dict[str, list[float]] = {}
+    for event in profile.events() or ():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels.setdefault(event.name, []).append(event.device_time / 1000)
+    rows = sorted(((sum(ms) / args.steps, len(ms) / args.steps, name) for name, ms in kernels.items()), reverse=True)
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
+    with args.csv.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("ms_per_step", "launches_per_step", "kernel"))
+        writer.writerows((f"{ms:.4f}", f"{count:.1f}", name) for ms, count, name in rows)
+    return {"busy_ms": sum(row[0] for row in rows), "launches": sum(row[1] for row in rows)}
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(prog="pera_bench.quick", description="Measure one thing of a training step.")
+    parser.add_argument("part", choices=("step", "published", "trace"))
+    parser.add_argument("--batch", type=int, default=64, help="images of a step")
+    parser.add_argument("--recipe", default="vit_b16")
+    parser.add_argument("--precision", default="bf16", choices=tuple(PRECISIONS))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the recipe")
+    parser.add_argument("--backend", help="implementation of all ops that have it")
+    parser.add_argument("--checkout", type=Path, help="the published implementation")
+    parser.add_argument("--csv", type=Path, default=Path("kernels.csv"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="steps of a round")
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
+    measure = {"step": measure_step, "published": measure_published, "trace": measure_trace}[args.part]
+    found = measure(args, device)
+    what = {"part": args.part, "recipe": args.recipe, "batch": args.batch, "precision": args.precision}
+    print(json.dumps({**what, "settings": args.set, "backend": args.backend, **found, **machine(device)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
