@@ -71,6 +71,18 @@ def matmul(a: Tensor, b: Tensor, rows: slice | None = None) -> Tensor:
     return (a.to(dtype) @ in_dtype(b, dtype)[rows or slice(None)]).to(a.dtype)
 
 
+def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """``a @ b`` into ``out``, which may be float32 for half types: accumulated and kept in float32 on a GPU.
+
+    Elsewhere the product is rounded to the dtype of a first.
+    """
+    if out.dtype == a.dtype:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    return out.copy_(torch.mm(a, b))
+
+
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """``grad' x``, the gradient of a linear layer's weight, accumulated in float32 and rounded to dtype once.
 

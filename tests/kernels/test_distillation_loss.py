@@ -66,7 +66,7 @@ def small_chunks(monkeypatch):
     """Several chunks, the last one short, at test sizes; larger ones in Triton's interpreter, which takes its time."""
     monkeypatch.setattr(weight_norm, "MIN_CHUNK", 256 if INTERPRETED else 64)
     monkeypatch.setattr(weight_norm, "CHUNK_ELEMENTS", 64)
-    monkeypatch.setattr(weight_norm, "CACHE_BYTES", 64)
+    monkeypatch.setattr(weight_norm, "GPU_CHUNK_BYTES", 64)
 
 
 @settings(max_examples=25, deadline=None)

@@ -47,8 +47,8 @@ def error(got: Tensor, want: Tensor) -> float:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(weight_norm, "MIN_CHUNK", 64)
+    monkeypatch.setattr(weight_norm, "GPU_CHUNK_BYTES", 64)
     monkeypatch.setattr(weight_norm, "CHUNK_ELEMENTS", 64)
-    monkeypatch.setattr(weight_norm, "CACHE_BYTES", 64)
 
 
 @pytest.fixture(params=["gram", "streamed"])

@@ -22,7 +22,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, the last one short; two of them in Triton's interpreter, which takes its time."""
     monkeypatch.setattr(weight_norm, "MIN_CHUNK", 128 if os.environ.get("TRITON_INTERPRET") == "1" else 64)
     monkeypatch.setattr(weight_norm, "CHUNK_ELEMENTS", 64)
-    monkeypatch.setattr(weight_norm, "CACHE_BYTES", 64)
+    monkeypatch.setattr(weight_norm, "GPU_CHUNK_BYTES", 64)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

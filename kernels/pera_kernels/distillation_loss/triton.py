@@ -1,14 +1,17 @@
 """Triton kernels of distillation_loss: the passes around cuBLAS products of a chunk of prototypes.
 
-For each chunk: ``weight_norm_fwd_kernel`` writes W = g v / ||v|| once in the products' dtype, cuBLAS makes the logits,
-in float32 whatever the products' dtype. They never leave the L2 cache: one kernel reduces them to five numbers per row
-and part of the chunk, or turns them into their gradient. ``weight_norm_bwd_kernel`` takes the product of that with the
+``weight_norm_fwd_kernel`` writes W = g v / ||v|| in the products' dtype. For each chunk of it cuBLAS makes the logits,
+in float32 whatever the products' dtype; one kernel reduces them to five numbers per row and part of the chunk, or turns
+them into their gradient. Chunks are as large as GPU_CHUNK_BYTES allow: a launch costs more than a chunk's way through
+memory. ``weight_norm_bwd_kernel`` takes the product of that with the
 rows through the weight norm; the gradient of v is written by it once. Partial sums are combined in a fixed order: no
 atomics, equal bits on every repeat; the host waits for nothing.
 
 Kernels that compare exponents with the forward's maximum run without fused multiply-adds: both passes must round a
 logit alike, or large logits lose their probability.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from .. import products
 from ..aot import Variant
+from ..products import mm
 from . import weight_norm
 
 MAX_DIM = 4096  # a row of v has to fit one block's registers
@@ -54,10 +58,14 @@ def weight_norm_bwd_kernel(
     g_ptr,  # (c,)
     grad_v_ptr,  # (c, D)
     grad_g_ptr,  # (c,)
+    other_ptr,  # (c, D) float32, another part of W's gradient over other_scale
+    other_scale_ptr,  # () float32
+    shift_ptr,  # (D,), a third part, the same for every row
     count,
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HAS_OTHER: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     cols = tl.arange(0, BLOCK_D)
@@ -65,6 +73,9 @@ def weight_norm_bwd_kernel(
     offsets = rows[:, None] * D + cols[None, :]
     v = tl.load(v_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     grad_w = tl.load(grad_w_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if HAS_OTHER:
+        grad_w += tl.load(other_ptr + offsets, mask=mask, other=0.0) * tl.load(other_scale_ptr)
+        grad_w += tl.load(shift_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
     g = tl.load(g_ptr + rows, mask=rows < count, other=0.0).to(tl.float32)
     inverse = 1.0 / tl.sqrt_rn(tl.where(rows < count, tl.sum(v * v, 1), 1.0))
     unit = v * inverse[:, None]
@@ -196,22 +207,38 @@ def effective(v: Tensor, g: Tensor, out: Tensor, inverse_norms: Tensor) -> Tenso
     return out
 
 
-def effective_backward(grad_w: Tensor, v: Tensor, g: Tensor, grad_v: Tensor, grad_g: Tensor) -> None:
-    """Gradients of a contiguous chunk of v (c, d) and g (c, 1) from that of ``effective``; written once."""
+class Other(NamedTuple):
+    """A gradient of W that is ``scale * W matrix`` and the same row more for every prototype."""
+
+    matrix: Tensor  # (d, d), dtype of products, largest value 1
+    scale: Tensor  # () float32
+    shift: Tensor  # (d,)
+
+
+def other_of(low_rank: weight_norm.LowRank) -> Other:
+    """The sum over the low rank, made once: W Z' diag(a) Z is W times a (d, d) matrix.
+
+    It is scaled to a largest value of 1, so that no loss scale makes it overflow in float16.
+    """
+    z = low_rank.rows[:-1].float()
+    matrix = (z * low_rank.weights.float()).t() @ z
+    scale = matrix.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    return Other((matrix / scale).to(low_rank.rows.dtype), scale, low_rank.rows[-1])
+
+
+def effective_backward(
+    grad_w: Tensor, v: Tensor, g: Tensor, grad_v: Tensor, grad_g: Tensor, other: tuple[Tensor, Tensor, Tensor] | None
+) -> None:
+    """Gradients of a contiguous chunk of v (c, d) and g (c, 1) from that of ``effective``; written once.
+
+    other: (c, d) float32, its scale (), a row (d,): more of W's gradient.
+    """
     count, dim = v.shape
     height, width, warps = _tile(dim)
     weight_norm_bwd_kernel[(triton.cdiv(count, height),)](
-        grad_w, v, g, grad_v, grad_g, count, D=dim, BLOCK_K=height, BLOCK_D=width, num_warps=warps
-    )
-
-
-def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a @ b into ``out``, which may be float32 for half types: accumulated and kept in float32 where cuBLAS does it."""
-    if out.dtype == a.dtype:
-        return torch.mm(a, b, out=out)
-    if a.is_cuda:
-        return torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
-    return out.copy_(torch.mm(a, b))
+        grad_w, v, g, grad_v, grad_g, *(other or (grad_w, grad_w, grad_w)), count,
+        D=dim, BLOCK_K=height, BLOCK_D=width, HAS_OTHER=other is not None, num_warps=warps,
+    )  # fmt: skip
 
 
 class _Walk:
@@ -220,7 +247,7 @@ class _Walk:
     def __init__(self, rows: Tensor, k: int, bytes_per_prototype: int) -> None:
         self.n, self.d, self.k = rows.shape[0], rows.shape[1], k
         self.dtype = products.product_dtype(rows.dtype, rows.device)
-        self.size = weight_norm.cached_chunk_size(k, bytes_per_prototype, rows.device)
+        self.size = weight_norm.gpu_chunk_size(k, bytes_per_prototype)
         self.device = rows.device
 
     def __iter__(self):
@@ -230,23 +257,16 @@ class _Walk:
     def rows(self, x: Tensor) -> Tensor:
         return x.detach().to(self.dtype).contiguous()  # (N, d)
 
-    def weights(self) -> Tensor:
-        return torch.empty(self.size, self.d, dtype=self.dtype, device=self.device)
+    def weights(self, v: Tensor, g: Tensor, inverse_norms: Tensor) -> Tensor:
+        """W (K, d), and 1 / ||v|| into inverse_norms (K,)."""
+        out = torch.empty(v.shape, dtype=self.dtype, device=self.device)
+        return effective(v.contiguous(), g.contiguous(), out, inverse_norms)
 
     def products(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(self.n * self.size, dtype=dtype, device=self.device)
 
     def take(self, buffer: Tensor, count: int) -> Tensor:
         return buffer[: self.n * count].view(self.n, count)
-
-
-def _logits(
-    walk: _Walk, rows: Tensor, v: Tensor, g: Tensor, inverse_norms: Tensor, part: slice, weights: Tensor, buffer: Tensor
-) -> tuple[Tensor, Tensor]:
-    """W of a chunk (c, d) and the products of rows with it (N, c)."""
-    chunk = v[part].contiguous()
-    w = effective(chunk, g[part].contiguous(), weights[: chunk.shape[0]], inverse_norms[part])
-    return w, mm(rows, w.t(), walk.take(buffer, chunk.shape[0]))
 
 
 def forward(
@@ -261,17 +281,36 @@ def forward(
     teacher_temp: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (N,), log-sum-exps of student and teacher (N, 2), 1 / ||v|| (2, K), as ``chunked.forward``."""
-    n, k, dim = student_rows.shape[0], student_v.shape[0], student_rows.shape[1]
-    walk = _Walk(student_rows, k, _half(student_rows) * dim + 8 * n)
+    return forward_with_weights(
+        student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp
+    )[0]
+
+
+def forward_with_weights(
+    student_rows: Tensor,
+    student_v: Tensor,
+    student_g: Tensor,
+    teacher_rows: Tensor,
+    teacher_v: Tensor,
+    teacher_g: Tensor,
+    center: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """What ``forward`` returns, and the student's W (K, d) for others who need it."""
+    n, k = student_rows.shape[0], student_v.shape[0]
+    walk = _Walk(student_rows, k, 8 * n)
     student, teacher, center = walk.rows(student_rows), walk.rows(teacher_rows), center.contiguous()
-    weights, first, second = walk.weights(), walk.products(), walk.products()
+    first, second = walk.products(), walk.products()
     parts = [triton.cdiv(part.stop - part.start, BLOCK) for part in walk]
     inverse_norms = torch.empty(2, k, dtype=torch.float32, device=walk.device)
+    student_weights = walk.weights(student_v, student_g, inverse_norms[0])
+    teacher_weights = walk.weights(teacher_v, teacher_g, inverse_norms[1])
     partial = torch.empty(sum(parts), n, 5, dtype=torch.float32, device=walk.device)
     done = 0
     for part, count in zip(walk, parts, strict=True):
-        _, s = _logits(walk, student, student_v, student_g, inverse_norms[0], part, weights, first)
-        _, t = _logits(walk, teacher, teacher_v, teacher_g, inverse_norms[1], part, weights, second)
+        s = mm(student, student_weights[part].t(), walk.take(first, part.stop - part.start))
+        t = mm(teacher, teacher_weights[part].t(), walk.take(second, part.stop - part.start))
         distillation_loss_fwd_kernel[(n, count)](
             s, t, center[part], partial[done:], n, s.shape[1], 1 / student_temp, 1 / teacher_temp,
             BLOCK=BLOCK, num_warps=8, enable_fp_fusion=False,
@@ -282,7 +321,7 @@ def forward(
     distillation_loss_combine_kernel[(n,)](
         partial, loss, student_lse, teacher_lse, n, done, BLOCK=triton.next_power_of_2(done), num_warps=1
     )
-    return loss, student_lse, teacher_lse, inverse_norms
+    return (loss, student_lse, teacher_lse, inverse_norms), student_weights
 
 
 def backward(
@@ -306,9 +345,9 @@ def backward(
     """Gradients of student rows, v and g, as ``chunked.backward``; without elements where not needed."""
     n, k, dim = student_rows.shape[0], student_v.shape[0], student_rows.shape[1]
     half, device = _half(student_rows), student_rows.device
-    walk = _Walk(student_rows, k, (2 * half + 4) * dim + (8 + half) * n)
+    walk = _Walk(student_rows, k, (8 + half) * n)
     student, teacher, center = walk.rows(student_rows), walk.rows(teacher_rows), center.contiguous()
-    student_weights, teacher_weights, first, second = walk.weights(), walk.weights(), walk.products(), walk.products()
+    first, second = walk.products(), walk.products()
     narrow = first if walk.dtype == torch.float32 else walk.products(walk.dtype)
     upstream = grad.float().contiguous()
     grad_rows = torch.zeros(student_rows.shape if need_rows else 0, dtype=torch.float32, device=device)
@@ -318,11 +357,15 @@ def backward(
     grad_v = torch.empty(student_v.shape if need_prototypes else 0, dtype=student_v.dtype, device=device)
     grad_g = torch.empty(student_g.shape if need_prototypes else 0, dtype=student_g.dtype, device=device)
     inverse_norms = torch.empty_like(inverse_norms)  # what was saved is not to be written
-    factors = student if other is None else torch.cat([student, other.rows])
+    student_weights = walk.weights(student_v, student_g, inverse_norms[0])
+    teacher_weights = walk.weights(teacher_v, teacher_g, inverse_norms[1])
+    more = None if other is None or not need_prototypes else other_of(other)
+    grad_more = torch.empty(0 if more is None else walk.size, dim, dtype=torch.float32, device=device)
     for part in walk:
-        w, s = _logits(walk, student, student_v, student_g, inverse_norms[0], part, student_weights, first)
-        _, t = _logits(walk, teacher, teacher_v, teacher_g, inverse_norms[1], part, teacher_weights, second)
-        count = s.shape[1]
+        count = part.stop - part.start
+        w = student_weights[part]
+        s = mm(student, w.t(), walk.take(first, count))
+        t = mm(teacher, teacher_weights[part].t(), walk.take(second, count))
         dz = walk.take(narrow, count)
         distillation_loss_bwd_kernel[(n, triton.cdiv(count, BLOCK_BWD))](
             s, t, center[part], student_lse, teacher_lse, upstream, dz, count, 1 / student_temp, 1 / teacher_temp,
@@ -331,13 +374,11 @@ def backward(
         if need_rows:
             grad_rows.add_(mm(dz, w, grad_part))
         if need_prototypes:
-            if other is not None:  # W's own gradient is wanted here, before weight norm
-                other_dz = torch.mm(other.rows, w.t()).float()
-                other_dz[:-1] *= other.weights
-                other_dz[-1] = 1
-                dz = torch.cat([dz, other_dz.to(dz.dtype)])
+            added = None
+            if more is not None:
+                added = mm(w, more.matrix, grad_more[:count]), more.scale, more.shift
             chunk = student_v[part].contiguous(), student_g[part].contiguous()
-            effective_backward(mm(dz.t(), factors, grad_w[:count]), *chunk, grad_v[part], grad_g[part])
+            effective_backward(mm(dz.t(), student, grad_w[:count]), *chunk, grad_v[part], grad_g[part], added)
     return grad_rows.to(student_rows.dtype), grad_v, grad_g
 
 
@@ -353,6 +394,7 @@ def _variants() -> list[Variant]:
     name = "vit_s16, vit_b16, vit_g16 bf16"
     v = {"v_ptr": full, "g_ptr": full, "count": size}
     into = {"grad_w_ptr": full, "grad_v_ptr": full, "grad_g_ptr": full}
+    into |= {"other_ptr": full, "other_scale_ptr": full, "shift_ptr": half}
     scales = {"student_scale": "fp32", "teacher_scale": "fp32", "count": size}
     logits = {"student_ptr": full, "teacher_ptr": full, "center_ptr": full, **scales}
     lse = {"student_lse_ptr": full, "teacher_lse_ptr": full, "upstream_ptr": full}
@@ -360,7 +402,7 @@ def _variants() -> list[Variant]:
     results = {"loss_ptr": full, "student_ptr": full, "teacher_ptr": full, "parts": size}
     return [
         Variant(name, weight_norm_fwd_kernel, {**v, "w_ptr": half, "inverse_norm_ptr": full}, tile, warps),
-        Variant(name, weight_norm_bwd_kernel, {**v, **into}, tile, warps),
+        Variant(name, weight_norm_bwd_kernel, {**v, **into}, {**tile, "HAS_OTHER": True}, warps),
         Variant(name, distillation_loss_fwd_kernel, {**logits, **parts}, {"BLOCK": BLOCK}, 8),
         Variant(name, distillation_loss_combine_kernel, {**parts, **results}, {"BLOCK": 32}, 1),
         Variant(name, distillation_loss_bwd_kernel, {**logits, **lse, "dz_ptr": half}, {"BLOCK": BLOCK_BWD}, 4),

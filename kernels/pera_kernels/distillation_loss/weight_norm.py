@@ -14,8 +14,7 @@ from torch import Tensor
 MAX_CHUNK = 4096  # 8192 costs 10% more on a CPU with 2.5 MiB of L2 a core
 MIN_CHUNK = 256
 CHUNK_ELEMENTS = 1 << 20  # of one [N, chunk] buffer
-MAX_CACHED_CHUNK = 16384  # on a GPU: long enough to fill it, and few enough launches
-CACHE_BYTES = 32 << 20  # stands for a GPU's L2 cache in Triton's interpreter
+GPU_CHUNK_BYTES = 256 << 20  # of a chunk's products and gradients for all rows: a launch costs more than their way
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NATIVE = torch.ops.pera_native  # a namespace; empty unless the library was built and loaded
 NATIVE_NAMES = (
@@ -73,11 +72,10 @@ def chunk_size(n: int, k: int) -> int:
     return max(1, min(k, MAX_CHUNK, max(MIN_CHUNK, size - size % 64)))
 
 
-def cached_chunk_size(k: int, bytes_per_prototype: int, device: torch.device) -> int:
-    """Prototypes per chunk whose buffers stay in three quarters of a GPU's L2 cache; a power of two, or all k."""
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else CACHE_BYTES
-    fitting = max(cache * 3 // 4 // bytes_per_prototype, MIN_CHUNK)
-    return min(k, MAX_CACHED_CHUNK, 1 << fitting.bit_length() - 1)
+def gpu_chunk_size(k: int, bytes_per_prototype: int) -> int:
+    """Prototypes per chunk on a GPU, whose buffers keep within GPU_CHUNK_BYTES; a power of two, or all k."""
+    fitting = max(GPU_CHUNK_BYTES // max(bytes_per_prototype, 1), MIN_CHUNK)
+    return min(k, 1 << fitting.bit_length() - 1)
 
 
 def runs_native(rows: Tensor, *prototypes: Tensor) -> bool:
@@ -205,7 +203,8 @@ def prototype_logits_mean(rows_mean: Tensor, v: Tensor, g: Tensor) -> Tensor:
     dtype = accumulation_dtype(rows_mean.dtype)
     mean = rows_mean.detach().to(dtype)
     out = torch.empty(v.shape[0], dtype=dtype, device=v.device)
-    for chunk in chunks(v, g, MAX_CHUNK, dtype, dtype):
+    # On a GPU two passes over v take less time than the launches for its chunks.
+    for chunk in chunks(v, g, v.shape[0] if v.is_cuda else MAX_CHUNK, dtype, dtype):
         torch.mv(chunk.direction, mean, out=out[chunk.rows])
         out[chunk.rows].mul_(chunk.scale)
     return out

@@ -20,6 +20,7 @@ from pera_kernels.distillation_loss.weight_norm import (
     chunks,
     write_grad_v,
 )
+from pera_kernels.products import mm
 
 EPS = 1e-8
 
@@ -42,17 +43,30 @@ def prefers_gram(rows: Tensor) -> bool:
 
 
 def forward(
-    rows: Tensor, v: Tensor, g: Tensor, groups: int, native: bool = False, inverse_norms: Tensor | None = None
+    rows: Tensor,
+    v: Tensor,
+    g: Tensor,
+    groups: int,
+    native: bool = False,
+    inverse_norms: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Forward:
     """Arguments as ``koleo`` takes them.
 
     native: with the native library's passes over the prototypes. inverse_norms: [K], 1 / ||v|| if that is known.
+    weights: W [K, d] in the dtype of products, if that is known: on a GPU.
     """
     known = inverse_norms is not None
     if inverse_norms is None:
         inverse_norms = torch.zeros(v.shape[0], dtype=accumulation_dtype(rows.dtype), device=v.device)
     if rows.shape[0] == 0:
         return _empty(rows, inverse_norms)
+    if weights is not None:
+        accumulate = accumulation_dtype(rows.dtype)
+        gram = torch.empty(v.shape[1], v.shape[1], dtype=accumulate, device=v.device)
+        return _from_gram(
+            rows, v.shape[0], mm(weights.t(), weights, gram), weights.sum(0, dtype=accumulate), groups, inverse_norms
+        )
     return (_gram if prefers_gram(rows) else _streamed)(rows, v, g, groups, inverse_norms, known, native)
 
 
@@ -79,6 +93,12 @@ def _gram(rows: Tensor, v: Tensor, g: Tensor, groups: int, inverse_norms: Tensor
         weights = (chunk.direction * chunk.scale[:, None]).to(dtype)
         gram.add_(torch.mm(weights.t(), weights))
         total.add_(weights.sum(0, dtype=accumulate))
+    return _from_gram(rows, v.shape[0], gram, total, groups, inverse_norms)
+
+
+def _from_gram(rows: Tensor, k: int, gram: Tensor, total: Tensor, groups: int, inverse_norms: Tensor) -> Forward:
+    """The forward from G [d, d] and s [d] of k prototypes."""
+    accumulate = accumulation_dtype(rows.dtype)
     x, wide = rows.double(), gram.double()
     gram_rows = x @ wide
     dots = gram_rows @ x.t()
@@ -87,7 +107,7 @@ def _gram(rows: Tensor, v: Tensor, g: Tensor, groups: int, inverse_norms: Tensor
     differences = normalised_differences(x, norms, neighbours)
     gram_differences = differences @ wide
     # ||W D + eps||^2 = D'GD + 2 eps s'D + K eps^2, of a difference vector: no cancellation.
-    squares = (gram_differences * differences).sum(1) + 2 * EPS * (differences @ total.double()) + v.shape[0] * EPS**2
+    squares = (gram_differences * differences).sum(1) + 2 * EPS * (differences @ total.double()) + k * EPS**2
     gram_differences += EPS * total
     return _finish(norms, neighbours, squares, gram_rows, gram_differences, inverse_norms, groups, accumulate)
 

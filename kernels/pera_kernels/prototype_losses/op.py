@@ -34,9 +34,14 @@ def _forward(
 ) -> list[Tensor]:
     student, teacher = (student_rows, student_v, student_g), (teacher_rows, teacher_v, teacher_g)
     forward, _ = distillation.implementation(*student, teacher_v, teacher_g)
-    entropies, student_lse, teacher_lse, inverse_norms = forward(*student, *teacher, center, student_temp, teacher_temp)
+    arguments, weights = (*student, *teacher, center, student_temp, teacher_temp), None
+    if with_weights := distillation.forward_with_weights(*student, teacher_v, teacher_g):
+        statistics, weights = with_weights(*arguments)
+    else:
+        statistics = forward(*arguments)
+    entropies, student_lse, teacher_lse, inverse_norms = statistics
     native = koleo.runs_in_native(*student)
-    spread = gram.forward(student_rows[:spread_rows], student_v, student_g, groups, native, inverse_norms[0])
+    spread = gram.forward(student_rows[:spread_rows], student_v, student_g, groups, native, inverse_norms[0], weights)
     return [entropies, spread.loss, student_lse, teacher_lse, inverse_norms, *spread[1:-1]]
 
 
