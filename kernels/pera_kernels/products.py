@@ -1,6 +1,6 @@
 """Matrix products in the dtype that the device is fast in."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -117,3 +117,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, rows: slice | 
     # Not converted where there is nothing to convert: under torch.compile of PyTorch 2.11 an autograd.Function whose
     # result is what a conversion returned unchanged has no gradient.
     return out if out.dtype == x.dtype else out.to(x.dtype)
+
+
+def linear_of_parts(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``linear`` of rows that come in several tensors [T_i, in], in one [sum(T_i), out]; not differentiable."""
+    if len(parts) == 1:
+        return linear(parts[0], weight, bias)
+    first = parts[0]
+    dtype = product_dtype(first.dtype, first.device)
+    if dtype != first.dtype or bias is not None:
+        return torch.cat([linear(part, weight, bias) for part in parts])
+    out = first.new_empty(sum(part.shape[0] for part in parts), weight.shape[0])
+    matrix = in_dtype(weight, dtype).t()
+    for part, rows in zip(parts, out.split([part.shape[0] for part in parts]), strict=True):
+        torch.mm(part, matrix, out=rows)
+    return out

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pera_kernels import products
 from pera_kernels.add_norm import add_norm, add_norm_, add_norm_backward
-from pera_kernels.attention.op import attention_backward_with_sums, attention_with_lse
+from pera_kernels.attention.op import attention_backward_with_sums, attention_parts, attention_with_lse
 from pera_kernels.gelu import gelu, gelu_, gelu_backward_
 from pera_kernels.packing import kept_groups
 from pera_kernels.query_attention import query_attention, query_attention_backward
@@ -324,13 +324,13 @@ def attention_branch(
     x, normed = _begin_without_gradient(x, pending, norm, subset, plan)
     groups, dim = plan.branch_groups, x.shape[1]
     if tails is None:
-        out = attention_with_lse(products.linear(normed, qkv.weight, qkv.bias), num_heads, groups)[0]
+        parts = attention_parts(products.linear(normed, qkv.weight, qkv.bias), num_heads, groups)
     else:
         q = products.linear(take_rows(normed, groups, tails), qkv.weight, qkv.bias, slice(0, dim))
         kv = products.linear(normed, qkv.weight, qkv.bias, slice(dim, None))
-        out = query_attention(q, kv, num_heads, [1 + tail for tail in tails], groups)[0]
+        parts = [query_attention(q, kv, num_heads, [1 + tail for tail in tails], groups)[0]]
         x = take_rows(x, plan.groups, tails)
-    return x, Pending(products.linear(out, proj.weight, added), left, subset)
+    return x, Pending(products.linear_of_parts(parts, proj.weight, added), left, subset)
 
 
 def mlp_branch(

@@ -34,7 +34,7 @@ PIECEWISE = frozenset(
 FUSED = frozenset(
     f"pera::{name}{way}"
     for name in ("attention", "query_attention", "sequence_norm", "sequence_add", "add_norm", "gelu")
-    for way in ("", "_", "_backward", "_backward_", "_backward_with_sums")
+    for way in ("", "_", "_backward", "_backward_", "_backward_with_sums", "_parts")
 )
 
 

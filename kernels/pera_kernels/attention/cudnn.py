@@ -52,6 +52,24 @@ def _views(part: Tensor, num_heads: int, count: int) -> tuple[Tensor, ...]:
     return part.view(n, length, count, num_heads, width // (count * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
+def forward_group(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of one group [n, H, len, d], which lies as q does, and log-sum-exps [n, H, len]."""
+    y, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+    return y, lse.reshape(q.shape[:3])  # (n, H, len, 1) in some versions
+
+
+def backward_group(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v [n, H, len, d], each lying as it does."""
+    seed = torch.empty((), dtype=torch.int64, device=q.device)  # of the dropout: there is none
+    # No bias and no cumulative lengths, where the operator's schema has tensors.
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        grad, q, k, v, out, lse.contiguous().unsqueeze(-1), seed, seed, None, None, None,
+        q.shape[2], k.shape[2], 0.0, False,
+    )  # fmt: skip
+
+
 def forward(
     qkv: Tensor,  # (T, 3 * D)
     num_heads: int,
@@ -68,8 +86,8 @@ def forward(
         if not x.numel():
             continue
         q, k, v = _views(x, num_heads, 3)
-        y, found = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
-        sums.copy_(found.reshape(q.shape[:3]).transpose(1, 2))  # (n, H, len, 1) in some versions
+        y, found = forward_group(q, k, v)
+        sums.copy_(found.transpose(1, 2))
         packed = y.transpose(1, 2).reshape(x.shape[0] * x.shape[1], -1)  # a view: y lies as q does
         if single:
             result = packed
@@ -93,17 +111,11 @@ def backward(
     from .triton import pack_gradients
 
     partial = []
-    seed = torch.empty((), dtype=torch.int64, device=qkv.device)  # of the dropout: there is none
     for g, x, y, sums, target in zip(*(split(t, groups) for t in (grad, qkv, out, lse, grad_qkv)), strict=True):
         if not x.numel():
             continue
         q, k, v = _views(x, num_heads, 3)
         (g,), (y,) = _views(g, num_heads, 1), _views(y, num_heads, 1)
-        length = q.shape[2]
-        found = sums.transpose(1, 2).contiguous().unsqueeze(-1)
-        # No bias and no cumulative lengths: the operator's schema wants tensors all the same.
-        grads = aten._scaled_dot_product_cudnn_attention_backward(
-            g, q, k, v, y, found, seed, seed, None, None, None, length, length, 0.0, False
-        )
+        grads = backward_group(g, q, k, v, y, sums.transpose(1, 2))
         partial.append(pack_gradients([t.transpose(1, 2) for t in grads], target))
     return torch.cat(partial) if len(partial) > 1 else partial[0]

@@ -210,3 +210,27 @@ def attention_backward_with_sums(
         The sums are float32 (float64 for float64).
     """
     return _backward_with_sums(grad, qkv, out, lse, num_heads, list(groups))
+
+
+@torch.library.custom_op("pera::attention_parts", mutates_args=())
+def _parts(qkv: Tensor, num_heads: int, groups: Sequence[int]) -> list[Tensor]:
+    qkv = qkv.contiguous()
+    lse = qkv.new_empty(qkv.shape[0], num_heads, dtype=_wide(qkv))
+    return [
+        module.forward(qkv[rows], num_heads, part, None, lse[rows])
+        for module, rows, part in _runs(qkv, num_heads, groups)
+    ]
+
+
+@_parts.register_fake
+def _(qkv, num_heads, groups):
+    return [qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)]
+
+
+def attention_parts(qkv: Tensor, num_heads: int, groups: Sequence[int]) -> list[Tensor]:
+    """As ``attention``, in as many tensors as implementations make it: their rows follow one another.
+
+    For a caller that reads them one by one, such as the next projection: nothing is copied together. It is not
+    differentiable.
+    """
+    return _parts(qkv, num_heads, list(groups))

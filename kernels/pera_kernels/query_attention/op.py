@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..attention import sdpa
+from ..attention import cudnn, sdpa
 from ..packing import num_tokens, pairs, split
 
+backend.register("query_attention", "cudnn", available=cudnn.available)
 backend.register("query_attention", "sdpa", available=sdpa.available)
+
+SHORT = 32  # queries of a sequence that are too few for cuDNN's tiles
 
 
 def _asked(queries: Sequence[int], groups: Sequence[int]) -> list[int]:
@@ -21,11 +24,14 @@ def _asked(queries: Sequence[int], groups: Sequence[int]) -> list[int]:
     return [x for (n, _), count in zip(pairs(groups), queries, strict=True) for x in (n, count)]
 
 
-def _implementation(q: Tensor, num_heads: int):
-    fused = backend.choose("query_attention", q.device) == "sdpa"
-    # The check reads the width of packed projections, three times that of q.
+def _implementation(q: Tensor, num_heads: int, queries: int):
+    """What takes a group of so many queries a sequence."""
+    name = backend.choose("query_attention", q.device)
+    # The checks read the width of packed projections, three times that of q.
     wide = q.new_empty(0, 3 * q.shape[1])
-    return sdpa.fused if fused and sdpa.fused.why_not(wide, num_heads) is None else sdpa.formula
+    if name == "cudnn" and queries > SHORT and cudnn.why_not(wide, num_heads) is None:
+        return cudnn
+    return sdpa.fused if name != "reference" and sdpa.fused.why_not(wide, num_heads) is None else sdpa.formula
 
 
 def _parts(
@@ -53,9 +59,8 @@ def _query_attention(
 ) -> tuple[Tensor, Tensor]:
     q, kv = q.contiguous(), kv.contiguous()
     out, lse = torch.empty_like(q), q.new_empty(q.shape[0], num_heads, dtype=_wide(q))
-    implementation = _implementation(q, num_heads)
     for rows, _, query, k, v in _parts(q, kv, num_heads, queries, groups):
-        y, sums = implementation.forward_group(query, k, v)
+        y, sums = _implementation(q, num_heads, query.shape[2]).forward_group(query, k, v)
         _as_heads(out, rows, query).copy_(y)
         lse[rows].view(query.shape[0], query.shape[2], num_heads).copy_(sums.transpose(1, 2))
     return out, lse
@@ -85,10 +90,10 @@ def _backward(
     grad, q, kv, out, lse = (t.contiguous() for t in (grad, q, kv, out, lse))
     grad_q = torch.empty_like(q)
     grad_kv = torch.empty_like(kv) if all(queries) else torch.zeros_like(kv)  # a group may have keys and no queries
-    implementation = _implementation(q, num_heads)
     for rows, both, query, k, v in _parts(q, kv, num_heads, queries, groups):
         sums = lse[rows].view(query.shape[0], query.shape[2], num_heads).transpose(1, 2)
         result = _as_heads(out, rows, query)
+        implementation = _implementation(q, num_heads, query.shape[2])
         dq, dk, dv = implementation.backward_group(_as_heads(grad, rows, query), query, k, v, result, sums)
         _as_heads(grad_q, rows, query).copy_(dq)
         keys, values = sdpa.heads(grad_kv[both].view(k.shape[0], k.shape[2], -1), num_heads, 2)
