@@ -18,11 +18,11 @@ from ..packed_triton import Pair, group_pairs, why_not
 from ..packing import kept_groups, num_tokens
 from ..sequence_norm.triton import MAX_DIM
 
-FORWARD_WARPS = 4
-FORWARD_ROWS = 4  # of a tile
-BACKWARD_VALUES = 2048  # of a tile: 8 a thread
-BACKWARD_PROGRAMS = 4  # per multiprocessor
-STAGES = 2
+FORWARD_WARPS = 1
+FORWARD_ROWS = 1  # of a tile: a warp has a row, and exchanges nothing with others
+BACKWARD_ROWS, BACKWARD_WARPS = 1, 2
+BACKWARD_PROGRAMS = 8  # per multiprocessor: 8 to 16 were equally fast on an H200, and each leaves partial sums
+STAGES = 1  # of the backward loop: other programs' loads are on their way while one sums
 
 __all__ = ["VARIANTS", "add_norm", "add_norm_backward", "takes"]
 
@@ -250,7 +250,7 @@ def add_norm(
                 add_place[at.first :] if add_subset is not None else x,
                 norm_place[at.first :] if norm_subset is not None else x,
                 out[at.add.stream :], normed[at.norm.row :], mean[at.norm.row :], rstd[at.norm.row :],
-                rows, *at.sizes, eps, **constants, num_warps=FORWARD_WARPS,
+                rows, *at.sizes, eps, **constants, num_warps=_warps(constants["BLOCK_D"], FORWARD_WARPS),
             )  # fmt: skip
     return out, normed, mean, rstd
 
@@ -260,8 +260,7 @@ def _forward_constants(
 ) -> dict[str, int | bool]:
     flags = {"HAS_BIAS": has_bias, "ADD_SUBSET": add_subset, "NORM_SUBSET": norm_subset}
     block = triton.next_power_of_2(dim)
-    rows = max(min(FORWARD_ROWS, 4096 // block), 1)
-    return {"D": dim, "BLOCK_R": rows, "BLOCK_D": block, **flags, "HAS_NORM": has_norm, "HAS_STATS": has_stats}
+    return {"D": dim, "BLOCK_R": FORWARD_ROWS, "BLOCK_D": block, **flags, "HAS_NORM": has_norm, "HAS_STATS": has_stats}
 
 
 def add_norm_backward(
@@ -296,7 +295,7 @@ def add_norm_backward(
     counts = [min(triton.cdiv(at.add.tokens, constants["BLOCK_R"]), _programs(x.device)) for at in launches]
     sums = torch.empty(3, sum(counts), dim, dtype=torch.float32, device=x.device)
     add_place, norm_place = _places(add_subset, add_kept, x), _places(norm_subset, norm_kept, x)
-    done = 0
+    warps, done = _warps(constants["BLOCK_D"], BACKWARD_WARPS), 0
     for at, count in zip(launches, counts, strict=True):
         add_norm_bwd_kernel[(count,)](
             x if grad is None else grad[at.add.stream :],
@@ -306,7 +305,7 @@ def add_norm_backward(
             add_place[at.first :] if add_subset is not None else x,
             norm_place[at.first :] if norm_subset is not None else x,
             grad_x[at.add.stream :], grad_y[at.add.row :] if constants["ADD_SUBSET"] else grad_y, sums[0, done:],
-            at.add.tokens, *at.sizes, count, sums.stride(0), **constants, num_warps=_backward_warps(constants),
+            at.add.tokens, *at.sizes, count, sums.stride(0), **constants, num_warps=warps,
         )  # fmt: skip
         done += count
     # Sums that no kernel wrote are zero: a branch without a bias has no third, a sum without a norm no first two.
@@ -323,13 +322,14 @@ def _backward_constants(
     dim: int, has_grad: bool, has_add: bool, has_bias: bool, add_subset: bool, norm_subset: bool, has_norm: bool
 ) -> dict[str, int | bool]:
     block = triton.next_power_of_2(dim)
-    shape = {"D": dim, "BLOCK_R": min(max(BACKWARD_VALUES // block, 1), 16), "BLOCK_D": block}
+    shape = {"D": dim, "BLOCK_R": BACKWARD_ROWS, "BLOCK_D": block}
     flags = {"HAS_GRAD": has_grad, "HAS_ADD": has_add, "HAS_BIAS": has_bias, "ADD_SUBSET": add_subset}
     return {**shape, **flags, "NORM_SUBSET": norm_subset, "HAS_NORM": has_norm, "STAGES": STAGES}
 
 
-def _backward_warps(constants: dict[str, int | bool]) -> int:
-    return min(max(constants["BLOCK_R"] * constants["BLOCK_D"] // 256, 1), 16)
+def _warps(block: int, warps: int) -> int:
+    """Warps of a program: more for rows that would not fit one warp's registers."""
+    return min(max(warps, block // 1024), 16)
 
 
 def _programs(device: torch.device) -> int:
@@ -353,9 +353,10 @@ def _variants() -> list[Variant]:
         for subsets in (True, False):
             name = f"{recipe} {'student' if subsets else 'teacher'} bf16"
             constants = _forward_constants(dim, True, subsets, subsets, True, subsets)
-            result.append(Variant(name, add_norm_fwd_kernel, signature, constants, FORWARD_WARPS))
+            warps = _warps(constants["BLOCK_D"], FORWARD_WARPS)
+            result.append(Variant(name, add_norm_fwd_kernel, signature, constants, warps))
         constants = _backward_constants(dim, True, True, True, True, True, True)
-        warps = _backward_warps(constants)
+        warps = _warps(constants["BLOCK_D"], BACKWARD_WARPS)
         result.append(Variant(f"{recipe} bf16", add_norm_bwd_kernel, signature, constants, warps))
     return result
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from ..aot import Variant
 from ..packed_triton import why_not
 
-BLOCK = 4096  # values of a forward program: 32 a thread
-BLOCK_R, BLOCK_C = 8, 256  # backward tile: 16 values a thread
+BLOCK, FORWARD_WARPS = 8192, 8  # values of a forward program: 32 a thread
+BLOCK_R, BLOCK_C = 16, 256  # backward tile: 32 values a thread
 NUM_WARPS = 4
-PROGRAMS = 8  # of the backward pass, per multiprocessor
-STAGES = 2
+PROGRAMS = 4  # of the backward pass, per multiprocessor
+STAGES = 1  # loads ahead of their use cost more than they bring: the tile has enough of them in flight
 
 __all__ = ["VARIANTS", "gelu", "gelu_backward_", "why_not"]
 
@@ -84,7 +84,7 @@ def gelu(x: Tensor, out: Tensor) -> Tensor:
     """Fills out, which may be x; both contiguous. Returns it."""
     if x.numel():
         grid = (triton.cdiv(x.numel(), BLOCK),)
-        gelu_fwd_kernel[grid](x, out, x.numel(), BLOCK=BLOCK, EXACT=x.dtype == torch.float32, num_warps=NUM_WARPS)
+        gelu_fwd_kernel[grid](x, out, x.numel(), BLOCK=BLOCK, EXACT=x.dtype == torch.float32, num_warps=FORWARD_WARPS)
     return out
 
 
@@ -120,7 +120,7 @@ def _variants() -> list[Variant]:
     pointers = {"grad_ptr": "*bf16", "x_ptr": "*bf16", "out_ptr": "*bf16", "sums_ptr": "*fp32"}
     signature = {**pointers, "rows": "i32", "programs": "i32"}
     constants = {"BLOCK": BLOCK, "EXACT": False}
-    result = [Variant("bf16", gelu_fwd_kernel, {**pointers, "size": "i32"}, constants, NUM_WARPS)]
+    result = [Variant("bf16", gelu_fwd_kernel, {**pointers, "size": "i32"}, constants, FORWARD_WARPS)]
     for recipe, width in (("vit_s16", 1536), ("vit_b16", 3072), ("vit_g16", 4096)):
         for with_out in (True, False):
             name = f"{recipe} bf16{', gelu again' if with_out else ''}"
