@@ -39,9 +39,9 @@ def _mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
 
 def _bottleneck(mlp: nn.Sequential, x: Tensor) -> Tensor:
     """MLP and L2 normalisation in the dtype of x, with the published eps: 1e-12 in float32, 1e-6 in half types."""
-    x = linear(x, mlp[0].weight, mlp[0].bias)
-    x = gelu_linear(x, mlp[2].weight, mlp[2].bias)
-    x = gelu_linear(x, mlp[4].weight, mlp[4].bias)
+    x = linear(x, mlp[0].weight, mlp[0].bias, bias_gradient=False)
+    x = gelu_linear(x, mlp[0].bias, mlp[2].weight, mlp[2].bias, bias_gradient=False)
+    x = gelu_linear(x, mlp[2].bias, mlp[4].weight, mlp[4].bias)
     eps = 1e-6 if x.dtype in (torch.float16, torch.bfloat16) else 1e-12
     wide = x if x.dtype == torch.float64 else x.float()
     return F.normalize(wide, dim=-1, eps=eps).to(x.dtype)

@@ -21,7 +21,7 @@ from ..sequence_norm.triton import MAX_DIM
 FORWARD_WARPS = 1
 FORWARD_ROWS = 1  # of a tile: a warp has a row, and exchanges nothing with others
 BACKWARD_ROWS, BACKWARD_WARPS = 1, 2
-BACKWARD_PROGRAMS = 8  # per multiprocessor: 8 to 16 were equally fast on an H200, and each leaves partial sums
+BACKWARD_PROGRAMS = 6  # per multiprocessor: what its registers hold at once; more would run one after the other
 STAGES = 1  # of the backward loop: other programs' loads are on their way while one sums
 
 __all__ = ["VARIANTS", "add_norm", "add_norm_backward", "takes"]
