@@ -53,7 +53,7 @@ class Info:
     versions: dict[str, str | None]  # None: not installed
     ops: list[Op]
     missing: dict[str, str]  # part -> why it matters and how to get it
-    decoding: str = ""  # where data.decode_on=auto decodes
+    choices: dict[str, str] = field(default_factory=dict)  # what settings that are "auto" come to
 
 
 def collect() -> Info:
@@ -74,7 +74,7 @@ def collect() -> Info:
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     devices = [f"{g.name}, sm_{g.major}{g.minor}, {g.total_memory / 2**30:.0f} GiB" for g in gpus]
     cpu = _cpu(torch.backends.cpu.get_cpu_capability())
-    return Info(device, devices, cpu, versions, ops, missing, _decoding(device))
+    return Info(device, devices, cpu, versions, ops, missing, _choices(device))
 
 
 def show(info: Info, console: Console | None = None) -> None:
@@ -83,8 +83,8 @@ def show(info: Info, console: Console | None = None) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("device", info.device + (f" ({'; '.join(info.devices)})" if info.devices else ""))
     table.add_row("CPU", info.cpu)
-    if info.decoding:
-        table.add_row("decoding", info.decoding)
+    for name, text in info.choices.items():
+        table.add_row(name, text)
     for name, version in info.versions.items():
         table.add_row(name, version or "[yellow]not installed[/]")
     console.print(table)
@@ -100,6 +100,23 @@ def show(info: Info, console: Console | None = None) -> None:
             absent.add_row(part, _plain(why))
         console.print()
         console.print(absent)
+
+
+def _choices(device: str) -> dict[str, str]:
+    """What the settings that are "auto" come to for the recipe vit_b16 on this machine."""
+    import torch
+
+    from pera_fast.config import load_config
+    from pera_fast.train.attention import describe_attention
+    from pera_fast.train.graph import choose_graph
+
+    where, cfg = torch.device(device), load_config("vit_b16")
+    graph = choose_graph(cfg, where)
+    return {
+        "decoding": _decoding(device),
+        "attention": f"vit_b16: {describe_attention(cfg, where)}",
+        "CUDA graph": f"{'yes' if graph.use else 'no'} ({graph.reason})",
+    }
 
 
 def _decoding(device: str) -> str:

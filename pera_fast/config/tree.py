@@ -54,6 +54,8 @@ class ModelConfig:
     # Activations that the backward pass computes again. auto: none where a step then leaves a tenth of the GPU's memory
     # free, else cheap, else block; cheap on a CPU.
     recompute: str = _key("auto", choices=("auto", "none", "cheap", "block"))
+    # Attention on a GPU. auto: what was measured to be the fastest for the card and the sequences, else xformers.
+    attention: str = _key("auto", choices=("auto", "xformers", "cudnn", "varlen", "triton", "sdpa"))
     masking: str = _key("random", choices=("random", "block", "grid", "none"))  # none: dense, both see every patch
     student_ratio: float = _key(0.2, above=0, high=1)  # fraction of patches that the student sees
     teacher_ratio: float = _key(0.6, above=0, high=1)  # fraction that the teacher sees; disjoint from the student's

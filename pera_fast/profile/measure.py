@@ -23,6 +23,7 @@ from pera_fast.profile.batches import random_inputs
 from pera_fast.profile.points import Point
 from pera_fast.profile.simulate import VALUES, simulate_step
 from pera_fast.train.api import make_model
+from pera_fast.train.attention import prefer_attention
 from pera_fast.train.compute_copies import make_copies
 from pera_fast.train.distributed import World
 from pera_fast.train.flops import device_peak, flops_per_image
@@ -73,6 +74,7 @@ def real_step(cfg: Config, device: torch.device, data: Iterator[Any] | None = No
         reuse_freed_memory()
     plan = cfg.train.resolve_batch(1)
     inputs = repeat(random_inputs(cfg, plan.per_device).to(device)) if data is None else data
+    prefer_attention(cfg, device)
     model = make_model(cfg).to(device)
     model.recompute = choose_recompute(cfg, model, device, plan.per_device).policy
     make_copies(model)

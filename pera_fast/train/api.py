@@ -23,6 +23,7 @@ from pera_fast.data.streams import step_stream
 from pera_fast.errors import UserError
 from pera_fast.model.export import export_teacher
 from pera_fast.model.pera import PerA
+from pera_fast.train.attention import describe_attention, prefer_attention
 from pera_fast.train.compute_copies import make_copies
 from pera_fast.train.console import RunLog
 from pera_fast.train.distributed import World, let_main_speak, world
@@ -144,6 +145,7 @@ def _build(folder: RunFolder, start: Start, here: World, manifest: Manifest, loa
     cfg = start.cfg
     if here.device.type == "cpu":
         reuse_freed_memory()
+    prefer_attention(cfg, here.device)
     pera = make_model(cfg).to(here.device)  # while the first batches are read
     plan, scaler = cfg.train.resolve_batch(here.size), make_scaler(cfg, here.device)
     choice = choose_recompute(cfg, pera, here.device, plan.per_device)
@@ -152,6 +154,7 @@ def _build(folder: RunFolder, start: Start, here: World, manifest: Manifest, loa
         log.info("recompute: %s (%s)", choice.policy, choice.reason)
     graph = choose_graph(cfg, here.device)
     log.info("CUDA graph: %s (%s)", "yes" if graph.use else "no", graph.reason)
+    log.info("attention: %s", describe_attention(cfg, here.device))
     make_copies(pera)
     if graph.use:
         here.share_parameters(pera)

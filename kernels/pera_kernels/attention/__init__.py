@@ -1,5 +1,5 @@
 """Self-attention over packed sequences of several lengths."""
 
-from .op import attention
+from .op import attention, implementations
 
-__all__ = ["attention"]
+__all__ = ["attention", "implementations"]

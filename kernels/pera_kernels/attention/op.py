@@ -73,6 +73,15 @@ def _plan(qkv: Tensor, num_heads: int, groups: Sequence[int]) -> list[tuple[Any,
     return plan
 
 
+def implementations(
+    device: torch.device, dtype: torch.dtype, num_heads: int, head_dim: int, lengths: Sequence[int]
+) -> dict[int, str]:
+    """Name of the implementation that runs for sequences of each length on a device."""
+    qkv = torch.empty(0, 3 * num_heads * head_dim, dtype=dtype, device=device)
+    names = {id(module): name for name, module in _WHOLE.items()}
+    return {n: names.get(id(_plan(qkv, num_heads, [1, n])[0][0]), "triton") for n in lengths}
+
+
 def _runs(qkv: Tensor, num_heads: int, groups: Sequence[int]) -> Iterator[tuple[Any, slice, list[int]]]:
     """The plan with the rows of each entry, without those that have none."""
     first = 0

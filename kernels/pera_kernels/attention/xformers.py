@@ -4,6 +4,7 @@ xformers picks the fastest operator that is there: Flash-Attention 3 if that is 
 """
 
 import importlib.util
+import logging
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any
@@ -20,10 +21,15 @@ def _fmha() -> Any:
     """The module xformers.ops.fmha, or why it cannot be used (a string)."""
     if importlib.util.find_spec("xformers") is None:
         return "xformers is not installed: pip install 'pera-fast[cuda13]' (or [cuda12])"
+    logger = logging.getLogger("xformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # its five lines about a library that does not load are one clause of `info` here
     try:
         from xformers.ops import fmha
     except Exception as error:  # it was built for another torch, or wants another Flash-Attention
         return f"xformers does not load ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    finally:
+        logger.setLevel(level)
     return fmha
 
 
