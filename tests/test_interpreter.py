@@ -26,6 +26,7 @@ SELECTIONS = {
         "(error_within and native) or extreme or noncontiguous or equal_bits or uninitialised or odd or nan_is",
     ],
     "add_norm": ["tests/kernels/test_add_norm.py", "-k", "triton and not opcheck"],
+    "adamw_ema": ["tests/kernels/test_adamw_ema.py", "-k", "triton"],
     "gelu": ["tests/kernels/test_gelu.py", "-k", "triton and not opcheck"],
     "embed_tokens": [*PACKED, "embed_tokens and triton and not opcheck"],
     "mask_tokens": [*PACKED, "mask_tokens and triton and not opcheck"],

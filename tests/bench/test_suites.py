@@ -95,12 +95,12 @@ def test_list_of_suites_is_the_folder():
     files = {path.stem for path in (ROOT / "bench" / "pera_bench" / "suites").glob("*.py")}
     assert set(SUITES) == files - {"__init__", "colors"}
     folders = {path.parent.name for path in (ROOT / "kernels" / "pera_kernels").glob("*/op.py")}
-    assert folders <= set(OPS)
+    assert folders <= {*OPS, "adamw_ema"}, "which the suite `update` measures"
 
 
 def test_every_implementation_of_an_op_has_a_row():
     assert chosen_implementations("attention", CPU, "all") == [
-        "reference", "compiled", "triton", "xformers", "varlen", "sdpa",
+        "reference", "compiled", "triton", "cudnn", "xformers", "varlen", "sdpa",
     ]  # fmt: skip
     assert chosen_implementations("koleo", CPU) == ["reference", "chosen"]
     assert chosen_implementations("koleo", CPU, "triton,native") == ["native"]

@@ -1,4 +1,4 @@
-"""What ends a step: clipping, AdamW and the teacher's EMA over all parameters."""
+"""The end of a step: clipping, AdamW and the teacher's EMA over all parameters; on a GPU `adamw_ema`, and the center."""
 
 from collections.abc import Callable
 
@@ -9,6 +9,7 @@ from pera_bench.work import Cost, Whole
 from pera_fast.model.pera import PerA
 from pera_fast.profile.simulate import VALUES
 from pera_fast.train.api import make_model
+from pera_fast.train.fused_update import make_update
 from pera_fast.train.optim import apply_gradients, make_optimizer, make_scaler
 
 IMPLEMENTATIONS = ("reference", "pera-fast")
@@ -31,7 +32,13 @@ def make(point: Point, case: str) -> Whole:
         optimizer, scaler = make_optimizer(model.parameters(), point.cfg), make_scaler(point.cfg, point.device)
         losses = torch.zeros(1, device=point.device)
 
+        update = make_update(model, optimizer, scaler)
+        mean = torch.zeros(point.cfg.model.bottleneck, device=point.device)
+
         def call() -> None:
+            if update is not None:
+                update(losses, mean, VALUES, point.cfg.optim.clip)
+                return
             apply_gradients(optimizer, scaler, VALUES, point.cfg.optim.clip, losses)
             model.update_teacher(VALUES.momentum)
 
