@@ -77,17 +77,64 @@ def parts(device: str, recipe: str, images: Sequence[int]) -> list[Part]:
     tests = [sys.executable, "-m", "pytest", "-q", *options, "tests"]
     ours = "--only", "pera-fast"
     return [
+        Part("tests", tests, 90),
         Part("ceilings", ceilings, 40),
-        bench("steps", 150, *STEPS, "--images", many, *ours, seconds=2),
+        bench("steps", 130, *STEPS, "--images", many, *ours, seconds=2),
         bench("published", 80, "step/cheap", "--images", few, "--only", "pera-fast,published", needs="PERA_OFFICIAL"),
         bench("ops", 150, *OPS, "--images", middle, "--only", KERNELS),
         bench("attention", 60, "step/cheap", "--images", middle, "--only", ATTENTION),
         Part("memory", memory, 80),
-        Part("tests", tests, 80),
         bench("loader", 50, "data/jpeg", "--images", largest, seconds=3),
         bench("compiled", 90, "step/cheap", "--images", middle, "--only", f"pera-fast,compiled,{GRAPHS}"),
         bench("compiled_ops", 60, *OPS, "--images", middle, "--only", "compiled"),
     ]
+
+
+def quick_parts(device: str, recipe: str) -> list[Part]:
+    """Four minutes: correctness, the step beside the published one, the kernels of a step, the loader."""
+    python, options = (
+        sys.executable,
+        ["-m", "gpu", "-o", "addopts=", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider"],
+    )
+    if importlib.util.find_spec("xdist") is not None:
+        options += ["-n", "8"]
+
+    def quick(name: str, limit: float, part: str, batch: int, *args: str, needs: str | None = None) -> Part:
+        given = [part, "--batch", str(batch), "--device", device, "--recipe", recipe, "--json", f"{{out}}/{name}.json"]
+        return Part(name, [python, "-m", "pera_bench.quick", *given, *args], limit, needs)
+
+    def published(batch: int) -> Part:
+        checkout = "--checkout", os.environ.get("PERA_OFFICIAL", "")
+        return quick(f"published-{batch}", 35, "published", batch, *checkout, "--rounds", "3", needs="PERA_OFFICIAL")
+
+    tests = ["tests/test_official_parity.py", "tests/kernels", "tests/train", "tests/data/test_streams.py"]
+    loader = ["bench", "data/jpeg", "--images", "64", "--device", device, "--recipe", recipe, "--passes", "1"]
+    return [
+        Part("tests", [python, "-m", "pytest", *options, *tests], 90),
+        quick("step-64", 45, "step", 64),
+        quick("step-16", 30, "step", 16),
+        published(64),
+        published(16),
+        quick("step-256", 40, "step", 256, "--rounds", "3"),
+        quick("trace-64", 30, "trace", 64, "--csv", "{out}/kernels.csv"),
+        Part("loader", [python, "-m", "pera_fast", *loader, "--seconds", "3", "--out", "{out}"], 40),
+    ]
+
+
+def table(parts: Sequence[Part]) -> str:
+    """One line a part: how it ended, and what it measured."""
+    lines = [f"{'part':<14} {'status':<9} {'s':>4} {'ms':>8} {'images/s':>9} {'MFU':>5} {'reserved MiB':>13}"]
+    for part in parts:
+        found = next((r for r in part.results.values() if isinstance(r, dict) and "part" in r), {})
+        cells = [f"{found[key]:.1f}" if key in found else "" for key in ("ms", "images_per_s")]
+        mfu = f"{100 * found['mfu']:.0f} %" if found.get("mfu") else ""
+        reserved = str(found.get("reserved_mib", ""))
+        more = f"  {found['launches']:.0f} launches, busy {found['busy_ms']:.1f} ms" if "launches" in found else ""
+        line = (
+            f"{part.name:<14} {part.status:<9} {part.seconds:>4.0f} {cells[0]:>8} {cells[1]:>9} {mfu:>5} {reserved:>13}"
+        )
+        lines.append(line.rstrip() + more)
+    return "\n".join(lines)
 
 
 def run(part: Part, out: Path, seconds: float) -> None:
@@ -161,12 +208,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try the parts out")
     parser.add_argument("--recipe", default="vit_b16")
     parser.add_argument("--images", default="16,32,64,128", help="numbers of images of a step")
-    parser.add_argument("--minutes", type=float, default=8.5, help="for all parts together")
+    parser.add_argument("--minutes", type=float, help="for all parts together (8; --quick: 4)")
+    parser.add_argument("--quick", action="store_true", help="correctness, the step, its kernels and the loader alone")
     parser.add_argument("--parts", default="", help="only these, with commas")
     args = parser.parse_args(arguments)
-    out, end = args.out.resolve(), time.monotonic() + 60 * args.minutes
+    minutes = (4 if args.quick else 8) if args.minutes is None else args.minutes
+    out, end = args.out.resolve(), time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
-    every = parts(args.device, args.recipe, [int(n) for n in args.images.split(",")])
+    if args.quick:
+        every = quick_parts(args.device, args.recipe)
+    else:
+        every = parts(args.device, args.recipe, [int(n) for n in args.images.split(",")])
     chosen = [part for part in every if not args.parts or part.name in args.parts.split(",")]
     blocked = why_not(args.device)
     head = {"python": platform.python_version(), "device": args.device, "lacking": lacking(), "parts": []}
@@ -179,13 +231,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif part.needs and not os.environ.get(part.needs):
             part.status, part.reason = "left out", f"{part.needs} is not set"
         elif left < 5:
-            part.status, part.reason = "left out", f"no time left of {args.minutes:g} minutes"
+            part.status, part.reason = "left out", f"no time left of {minutes:g} minutes"
         else:
             run(part, out, left)
         print(f"{part.name}: {part.status}, {part.seconds:.0f} s{': ' if part.reason else ''}{part.reason}", flush=True)
         head["parts"] = [{**asdict(one), "command": list(one.command)} for one in chosen[: number + 1]]
         (out / "results.json").write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
-    print(out / "results.json")
+    summary = table(chosen)
+    (out / "table.txt").write_text(summary + "\n", encoding="utf-8")
+    print(summary, out / "results.json", sep="\n")
     return int(any(part.status in ("failed", "too long") for part in chosen))
 
 

@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--backend", help="implementation of all ops that have it")
     parser.add_argument("--checkout", type=Path, help="the published implementation")
     parser.add_argument("--csv", type=Path, default=Path("kernels.csv"))
+    parser.add_argument("--json", type=Path, help="write the line of JSON there, too")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps of a round")
     parser.add_argument("--device", default="cuda")
@@ -146,7 +147,11 @@ def main() -> None:
     measure = {"step": measure_step, "published": measure_published, "trace": measure_trace}[args.part]
     found = measure(args, device)
     what = {"part": args.part, "recipe": args.recipe, "batch": args.batch, "precision": args.precision}
-    print(json.dumps({**what, "settings": args.set, "backend": args.backend, **found, **machine(device)}), flush=True)
+    line = json.dumps({**what, "settings": args.set, "backend": args.backend, **found, **machine(device)})
+    print(line, flush=True)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(line + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

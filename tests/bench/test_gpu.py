@@ -90,3 +90,35 @@ def test_every_op_is_in_the_run():
 def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(gpu, "OPTIONAL", {"torch": "a", "no_such_package": "b", "no_such_package.inner": "c"})
     assert gpu.lacking() == {"no_such_package": "b", "no_such_package.inner": "c"}
+
+
+def test_the_quick_run_measures_a_step_and_prints_one_table(tmp_path, capsys):
+    quick = ["--quick", "--device", "cpu", "--recipe", "tiny", "--parts", "step-16,published-16"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PERA_OFFICIAL", raising=False)
+        patch.setenv("PYTHONPATH", os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "bench")))
+        assert gpu.main([str(tmp_path), *quick]) == 0
+    step, published = json.loads((tmp_path / "results.json").read_text())["parts"]
+    assert published["reason"] == "PERA_OFFICIAL is not set"
+    (found,) = step["results"].values()
+    assert found["ms_min"] <= found["ms"] <= found["ms_max"]
+    assert found["images_per_s"] == pytest.approx(16_000 / found["ms"])
+    assert {"device", "torch", "commit", "date"} <= found.keys()
+    lines = (tmp_path / "table.txt").read_text().splitlines()
+    assert lines[0].split()[:4] == ["part", "status", "s", "ms"]
+    assert lines[1].startswith("step-16")
+    assert f"{found['ms']:.1f}" in lines[1]
+    assert lines[1] in capsys.readouterr().out
+
+
+def test_the_quick_run_fits_its_time():
+    made = gpu.quick_parts("cuda", "vit_b16")
+    assert made[0].name == "tests", "correctness first"
+    assert {part.name for part in made} >= {
+        "step-16",
+        "step-64",
+        "step-256",
+        "published-16",
+        "published-64",
+        "trace-64",
+    }

@@ -29,7 +29,7 @@ def test_what_cannot_run_is_one_line() -> None:
     with pytest.raises(UserError, match=r"^model.attention=cudnn: cuDNN's attention runs on a GPU, not on cpu; leave"):
         prefer_attention(load_config("tiny", ["model.attention=cudnn"]), CPU)
     assert backend.wanted("attention") is None
-    with pytest.raises(UserError, match="model.attention=flash: allowed"):
+    with pytest.raises(UserError, match=r"model\.attention=flash: allowed"):
         load_config("tiny", ["model.attention=flash"])
 
 
