@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from pera_kernels import products
 from pera_kernels.add_norm import add_norm, add_norm_, add_norm_backward
 from pera_kernels.attention.op import attention_backward_with_sums, attention_parts, attention_with_lse
+from pera_kernels.cls_attention import cls_attention
+from pera_kernels.cls_attention import takes as cls_attention_takes
 from pera_kernels.gelu import gelu, gelu_, gelu_backward_
 from pera_kernels.packing import kept_groups
 from pera_kernels.query_attention import query_attention, query_attention_backward
@@ -286,6 +288,18 @@ def _begin_without_gradient(
     return x, add_norm_(x, pending.y, pending.bias, norm.weight, norm.bias, norm.eps, plan.groups)
 
 
+def _rows_attention(
+    normed: Tensor, qkv: nn.Linear, num_heads: int, groups: Sequence[int], tails: Sequence[int]
+) -> Tensor:
+    """The attention's result for the rows that are read [sum(n * (1 + tail)), D]; no gradient."""
+    if not any(tails) and cls_attention_takes(groups):
+        return cls_attention(normed, qkv.weight, qkv.bias, num_heads, groups)
+    dim = normed.shape[1]
+    q = products.linear(take_rows(normed, groups, tails), qkv.weight, qkv.bias, slice(0, dim))
+    kv = products.linear(normed, qkv.weight, qkv.bias, slice(dim, None))
+    return query_attention(q, kv, num_heads, [1 + tail for tail in tails], groups)[0]
+
+
 def attention_branch(
     x: Tensor,
     pending: Pending | None,
@@ -322,13 +336,11 @@ def attention_branch(
             x, y = _AttentionBranch.apply(*beginning, *layers)
         return x, Pending(y, left, subset)
     x, normed = _begin_without_gradient(x, pending, norm, subset, plan)
-    groups, dim = plan.branch_groups, x.shape[1]
+    groups = plan.branch_groups
     if tails is None:
         parts = attention_parts(products.linear(normed, qkv.weight, qkv.bias), num_heads, groups)
     else:
-        q = products.linear(take_rows(normed, groups, tails), qkv.weight, qkv.bias, slice(0, dim))
-        kv = products.linear(normed, qkv.weight, qkv.bias, slice(dim, None))
-        parts = [query_attention(q, kv, num_heads, [1 + tail for tail in tails], groups)[0]]
+        parts = [_rows_attention(normed, qkv, num_heads, groups, tails)]
         x = take_rows(x, plan.groups, tails)
     return x, Pending(products.linear_of_parts(parts, proj.weight, added), left, subset)
 
