@@ -17,7 +17,8 @@ from pera_kernels.add_norm import add_norm, add_norm_, add_norm_backward
 from pera_kernels.attention.op import attention_backward_with_sums, attention_parts, attention_with_lse
 from pera_kernels.cls_attention import cls_attention
 from pera_kernels.cls_attention import takes as cls_attention_takes
-from pera_kernels.gelu import gelu, gelu_, gelu_backward_
+from pera_kernels.gelu import gelu_backward_
+from pera_kernels.linear_gelu import linear_gelu
 from pera_kernels.packing import kept_groups
 from pera_kernels.query_attention import query_attention, query_attention_backward
 from pera_kernels.sequence_add.op import sequence_add_backward
@@ -206,8 +207,7 @@ class _MlpBranch(_Branch):
     def forward(ctx, *inputs):
         beginning, (weight1, bias1, weight2, bias2) = inputs[:9], inputs[9:]
         stream, normed, saved = _Branch.begin(ctx, *beginning)
-        hidden = products.linear(normed, weight1, bias1)
-        act = gelu(hidden)
+        act, hidden = linear_gelu(normed, weight1, bias1, with_hidden=True)
         ctx.adds_bias = bias2 is not None
         ctx.save_for_backward(*saved, hidden, act if ctx.plan.keep_cheap else None, weight1, bias1, weight2)
         return _Branch.result(ctx, stream, products.linear(act, weight2, bias2))
@@ -361,7 +361,7 @@ def mlp_branch(
         x, y = _MlpBranch.apply(*_beginning(x, pending, norm, subset, plan), *layers)
     else:
         x, normed = _begin_without_gradient(x, pending, norm, subset, plan)
-        y = products.linear(gelu_(products.linear(normed, fc1.weight, fc1.bias)), fc2.weight, added)
+        y = products.linear(linear_gelu(normed, fc1.weight, fc1.bias)[0], fc2.weight, added)
     return x, Pending(y, left, subset)
 
 

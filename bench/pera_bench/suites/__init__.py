@@ -14,6 +14,7 @@ OPS = (
     "sequence_add",
     "add_norm",
     "gelu",
+    "linear_gelu",
     "query_attention",
     "cls_attention",
     "mask_tokens",
