@@ -31,11 +31,13 @@ class Plan(NamedTuple):
         groups: [n0, len0, n1, len1, ...], see ``pera_kernels.packing``.
         kept: sequences of each group that a branch sees; None: all of them.
         keep_cheap: whether to keep what is cheap to compute again.
+        fp8: whether products run in FP8 where no gradient is recorded (``fp8.py``).
     """
 
     groups: tuple[int, ...]
     kept: tuple[int, ...] | None
     keep_cheap: bool
+    fp8: bool = False
 
     @property
     def branch_groups(self) -> list[int]:
@@ -277,7 +279,7 @@ def _beginning(x: Tensor, pending: Pending | None, norm: nn.LayerNorm, subset: T
     return _Beginning(x, y, y_bias, norm.weight, norm.bias, norm.eps, before, subset, plan)
 
 
-def _begin_without_gradient(
+def begin_without_gradient(
     x: Tensor, pending: Pending | None, norm: nn.LayerNorm, subset: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Tensor]:
     """The stream, which is x overwritten where no branch dropped sequences, and the normalised rows."""
@@ -321,7 +323,7 @@ def attention_branch(
         else:
             x, y = _AttentionBranch.apply(*beginning, *layers)
         return x, Pending(y, left, subset)
-    x, normed = _begin_without_gradient(x, pending, norm, subset, plan)
+    x, normed = begin_without_gradient(x, pending, norm, subset, plan)
     groups, dim = plan.branch_groups, x.shape[1]
     if tails is None:
         parts = attention_parts(products.linear(normed, qkv.weight, qkv.bias), num_heads, groups)
@@ -348,7 +350,7 @@ def mlp_branch(
         layers = fc1.weight, fc1.bias, fc2.weight, added
         x, y = _MlpBranch.apply(*_beginning(x, pending, norm, subset, plan), *layers)
     else:
-        x, normed = _begin_without_gradient(x, pending, norm, subset, plan)
+        x, normed = begin_without_gradient(x, pending, norm, subset, plan)
         y = products.linear(gelu_(products.linear(normed, fc1.weight, fc1.bias)), fc2.weight, added)
     return x, Pending(y, left, subset)
 
@@ -362,4 +364,4 @@ def norm_pending(x: Tensor, pending: Pending, norm: nn.LayerNorm, plan: Plan) ->
     """The LayerNorm of the complete stream [T, D]; x is overwritten where no gradient is recorded."""
     if torch.is_grad_enabled():
         return _AddNorm.apply(*_beginning(x, pending, norm, None, plan))
-    return _begin_without_gradient(x, pending, norm, None, plan)[1]
+    return begin_without_gradient(x, pending, norm, None, plan)[1]

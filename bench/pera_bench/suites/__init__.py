@@ -15,6 +15,7 @@ OPS = (
     "add_norm",
     "gelu",
     "query_attention",
+    "quantize_rows",
     "mask_tokens",
     "distillation_loss",
     "koleo",

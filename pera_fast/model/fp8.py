@@ -1,0 +1,99 @@
+"""The branches of a block without gradients in FP8, for the teacher (``model.teacher_precision``).
+
+The four products of a block take e4m3 with a scale a row (``pera_kernels.fp8``). Attention, the stream and all that is
+outside the blocks stay in the compute dtype.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pera_kernels import fp8
+from pera_kernels.attention.op import attention_parts
+from pera_kernels.gelu import gelu_
+from pera_kernels.quantize_rows import Slot, WeightQuantizer, quantize_parts, quantize_rows
+from pera_kernels.query_attention import query_attention
+
+from .branches import Pending, Plan, begin_without_gradient, output_bias
+from .rows import take_rows
+
+
+def attention_branch(
+    x: Tensor,
+    pending: Pending | None,
+    norm: nn.LayerNorm,
+    qkv: nn.Linear,
+    proj: nn.Linear,
+    num_heads: int,
+    plan: Plan,
+    tails: Sequence[int] | None = None,
+) -> tuple[Tensor, Pending]:
+    """As ``branches.attention_branch`` without gradients and subsets."""
+    added, left = output_bias(proj, x)
+    x, normed = _begin(x, pending, norm, plan)
+    dim = x.shape[1]
+    if tails is None:
+        parts = attention_parts(fp8.linear(normed, qkv.weight, qkv.bias, x.dtype), num_heads, plan.groups)
+    else:
+        picked = fp8.Rows(*(take_rows(part, plan.groups, tails) for part in normed))
+        q = fp8.linear(picked, qkv.weight, qkv.bias, x.dtype, slice(0, dim))
+        kv = fp8.linear(normed, qkv.weight, qkv.bias, x.dtype, slice(dim, None))
+        parts = [query_attention(q, kv, num_heads, [1 + tail for tail in tails], plan.groups)[0]]
+        x = take_rows(x, plan.groups, tails)
+    return x, Pending(fp8.linear(quantize_parts(parts), proj.weight, added, x.dtype), left, None)
+
+
+def mlp_branch(
+    x: Tensor, pending: Pending, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, plan: Plan
+) -> tuple[Tensor, Pending]:
+    """As ``branches.mlp_branch`` without gradients and subsets."""
+    added, left = output_bias(fc2, x)
+    x, normed = _begin(x, pending, norm, plan)
+    act = quantize_rows(gelu_(fp8.linear(normed, fc1.weight, fc1.bias, x.dtype)))
+    return x, Pending(fp8.linear(act, fc2.weight, added, x.dtype), left, None)
+
+
+def _begin(x: Tensor, pending: Pending | None, norm: nn.LayerNorm, plan: Plan) -> tuple[Tensor, fp8.Rows]:
+    """The stream, overwritten by itself with what is pending, and its normalised rows in e4m3."""
+    x, normed = begin_without_gradient(x, pending, norm, None, plan)
+    return x, quantize_rows(normed)
+
+
+class Fp8Copies:
+    """E4m3 copies of the weights of a backbone's blocks, in memory of their own that never moves.
+
+    ``pera_kernels.fp8.in_e4m3`` takes a copy while it is up to date. A state dict has the weights only.
+
+    Args:
+        blocks: of a backbone; its linear layers get the copies.
+    """
+
+    def __init__(self, blocks: nn.Module):
+        self._weights = [module.weight for module in blocks.modules() if isinstance(module, nn.Linear)]
+        device = self._weights[0].device
+        values = torch.empty(sum(w.numel() for w in self._weights), dtype=fp8.E4M3, device=device)
+        scales = torch.empty(sum(w.shape[0] for w in self._weights), 1, device=device)
+        slots = []
+        for weight, part, scale in zip(
+            self._weights,
+            values.split([w.numel() for w in self._weights]),
+            scales.split([w.shape[0] for w in self._weights]),
+            strict=True,
+        ):
+            copy = fp8.Rows(part.view(weight.shape), scale)
+            weight.fp8_copy = copy  # pyright: ignore[reportAttributeAccessIssue]
+            slots.append(Slot(weight.detach(), copy))
+        self._quantizer = WeightQuantizer(slots)
+        self.refresh()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all copies and scales."""
+        return sum(slot.copy.values.nbytes + slot.copy.scale.nbytes for slot in self._quantizer.slots)
+
+    def refresh(self) -> None:
+        """Write all copies anew: call it after every change of the weights. The host waits for nothing."""
+        self._quantizer()
+        for weight in self._weights:
+            weight.fp8_copy_version = weight._version  # pyright: ignore[reportAttributeAccessIssue]

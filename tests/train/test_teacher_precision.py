@@ -1,0 +1,93 @@
+"""Training with an FP8 teacher: steps, resuming, memory, and devices that cannot."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from train_support import make_run, small_config
+
+from pera_fast.config import load_config
+from pera_fast.errors import UserError
+from pera_fast.model.pera import PerA
+from pera_fast.profile.measure import real_step
+from pera_fast.profile.simulate import simulate_step
+from pera_fast.train.checkpoint import load_checkpoint
+from pera_fast.train.compute_copies import make_copies
+from pera_fast.train.loop import Run, fit
+from pera_fast.train.memory_plan import bytes_per_image, fixed_bytes
+from pera_fast.train.signals import StopRequest
+from pera_fast.train.teacher_precision import check_teacher_precision
+
+FP8 = ("train.precision=bf16", "model.teacher_precision=fp8")
+
+
+def trained(out: Path, *overrides: str, state=None) -> Run:
+    run = make_run(small_config(*overrides), out)
+    make_copies(run.pera)
+    if state is not None:
+        run.load(state, "test")
+        run.inputs.micro_step = state["step"]
+    assert fit(run, StopRequest())[0] == 0
+    return run
+
+
+def test_a_run_learns_much_the_same_and_its_copies_follow_the_ema(tmp_path: Path) -> None:
+    """Without KoLeo, whose nearest neighbours change with anything."""
+    losses = {}
+    for name, overrides in (("bf16", FP8[:1]), ("fp8", FP8)):
+        run = trained(tmp_path / name, *overrides, "loss.koleo_weight=0")
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = torch.tensor([json.loads(line)["loss"] for line in lines])
+    assert losses["fp8"].shape == (6,)
+    assert not torch.equal(losses["fp8"], losses["bf16"])
+    torch.testing.assert_close(losses["fp8"][0], losses["bf16"][0], rtol=0.01, atol=0)
+    torch.testing.assert_close(losses["fp8"], losses["bf16"], rtol=0.06, atol=0)
+    weight = run.pera.teacher.backbone.blocks[1].mlp.fc2.weight
+    copy = weight.fp8_copy
+    assert weight.fp8_copy_version == weight._version
+    assert (copy.values.float() * copy.scale - weight).norm() < 0.05 * weight.norm()
+
+
+def test_resumed_is_the_run_that_was_not_stopped(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole", *FP8)
+    state = load_checkpoint(tmp_path / "whole" / "checkpoints" / "step_00000004.pt")
+    assert not any("fp8" in name for name in state["model"])
+    resumed = trained(tmp_path / "resumed", *FP8, state=state)
+    assert resumed.step == whole.step
+    for name, value in whole.pera.state_dict().items():
+        assert torch.equal(value, resumed.pera.state_dict()[name]), name
+
+
+def test_a_device_without_fp8_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, gpu = load_config("vit_b16", ["model.teacher_precision=fp8"]), torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA A100-SXM4-80GB")
+    line = (
+        r"^model\.teacher_precision=fp8: FP8 products need compute capability 8\.9 or newer \(Ada, Hopper, Blackwell\),"
+        r" NVIDIA A100-SXM4-80GB has 8\.0; leave it out$"
+    )
+    with pytest.raises(UserError, match=line):
+        check_teacher_precision(cfg, gpu)
+    check_teacher_precision(load_config("vit_b16"), gpu)
+    check_teacher_precision(cfg, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    check_teacher_precision(cfg, gpu)
+
+
+def test_the_benches_step_takes_it() -> None:
+    step = real_step(small_config(*FP8), torch.device("cpu"))
+    assert step().result().applied
+
+
+def test_simulated_memory_counts_a_byte_a_weight() -> None:
+    peaks = {}
+    for precision in ("same", "fp8"):
+        cfg = load_config("vit_s16", ["train.batch_size=4", f"model.teacher_precision={precision}"])
+        peaks[precision] = simulate_step(cfg).between_steps
+    with torch.device("meta"):
+        model = PerA(cfg)
+    blocks = model.teacher.backbone.blocks
+    weights = sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
+    assert weights <= peaks["fp8"] - peaks["same"] <= 1.01 * weights
+    assert simulate_step(cfg).peak <= fixed_bytes(model) + 4 * bytes_per_image(cfg, "cheap")
