@@ -31,7 +31,7 @@ class Plan(NamedTuple):
         groups: [n0, len0, n1, len1, ...], see ``pera_kernels.packing``.
         kept: sequences of each group that a branch sees; None: all of them.
         keep_cheap: whether to keep what is cheap to compute again.
-        fp8: whether products run in FP8 where no gradient is recorded (``fp8.py``).
+        fp8: whether products run in FP8 (``fp8.py``): without gradients and subsets only.
     """
 
     groups: tuple[int, ...]
@@ -279,7 +279,7 @@ def _beginning(x: Tensor, pending: Pending | None, norm: nn.LayerNorm, subset: T
     return _Beginning(x, y, y_bias, norm.weight, norm.bias, norm.eps, before, subset, plan)
 
 
-def begin_without_gradient(
+def _begin_without_gradient(
     x: Tensor, pending: Pending | None, norm: nn.LayerNorm, subset: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Tensor]:
     """The stream, which is x overwritten where no branch dropped sequences, and the normalised rows."""
@@ -323,7 +323,7 @@ def attention_branch(
         else:
             x, y = _AttentionBranch.apply(*beginning, *layers)
         return x, Pending(y, left, subset)
-    x, normed = begin_without_gradient(x, pending, norm, subset, plan)
+    x, normed = _begin_without_gradient(x, pending, norm, subset, plan)
     groups, dim = plan.branch_groups, x.shape[1]
     if tails is None:
         parts = attention_parts(products.linear(normed, qkv.weight, qkv.bias), num_heads, groups)
@@ -350,7 +350,7 @@ def mlp_branch(
         layers = fc1.weight, fc1.bias, fc2.weight, added
         x, y = _MlpBranch.apply(*_beginning(x, pending, norm, subset, plan), *layers)
     else:
-        x, normed = begin_without_gradient(x, pending, norm, subset, plan)
+        x, normed = _begin_without_gradient(x, pending, norm, subset, plan)
         y = products.linear(gelu_(products.linear(normed, fc1.weight, fc1.bias)), fc2.weight, added)
     return x, Pending(y, left, subset)
 
@@ -364,4 +364,4 @@ def norm_pending(x: Tensor, pending: Pending, norm: nn.LayerNorm, plan: Plan) ->
     """The LayerNorm of the complete stream [T, D]; x is overwritten where no gradient is recorded."""
     if torch.is_grad_enabled():
         return _AddNorm.apply(*_beginning(x, pending, norm, None, plan))
-    return begin_without_gradient(x, pending, norm, None, plan)[1]
+    return _begin_without_gradient(x, pending, norm, None, plan)[1]

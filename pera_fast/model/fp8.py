@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from pera_kernels import fp8
+from pera_kernels.add_norm_fp8 import add_norm_fp8_
 from pera_kernels.attention.op import attention_parts
-from pera_kernels.gelu import gelu_
-from pera_kernels.quantize_rows import Slot, WeightQuantizer, quantize_parts, quantize_rows
+from pera_kernels.gelu_fp8 import gelu_fp8
+from pera_kernels.quantize_rows import Slot, WeightQuantizer, quantize_parts
 from pera_kernels.query_attention import query_attention
 
-from .branches import Pending, Plan, begin_without_gradient, output_bias
+from .branches import Pending, Plan, output_bias
 from .rows import take_rows
 
 
@@ -31,8 +32,7 @@ def attention_branch(
 ) -> tuple[Tensor, Pending]:
     """As ``branches.attention_branch`` without gradients and subsets."""
     added, left = output_bias(proj, x)
-    x, normed = _begin(x, pending, norm, plan)
-    dim = x.shape[1]
+    normed, dim = _begin(x, pending, norm), x.shape[1]
     if tails is None:
         parts = attention_parts(fp8.linear(normed, qkv.weight, qkv.bias, x.dtype), num_heads, plan.groups)
     else:
@@ -45,19 +45,18 @@ def attention_branch(
 
 
 def mlp_branch(
-    x: Tensor, pending: Pending, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, plan: Plan
+    x: Tensor, pending: Pending, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear
 ) -> tuple[Tensor, Pending]:
     """As ``branches.mlp_branch`` without gradients and subsets."""
     added, left = output_bias(fc2, x)
-    x, normed = _begin(x, pending, norm, plan)
-    act = quantize_rows(gelu_(fp8.linear(normed, fc1.weight, fc1.bias, x.dtype)))
+    act = gelu_fp8(fp8.linear(_begin(x, pending, norm), fc1.weight, fc1.bias, x.dtype))
     return x, Pending(fp8.linear(act, fc2.weight, added, x.dtype), left, None)
 
 
-def _begin(x: Tensor, pending: Pending | None, norm: nn.LayerNorm, plan: Plan) -> tuple[Tensor, fp8.Rows]:
-    """The stream, overwritten by itself with what is pending, and its normalised rows in e4m3."""
-    x, normed = begin_without_gradient(x, pending, norm, None, plan)
-    return x, quantize_rows(normed)
+def _begin(x: Tensor, pending: Pending | None, norm: nn.LayerNorm) -> fp8.Rows:
+    """Add what is pending to the stream, in place, and normalise it."""
+    y, y_bias, _ = (None, None, None) if pending is None else pending
+    return add_norm_fp8_(x, y, y_bias, norm.weight, norm.bias, norm.eps)
 
 
 class Fp8Copies:

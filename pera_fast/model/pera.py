@@ -55,6 +55,7 @@ class PerA(nn.Module):
         compute_dtype: dtype of activations and matrix products; parameters stay float32.
         center: float32 [1, prototypes], running mean of the teacher's logits, used by the next step.
         recompute: policy of ``model.recompute``; "auto" is "cheap" until ``train.memory_plan`` chooses.
+        fp8_teacher: whether the teacher's blocks run in FP8, in ``teacher_rows`` alone.
         fp8_copies: of the teacher's blocks with ``model.teacher_precision=fp8``; None: weights are quantised where they
             are read.
     """
@@ -69,7 +70,7 @@ class PerA(nn.Module):
         self.teacher = Branch(cfg)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
-        self.teacher.backbone.fp8 = cfg.model.teacher_precision == "fp8"
+        self.fp8_teacher = cfg.model.teacher_precision == "fp8"
         self.fp8_copies: Fp8Copies | None = None
         patch_values = cfg.model.patch_size**2 * cfg.model.in_chans
         self.pred_head = PixelHead(cfg.model.embed_dim, cfg.model.head_hidden, cfg.model.bottleneck, patch_values)
@@ -141,7 +142,7 @@ class PerA(nn.Module):
                 rows = self._patches(crops, group.teacher_index, group.teacher_order, group.teacher_factors)[0]
                 tokens.append(self._embed(backbone, rows, group.teacher_index, crops))
             groups += [group.teacher_index.shape[0], 1 + group.teacher_index.shape[1]]
-        rows = backbone.forward_rows(torch.cat(tokens), groups, [0, 0])
+        rows = backbone.forward_rows(torch.cat(tokens), groups, [0, 0], fp8=self.fp8_teacher)
         with span("cls head"):
             return self.teacher.cls_head(rows)
 
@@ -243,7 +244,7 @@ class PerA(nn.Module):
 
     def make_fp8(self) -> None:
         """Make the FP8 copies that the configuration asks for; call it when the model is on its device."""
-        if self.teacher.backbone.fp8:
+        if self.fp8_teacher:
             self.fp8_copies = Fp8Copies(self.teacher.backbone.blocks)
 
     def refresh_fp8(self) -> None:

@@ -16,7 +16,7 @@ from pera_fast.ranges import span
 from pera_kernels.embed_tokens import embed_tokens
 from pera_kernels.sequence_norm import sequence_norm
 
-from . import fp8
+from . import fp8 as fp8_branches
 from .branches import Pending, Plan, add_pending, attention_branch, mlp_branch, norm_pending
 from .rows import row_groups
 
@@ -81,19 +81,18 @@ class Block(nn.Module):
             The stream and the MLP branch's result; with tails the rows of both that are read.
         """
         attn, mlp = self.attn, self.mlp
-        in_fp8 = plan.fp8 and not torch.is_grad_enabled()
         with span("attention"):
             layers = self.norm1, attn.qkv, attn.proj, attn.num_heads
-            if in_fp8:
-                x, pending = fp8.attention_branch(x, pending, *layers, plan, tails)
+            if plan.fp8:
+                x, pending = fp8_branches.attention_branch(x, pending, *layers, plan, tails)
             else:
                 x, pending = attention_branch(x, pending, *layers, subsets[0], plan, tails)
         if tails is not None:
             plan = plan._replace(groups=tuple(row_groups(plan.groups, tails)))
         with span("mlp"):
             layers = self.norm2, mlp.fc1, mlp.fc2
-            if in_fp8:
-                return fp8.mlp_branch(x, pending, *layers, plan)
+            if plan.fp8:
+                return fp8_branches.mlp_branch(x, pending, *layers)
             return mlp_branch(x, pending, *layers, subsets[1], plan)
 
 
@@ -120,9 +119,6 @@ class VisionTransformer(nn.Module):
         num_heads: attention heads; divides embed_dim.
         mlp_ratio: MLP width over embed_dim.
         other_grids: patches per side of other crop sizes, whose interpolation matrices are made once.
-
-    Attributes:
-        fp8: whether the blocks' products run in FP8 where no gradient is recorded and no sequence is dropped.
     """
 
     def __init__(
@@ -141,7 +137,6 @@ class VisionTransformer(nn.Module):
         self.patch_size = patch_size
         self.in_chans = in_chans
         self.embed_dim = embed_dim
-        self.fp8 = False
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid * grid, embed_dim))
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
@@ -203,7 +198,7 @@ class VisionTransformer(nn.Module):
         Returns:
             [T, D], before the final norm.
         """
-        plan = self._plan(groups, subsets, kept, recompute)
+        plan = _plan(groups, subsets, kept, recompute)
         x, pending = self._blocks(x, start, len(self.blocks) if stop is None else stop, subsets, plan, recompute)
         return x if pending is None else add_pending(x, pending, plan)
 
@@ -216,6 +211,7 @@ class VisionTransformer(nn.Module):
         subsets: Tensor | None = None,
         kept: Sequence[int] = (),
         recompute: str = "none",
+        fp8: bool = False,
     ) -> Tensor:
         """All blocks from start on and the final norm, for the rows that are read.
 
@@ -224,19 +220,16 @@ class VisionTransformer(nn.Module):
         Args:
             tails: how many last tokens of a sequence of each group are read, beside its cls token.
             x, groups, start, subsets, kept, recompute: as for ``forward_blocks``.
+            fp8: whether the blocks' products run in FP8; without gradients and subsets only.
 
         Returns:
             Normalised rows [sum(n * (1 + tail)), D], as ``rows.take_rows`` orders them.
         """
-        plan, last = self._plan(groups, subsets, kept, recompute), len(self.blocks) - 1
+        plan, last = _plan(groups, subsets, kept, recompute)._replace(fp8=fp8), len(self.blocks) - 1
         x, pending = self._blocks(x, start, last, subsets, plan, recompute)
         x, pending = self.blocks[last](x, pending, _subsets(subsets, last), plan, tails)
         plan = plan._replace(groups=tuple(row_groups(groups, tails)))
         return norm_pending(x, pending, self.norm, plan)
-
-    def _plan(self, groups: Sequence[int], subsets: Tensor | None, kept: Sequence[int], recompute: str) -> Plan:
-        in_fp8 = self.fp8 and subsets is None
-        return Plan(tuple(groups), None if subsets is None else tuple(kept), recompute == "none", in_fp8)
 
     def _blocks(
         self, x: Tensor, start: int, stop: int, subsets: Tensor | None, plan: Plan, recompute: str
@@ -258,6 +251,10 @@ class VisionTransformer(nn.Module):
     def final_norm(self, rows: Tensor) -> Tensor:
         """The final LayerNorm on some rows [R, D]: it acts on each row alone, so only rows that are used need it."""
         return sequence_norm(rows, self.norm.weight, self.norm.bias, self.norm.eps, [rows.shape[0], 1])
+
+
+def _plan(groups: Sequence[int], subsets: Tensor | None, kept: Sequence[int], recompute: str) -> Plan:
+    return Plan(tuple(groups), None if subsets is None else tuple(kept), recompute == "none")
 
 
 def _subsets(subsets: Tensor | None, block: int) -> tuple[Tensor, Tensor] | tuple[None, None]:

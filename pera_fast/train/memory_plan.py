@@ -31,7 +31,7 @@ def fixed_bytes(model: PerA) -> int:
     weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     half = 0 if model.compute_dtype == torch.float32 else 2 * weights
-    if model.teacher.backbone.fp8:  # one byte instead of two
+    if model.fp8_teacher:  # one byte instead of two
         half -= sum(m.weight.numel() for m in model.teacher.backbone.blocks.modules() if isinstance(m, nn.Linear))
     return 4 * (weights + 3 * trained + model.cfg.model.prototypes) + half + LOSS_BYTES
 

@@ -120,6 +120,8 @@ STATED = [
     ("add_norm/subset", FORWARD, (3.4 * 1.07e6, 0)),
     ("add_norm/subset", BOTH, ((3.4 + 4.1) * 1.07e6, 0)),
     ("gelu/teacher", FORWARD, (2 * 6.9e6, 0)),
+    ("add_norm_fp8/teacher", FORWARD, (3 * 1.73e6 + 0.86e6, 0)),
+    ("gelu_fp8/teacher", FORWARD, (6.9e6 + 3.5e6, 0)),
     ("quantize_rows/teacher", FORWARD, (1.73e6 + 0.86e6, 0)),
     ("distillation_loss/all", FORWARD, (403e6 / 16, 2.0e9)),
     ("distillation_loss/all", BOTH, (1007e6 / 16, 6.0e9)),

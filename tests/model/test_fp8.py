@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pera_fast.config import Config, load_config
 from pera_fast.errors import UserError
+from pera_fast.model.features import features
 from pera_fast.model.inputs import StepInputs
 from pera_fast.model.pera import PerA
 from pera_kernels import fp8
@@ -92,10 +93,12 @@ def test_the_student_is_not_touched() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_gradients_of_a_backbone_that_is_set_to_fp8_are_not_in_fp8() -> None:
+def test_the_teacher_that_is_kept_is_read_in_full_precision() -> None:
+    """Features of a trained teacher do not depend on how it was trained."""
     model, _ = made(FP8)
+    images = torch.rand(2, 3, 32, 32)
     with _Products() as products:
-        model.teacher.backbone.forward_blocks(torch.randn(6, 32, dtype=torch.bfloat16, requires_grad=True), [2, 3])
+        features(model.teacher.backbone, images, model.cfg.views.mean, model.cfg.views.std)
     assert products.count == 0
 
 

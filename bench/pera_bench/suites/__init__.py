@@ -15,6 +15,8 @@ OPS = (
     "add_norm",
     "gelu",
     "query_attention",
+    "add_norm_fp8",
+    "gelu_fp8",
     "quantize_rows",
     "mask_tokens",
     "distillation_loss",
