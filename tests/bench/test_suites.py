@@ -142,5 +142,5 @@ def test_costs_are_those_of_the_readmes(bench, direction, stated):
 def test_readmes_name_benches_that_exist():
     ops = (ROOT / "kernels" / "pera_kernels").glob("*/README.md")
     for page in [ROOT / "README.md", ROOT / "docs" / "bench.md", *ops]:
-        for names in re.findall(r"`?pera-fast bench((?: [a-z_/]+)+)", page.read_text(encoding="utf-8")):
+        for names in re.findall(r"`?pera-fast bench((?: [a-z_/][a-z_/0-9]*)+)", page.read_text(encoding="utf-8")):
             select(names.strip().replace(" ", ","))
