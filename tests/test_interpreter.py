@@ -34,6 +34,8 @@ SELECTIONS = {
     "mask_tokens": [*PACKED, "mask_tokens and triton and not opcheck"],
     "sequence_add": [*PACKED, "sequence_add and triton and not opcheck"],
     "prototype_losses": ["tests/kernels/test_prototype_losses.py", "-k", "triton and not alone"],
+    "fp8_passes": ["tests/kernels/test_fp8_passes.py", "-k", "triton and not cuda and not opcheck"],
+    "quantize_rows": ["tests/kernels/test_quantize_rows.py", "-k", "triton and not cuda and not opcheck"],
     "sequence_norm": [*PACKED, "sequence_norm and triton and not opcheck"],
     # With drop path every kernel has its part: blocks take a subset of the sequences, the last norm takes all of them.
     "a whole training step": ["tests/test_official_parity.py", "-k", "every_backend and triton and droppath"],

@@ -29,6 +29,7 @@ class Variant:
         signature: type of each runtime argument ("*bf16", "i32", "fp32"); pointers count as 16-byte aligned.
         constants: value of each constexpr argument.
         num_warps, num_stages: launch options.
+        least: compute capability that the kernel needs, as 89: e4m3 does not exist before.
     """
 
     name: str
@@ -37,6 +38,12 @@ class Variant:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    least: int = 80
+
+    @property
+    def architectures(self) -> tuple[int, ...]:
+        """Of ``ARCHITECTURES``, those that the kernel compiles for."""
+        return tuple(architecture for architecture in ARCHITECTURES if architecture >= self.least)
 
 
 @dataclass(frozen=True)
@@ -113,16 +120,17 @@ class Table:
         heads = [f"sm_{arch}: registers, shared B, spilled B" for arch in ARCHITECTURES]
         lines = ["| op | kernel | variant | " + " | ".join(heads) + " |", "| --- " * (3 + len(heads)) + "|"]
         for op, kernel, name, found in self.rows:
-            cells = [f"{r.registers}, {r.shared}, {r.local}" for r in (found[arch] for arch in ARCHITECTURES)]
+            some = [found.get(arch) for arch in ARCHITECTURES]
+            cells = ["-" if r is None else f"{r.registers}, {r.shared}, {r.local}" for r in some]
             lines.append("| " + " | ".join([op, f"`{kernel}`", name, *cells]) + " |")
         return "\n".join(lines) + "\n"
 
 
 def table() -> Table:
-    """Compile every variant for every architecture."""
+    """Compile every variant for every architecture that it is for."""
     result = Table()
     for op, variant in variants():
-        found = {arch: compile_variant(variant, arch) for arch in ARCHITECTURES}
+        found = {arch: compile_variant(variant, arch) for arch in variant.architectures}
         result.rows.append((op, variant.kernel.__name__, variant.name, found))
     return result
 

@@ -18,6 +18,7 @@ def check(cfg: Config) -> None:
     _check_bands(cfg)
     _check_channels(cfg)
     _check_lengths(cfg)
+    _check_teacher(cfg)
     if cfg.train.cuda_graph == "true" and cfg.loss.centering == "sinkhorn":
         raise fail("train.cuda_graph", True, "goes with loss.centering=center only, not with sinkhorn")
 
@@ -69,6 +70,19 @@ def _check_sizes(cfg: Config) -> None:
         close = sorted(sorted(heads, key=lambda h: abs(h - m.num_heads))[:4])
         why = f"must divide model.embed_dim={m.embed_dim}; nearest that do: {', '.join(map(str, close))}"
         raise fail("model.num_heads", m.num_heads, why)
+
+
+def _check_teacher(cfg: Config) -> None:
+    m = cfg.model
+    if m.teacher_precision != "fp8":
+        return
+    if cfg.train.precision != "bf16":
+        why = f"goes with train.precision=bf16 only, not with {cfg.train.precision}: the products' results are bf16"
+        raise fail("model.teacher_precision", "fp8", why)
+    sizes = {"model.embed_dim": m.embed_dim, "model.mlp_ratio x model.embed_dim": int(m.embed_dim * m.mlp_ratio)}
+    for name, size in sizes.items():
+        if size % 16:
+            raise fail("model.teacher_precision", "fp8", f"wants multiples of 16, and {name} is {size}")
 
 
 def _check_masks(cfg: Config) -> None:

@@ -56,6 +56,8 @@ class ModelConfig:
     recompute: str = _key("auto", choices=("auto", "none", "cheap", "block"))
     # Attention on a GPU. auto: what was measured to be the fastest for the card and the sequences, else xformers.
     attention: str = _key("auto", choices=("auto", "xformers", "cudnn", "varlen", "triton", "sdpa"))
+    # Matrix products of the teacher's blocks. same: as train.precision says; fp8: e4m3 with a scale a row.
+    teacher_precision: str = _key("same", choices=("same", "fp8"))
     masking: str = _key("random", choices=("random", "block", "grid", "none"))  # none: dense, both see every patch
     student_ratio: float = _key(0.2, above=0, high=1)  # fraction of patches that the student sees
     teacher_ratio: float = _key(0.6, above=0, high=1)  # fraction that the teacher sees; disjoint from the student's

@@ -34,11 +34,13 @@ class Plan(NamedTuple):
         groups: [n0, len0, n1, len1, ...], see ``pera_kernels.packing``.
         kept: sequences of each group that a branch sees; None: all of them.
         keep_cheap: whether to keep what is cheap to compute again.
+        fp8: whether products run in FP8 (``fp8.py``): without gradients and subsets only.
     """
 
     groups: tuple[int, ...]
     kept: tuple[int, ...] | None
     keep_cheap: bool
+    fp8: bool = False
 
     @property
     def branch_groups(self) -> list[int]:

@@ -17,6 +17,7 @@ from pera_kernels.pixel_loss import pixel_loss
 from pera_kernels.prototype_losses import prototype_losses
 from pera_kernels.visible_patches import contrast_mean, visible_patches
 
+from .fp8 import Fp8Copies
 from .heads import ClsHead, PixelHead
 from .inputs import GroupInputs, StepInputs, num_kept
 from .rows import row_groups, split_rows
@@ -54,6 +55,9 @@ class PerA(nn.Module):
         compute_dtype: dtype of activations and matrix products; parameters stay float32.
         center: float32 [1, prototypes], running mean of the teacher's logits, used by the next step.
         recompute: policy of ``model.recompute``; "auto" is "cheap" until ``train.memory_plan`` chooses.
+        fp8_teacher: whether the teacher's blocks run in FP8, in ``teacher_rows`` alone.
+        fp8_copies: of the teacher's blocks with ``model.teacher_precision=fp8``; None: weights are quantised where they
+            are read.
     """
 
     def __init__(self, cfg: Config):
@@ -66,6 +70,8 @@ class PerA(nn.Module):
         self.teacher = Branch(cfg)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
+        self.fp8_teacher = cfg.model.teacher_precision == "fp8"
+        self.fp8_copies: Fp8Copies | None = None
         patch_values = cfg.model.patch_size**2 * cfg.model.in_chans
         self.pred_head = PixelHead(cfg.model.embed_dim, cfg.model.head_hidden, cfg.model.bottleneck, patch_values)
         self.s_mask_token = nn.Parameter(normal_(torch.empty(1, 1, cfg.model.embed_dim), std=0.02))
@@ -136,7 +142,7 @@ class PerA(nn.Module):
                 rows = self._patches(crops, group.teacher_index, group.teacher_order, group.teacher_factors)[0]
                 tokens.append(self._embed(backbone, rows, group.teacher_index, crops))
             groups += [group.teacher_index.shape[0], 1 + group.teacher_index.shape[1]]
-        rows = backbone.forward_rows(torch.cat(tokens), groups, [0, 0])
+        rows = backbone.forward_rows(torch.cat(tokens), groups, [0, 0], fp8=self.fp8_teacher)
         with span("cls head"):
             return self.teacher.cls_head(rows)
 
@@ -234,6 +240,17 @@ class PerA(nn.Module):
         """teacher = momentum * teacher + (1 - momentum) * student, over backbone and cls head."""
         teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
         torch._foreach_lerp_(teacher, student, 1 - momentum)  # one pass
+        self.refresh_fp8()
+
+    def make_fp8(self) -> None:
+        """Make the FP8 copies that the configuration asks for; call it when the model is on its device."""
+        if self.fp8_teacher:
+            self.fp8_copies = Fp8Copies(self.teacher.backbone.blocks[:-1])
+
+    def refresh_fp8(self) -> None:
+        """Write the FP8 copies anew, if there are any; call it when the teacher's weights have changed."""
+        if self.fp8_copies is not None:
+            self.fp8_copies.refresh()
 
 
 def _all_ranks(rows: Tensor) -> Tensor:

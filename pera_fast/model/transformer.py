@@ -16,6 +16,7 @@ from pera_fast.ranges import span
 from pera_kernels.embed_tokens import embed_tokens
 from pera_kernels.sequence_norm import sequence_norm
 
+from . import fp8 as fp8_branches
 from .branches import Pending, Plan, add_pending, attention_branch, mlp_branch, norm_pending
 from .rows import row_groups
 
@@ -80,14 +81,20 @@ class Block(nn.Module):
             The stream and the MLP branch's result; with tails the rows of both that are read.
         """
         attn, mlp = self.attn, self.mlp
+        in_fp8 = plan.fp8 and tails is None  # the last block has no large products: few of its rows are read
         with span("attention"):
-            x, pending = attention_branch(
-                x, pending, self.norm1, attn.qkv, attn.proj, attn.num_heads, subsets[0], plan, tails
-            )
+            layers = self.norm1, attn.qkv, attn.proj, attn.num_heads
+            if in_fp8:
+                x, pending = fp8_branches.attention_branch(x, pending, *layers, plan)
+            else:
+                x, pending = attention_branch(x, pending, *layers, subsets[0], plan, tails)
         if tails is not None:
             plan = plan._replace(groups=tuple(row_groups(plan.groups, tails)))
         with span("mlp"):
-            return mlp_branch(x, pending, self.norm2, mlp.fc1, mlp.fc2, subsets[1], plan)
+            layers = self.norm2, mlp.fc1, mlp.fc2
+            if in_fp8:
+                return fp8_branches.mlp_branch(x, pending, *layers)
+            return mlp_branch(x, pending, *layers, subsets[1], plan)
 
 
 def bicubic_matrix(grid: int, target: int) -> Tensor:
@@ -205,6 +212,7 @@ class VisionTransformer(nn.Module):
         subsets: Tensor | None = None,
         kept: Sequence[int] = (),
         recompute: str = "none",
+        fp8: bool = False,
     ) -> Tensor:
         """All blocks from start on and the final norm, for the rows that are read.
 
@@ -213,11 +221,12 @@ class VisionTransformer(nn.Module):
         Args:
             tails: how many last tokens of a sequence of each group are read, beside its cls token.
             x, groups, start, subsets, kept, recompute: as for ``forward_blocks``.
+            fp8: whether the blocks' products run in FP8; without gradients and subsets only.
 
         Returns:
             Normalised rows [sum(n * (1 + tail)), D], as ``rows.take_rows`` orders them.
         """
-        plan, last = _plan(groups, subsets, kept, recompute), len(self.blocks) - 1
+        plan, last = _plan(groups, subsets, kept, recompute)._replace(fp8=fp8), len(self.blocks) - 1
         x, pending = self._blocks(x, start, last, subsets, plan, recompute)
         x, pending = self.blocks[last](x, pending, _subsets(subsets, last), plan, tails)
         plan = plan._replace(groups=tuple(row_groups(groups, tails)))

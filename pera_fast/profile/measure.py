@@ -33,6 +33,7 @@ from pera_fast.train.host_memory import reuse_freed_memory
 from pera_fast.train.memory_plan import choose_recompute
 from pera_fast.train.optim import make_optimizer, make_scaler
 from pera_fast.train.step import launch_step, make_graph
+from pera_fast.train.teacher_precision import check_teacher_precision
 
 WARM_UP = 3  # steps: the first makes AdamW's state, kernels are compiled and chosen
 
@@ -75,6 +76,7 @@ def real_step(cfg: Config, device: torch.device, data: Iterator[Any] | None = No
     plan = cfg.train.resolve_batch(1)
     inputs = repeat(random_inputs(cfg, plan.per_device).to(device)) if data is None else data
     prefer_attention(cfg, device)
+    check_teacher_precision(cfg, device)
     model = make_model(cfg).to(device)
     model.recompute = choose_recompute(cfg, model, device, plan.per_device).policy
     make_copies(model)

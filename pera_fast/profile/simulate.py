@@ -93,6 +93,8 @@ def simulate_step(cfg: Config) -> StepMemory:
     with backend.without("native", "triton"), half_products(), fake, count, listening(count.label):
         with count.label("weights"):
             model = model.to_empty(device="cpu")
+        with count.label("weight copies"):
+            model.make_fp8()
         optimizer, scaler = make_optimizer(model.parameters(), cfg), make_scaler(cfg, CPU)
         with count.label("optimiser state"):
             _make_state(optimizer)

@@ -39,6 +39,7 @@ from pera_fast.train.run_folder import RunFolder, Start, check_resumed_batch, re
 from pera_fast.train.schedules import make_schedules
 from pera_fast.train.signals import StopRequest, exit_on_termination
 from pera_fast.train.step import make_graph
+from pera_fast.train.teacher_precision import check_teacher_precision
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
     cfg = start.cfg
     plan = cfg.train.resolve_batch(here.size)
     choose_graph(cfg, here.device)  # what cannot be is said before anything else
+    check_teacher_precision(cfg, here.device)
     if start.checkpoint:
         check_resumed_batch(start.checkpoint, plan.total, here.size)
     manifest = _open_data(data, folder, start, here)
@@ -155,9 +157,9 @@ def _build(folder: RunFolder, start: Start, here: World, manifest: Manifest, loa
     graph = choose_graph(cfg, here.device)
     log.info("CUDA graph: %s (%s)", "yes" if graph.use else "no", graph.reason)
     log.info("attention: %s", describe_attention(cfg, here.device))
-    make_copies(pera)
     if graph.use:
         here.share_parameters(pera)
+    make_copies(pera)
     optimizer = make_optimizer(pera.parameters(), cfg)
     run = Run(
         cfg=cfg,

@@ -14,13 +14,16 @@ from pera_fast.model.pera import PerA
 def make_copies(model: PerA) -> None:
     """Give the linear layers of blocks and heads' MLPs their copies; does nothing for float32 or on a CPU.
 
-    Every weight and bias gets ``compute_copy``, a tensor of its shape in the compute dtype, equal to it.
+    Every weight and bias gets ``compute_copy``, a tensor of its shape in the compute dtype, equal to it. Weights of the
+    teacher that products take in FP8 get that copy instead, on any device.
     """
+    model.make_fp8()
     if model.compute_dtype == torch.float32:
         return
     for network in (model.student, model.teacher, model.pred_head):
         layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
         parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.is_cuda]
+        parameters = [p for p in parameters if not hasattr(p, "fp8_copy")]
         if not parameters:
             continue
         sizes = [-(-p.numel() // 64) * 64 for p in parameters]  # whole cache lines: every copy is aligned
@@ -47,3 +50,4 @@ def refresh_copies(model: PerA) -> None:
         torch._foreach_copy_([copy for copy, _ in copies], [p for _, p in copies])
     for _, parameter in copies:
         parameter.compute_copy_version = parameter._version  # pyright: ignore[reportAttributeAccessIssue]
+    model.refresh_fp8()

@@ -53,6 +53,7 @@ class FusedUpdate:
         norm, ok, _, infinite = found.clone().unbind()
         self.model.update_center(teacher_mean, ok > 0)  # before the teacher's weights move
         self._pass.apply(values.lr, values.weight_decay, values.momentum)
+        self.model.refresh_fp8()
         if scale is not None:
             s: Any = self.scaler
             torch._amp_update_scale_(

@@ -7,6 +7,7 @@ tests/train/test_memory_plan.py holds the two together.
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from pera_fast.config import Config
 from pera_fast.model.pera import PRECISIONS, PerA
@@ -30,6 +31,8 @@ def fixed_bytes(model: PerA) -> int:
     weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     half = 0 if model.compute_dtype == torch.float32 else 2 * weights
+    if model.fp8_teacher:  # one byte instead of two
+        half -= sum(m.weight.numel() for m in model.teacher.backbone.blocks[:-1].modules() if isinstance(m, nn.Linear))
     return 4 * (weights + 3 * trained + model.cfg.model.prototypes) + half + LOSS_BYTES
 
 

@@ -19,6 +19,8 @@ VARIANTS = list(aot.variants())
 )
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_compiles_without_spills(op: str, variant: aot.Variant, architecture: int) -> None:
+    if architecture not in variant.architectures:
+        pytest.skip(f"the kernel needs sm_{variant.least}")
     found = aot.compile_variant(variant, architecture)
     assert found.local == 0, f"{op}: {found.local} bytes a thread are spilled on sm_{architecture}"
     assert 0 < found.registers <= 255
