@@ -17,8 +17,7 @@ from pera_kernels.add_norm import add_norm, add_norm_, add_norm_backward
 from pera_kernels.attention.op import attention_backward_with_sums, attention_parts, attention_with_lse
 from pera_kernels.cls_attention import cls_attention
 from pera_kernels.cls_attention import takes as cls_attention_takes
-from pera_kernels.gelu import gelu_backward_
-from pera_kernels.linear_gelu import linear_gelu
+from pera_kernels.linear_gelu import linear_gelu, linear_gelu_backward
 from pera_kernels.packing import kept_groups
 from pera_kernels.query_attention import query_attention, query_attention_backward
 from pera_kernels.sequence_add.op import sequence_add_backward
@@ -219,8 +218,7 @@ class _MlpBranch(_Branch):
         *saved, hidden, act, weight1, bias1, weight2 = ctx.saved_tensors
         grad_stream, grad = _Branch.gradients(ctx, grads)
         grad_bias2 = _bias_gradient(grad, ctx.adds_bias, weight2.dtype)
-        grad_hidden = products.matmul(grad, weight2)
-        again, sums = gelu_backward_(grad_hidden, hidden, with_out=act is None)
+        grad_hidden, sums, again = linear_gelu_backward(grad, weight2, hidden, with_act=act is None)
         grad_weight2 = products.weight_gradient(grad, again if act is None else act, weight2.dtype)
         del again, act
         grad_weight1 = products.weight_gradient(grad_hidden, _Branch.normed(ctx, saved), weight1.dtype)

@@ -7,7 +7,7 @@ import torch
 from packed_support import DTYPES, EPS, error, randn
 
 from pera_kernels import backend
-from pera_kernels.linear_gelu import linear_gelu
+from pera_kernels.linear_gelu import linear_gelu, linear_gelu_backward
 from pera_kernels.linear_gelu.reference import linear_gelu as definition
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,6 +48,42 @@ def test_triton_kernel(shape: tuple[int, int, int], parts: int, with_hidden: boo
     check(torch.float16, triton.linear_gelu(*given, with_hidden, tile), given)
 
 
+def backward_tensors(rows: int, width: int, depth: int, dtype: torch.dtype, device: str = "cpu") -> list[torch.Tensor]:
+    made = randn(rows, depth, seed=4), randn(depth, width, seed=5) * depth**-0.5, randn(rows, width, seed=6) * 2
+    return [t.to(device, dtype) for t in made]
+
+
+def check_backward(dtype: torch.dtype, got: tuple[torch.Tensor, torch.Tensor], given: list[torch.Tensor]) -> None:
+    grad, weight, hidden = (t.double() for t in given)
+    hidden.requires_grad_()
+    (want,) = torch.autograd.grad(torch.nn.functional.gelu(hidden), hidden, grad @ weight)
+    assert error(got[0], want) <= 6 * EPS[dtype]
+    assert error(got[1], want.sum(0)) <= 6 * EPS[dtype]
+
+
+@pytest.mark.parametrize("with_act", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient_matches_the_definition(shape: tuple[int, int, int], dtype: torch.dtype, with_act: bool) -> None:
+    given = backward_tensors(*shape, dtype)
+    grad, sums, act = linear_gelu_backward(*given, with_act)
+    check_backward(dtype, (grad, sums), given)
+    assert act.shape == (shape[0] if with_act else 0, shape[1])
+    if with_act:
+        assert error(act, torch.nn.functional.gelu(given[2].double())) <= 4 * EPS[dtype]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off: test_interpreter.py switches it on")
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_triton_kernel_of_the_gradient(shape: tuple[int, int, int], parts: int) -> None:
+    from pera_kernels.linear_gelu import triton
+
+    given = backward_tensors(*shape, torch.float16)
+    tile = triton.Tile(32, 32 * parts, 16, 2, parts, 4, 3)
+    check_backward(torch.float16, triton.linear_gelu_backward(*given, tile), given)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("with_hidden", [False, True])
@@ -61,6 +97,19 @@ def test_triton_on_a_gpu(shape: tuple[int, int, int], dtype: torch.dtype, with_h
         check(dtype, linear_gelu(*given, with_hidden), given)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1200, 3072, 768), (1025, 104, 72), (5000, 1536, 384)])
+def test_gradient_on_a_gpu(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    given = backward_tensors(*shape, dtype, "cuda")
+    with backend.use("triton"):
+        grad, sums, _ = linear_gelu_backward(*given)
+    check_backward(dtype, (grad, sums), given)
+
+
 def test_opcheck_of_shapes() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -70,3 +119,5 @@ def test_opcheck_of_shapes() -> None:
             out, hidden = torch.ops.pera.linear_gelu(x, weight, bias, with_hidden)
             assert out.shape == (7, 16)
             assert hidden.shape == (7 if with_hidden else 0, 16)
+        grad, sums = torch.ops.pera.linear_gelu_backward(torch.empty(7, 8), torch.empty(8, 16), torch.empty(7, 16))
+        assert (grad.shape, sums.shape) == ((7, 16), (16,))

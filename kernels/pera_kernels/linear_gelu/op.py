@@ -1,14 +1,16 @@
 """linear_gelu: one kernel where it was measured to be faster, else a product and ``pera_kernels.gelu``."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .. import backend, products
-from ..gelu import gelu, gelu_
+from ..gelu import gelu, gelu_, gelu_backward_
 from . import measured
 
 
-def _triton_available(device: torch.device) -> str | None:
+def _available(op: str, device: torch.device) -> str | None:
     if reason := backend.needs_triton(device):
         return reason
     if device.type != "cuda":
@@ -16,13 +18,14 @@ def _triton_available(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < (9, 0):
         return "its tiles need the tensor memory accelerator, compute capability 9.0"
-    if backend.wanted("linear_gelu") != "triton" and capability not in measured.FASTER:
+    if backend.wanted(op) != "triton" and capability not in measured.FASTER[op]:
         return f"not measured to be faster on compute capability {capability[0]}.{capability[1]}"
     return None
 
 
-backend.register("linear_gelu", "triton", available=_triton_available)
-backend.register("linear_gelu", "products")
+for _op in ("linear_gelu", "linear_gelu_backward"):
+    backend.register(_op, "triton", available=partial(_available, _op))
+    backend.register(_op, "products")
 
 
 @torch.library.custom_op("pera::linear_gelu", mutates_args=())
@@ -38,8 +41,20 @@ def _(x, weight, bias, with_hidden):
     return x.new_empty(rows, width), x.new_empty(rows if with_hidden else 0, width)
 
 
-def _fused(x: Tensor, width: int) -> bool:
-    if backend.choose("linear_gelu", x.device) != "triton":
+@torch.library.custom_op("pera::linear_gelu_backward", mutates_args=())
+def _linear_gelu_backward(grad: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    from . import triton
+
+    return triton.linear_gelu_backward(grad.contiguous(), weight.contiguous(), hidden.contiguous())
+
+
+@_linear_gelu_backward.register_fake
+def _(grad, weight, hidden):
+    return torch.empty_like(hidden), hidden.new_empty(hidden.shape[1], dtype=torch.float32)
+
+
+def _fused(op: str, x: Tensor, width: int) -> bool:
+    if backend.choose(op, x.device) != "triton":
         return False
     from . import triton
 
@@ -58,8 +73,30 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, with_hidden: bool = Fal
     Returns:
         gelu(h) [M, N] and h [M, N], or [0, N] without ``with_hidden``, in the dtype of x. The GELU is the exact one.
     """
-    if _fused(x, weight.shape[0]):
+    if _fused("linear_gelu", x, weight.shape[0]):
         dtype = x.dtype
         return _linear_gelu(x, products.in_dtype(weight, dtype), products.in_dtype(bias, dtype), with_hidden)
     hidden = products.linear(x, weight, bias)
     return (gelu(hidden), hidden) if with_hidden else (gelu_(hidden), hidden[:0])
+
+
+def linear_gelu_backward(
+    grad: Tensor, weight: Tensor, hidden: Tensor, with_act: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of h from that of ``gelu(h) W'``, the result of the layer after the GELU.
+
+    Args:
+        grad: gradient of that layer's result [M, K].
+        weight: [K, N], of that layer; cast to the dtype of grad.
+        hidden: h [M, N], dtype of grad.
+        with_act: also compute gelu(h) again.
+
+    Returns:
+        Gradient of h [M, N]; its column sums [N] before it is rounded, float32 (float64 for float64): the gradient of
+        the bias in h; gelu(h) [M, N], or [0, N] without ``with_act``.
+    """
+    if not with_act and _fused("linear_gelu_backward", grad, weight.shape[1]):
+        return *_linear_gelu_backward(grad, products.in_dtype(weight, grad.dtype), hidden), hidden[:0]
+    grad_hidden = products.matmul(grad, weight)
+    act, sums = gelu_backward_(grad_hidden, hidden, with_act)
+    return grad_hidden, sums, act
