@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from report_gpu import gpu_page, load_gpu
 from report_loaders import loaders_table
 from report_summary import summary
 from report_tables import Record, loader_lines, memory_table, op_tables, step_table
@@ -46,9 +47,10 @@ def whole_run(results: Record) -> list[Record]:
 def page(folder: Path) -> str:
     """docs/results.md: everything."""
     records = load(folder)
-    on_gpu = any(record["machine"]["kind"] == "cuda" for record in records)
+    gpu = load_gpu(folder / "gpu")
+    on_gpu = gpu or any(record["machine"]["kind"] == "cuda" for record in records)
     lines = ["# What has been measured", "", *paragraph(HEAD), *([] if on_gpu else paragraph(NOTHING))]
-    lines += step_table(records)
+    lines += gpu_page(gpu) + step_table(records)
     lines += loader_lines(records) + loaders_table(folder / "loaders") + memory_table(folder)
     tables = [line for record in records for line in op_tables(record)]
     lines += ["## Ops and blocks", "", *paragraph(OPS), *tables] if tables else ["The ops have not been measured yet."]

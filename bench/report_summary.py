@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pera_bench.record import REFERENCE
 from pera_bench.work import COMPILED
+from report_gpu import gpu_summary, load_gpu
 from report_loaders import load_loaders, ratio_range
 from report_tables import Record, Row, fastest, point, published, speed, when, where
 from report_text import heading, paragraph
@@ -20,8 +21,8 @@ A100, H100 and B200 without spills ([resources](docs/kernel_resources.md)) and t
 says nothing of their speed.
 """
 STEPS = """
-**A training step** beside the published implementation, in one process at the same sizes, batch and precision. Ours
-begins at uint8 crops, theirs at float views that are ready; both end with AdamW, center and EMA.
+**A training step on a CPU** beside the published implementation, in one process at the same sizes, batch and
+precision. Ours begins at uint8 crops, theirs at float views that are ready; both end with AdamW, center and EMA.
 """
 # What a reader of a ratio from a CPU has to know: pera_kernels/products.py, pera_bench/published.py.
 ON_CPU = """
@@ -55,8 +56,9 @@ ALL = "All tables, with spread, shares of the machine's ceilings and errors: [do
 
 def summary(records: list[Record], folder: Path) -> str:
     """The text between the README's markers."""
-    on_gpu = any(record["machine"]["kind"] == "cuda" for record in records)
-    lines = [] if on_gpu else paragraph(NO_GPU)
+    gpu = load_gpu(folder / "gpu")
+    on_gpu = gpu or any(record["machine"]["kind"] == "cuda" for record in records)
+    lines = gpu_summary(gpu) if on_gpu else paragraph(NO_GPU)
     lines += steps(records) + ops(records) + loaders(folder / "loaders") + memory(folder / "memory")
     return "\n".join([*lines, *paragraph(ALL)]).strip()
 

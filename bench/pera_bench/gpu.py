@@ -31,7 +31,7 @@ OPTIONAL = {
 STEPS = "step/none", "step/cheap", "step/block"
 OPS = (
     *("contrast_mean", "visible_patches", "embed_tokens", "sequence_norm", "attention", "sequence_add", "add_norm"),
-    *("gelu", "query_attention", "mask_tokens"),
+    *("gelu", "linear_gelu", "query_attention", "cls_attention", "mask_tokens"),
     *("distillation_loss", "koleo", "prototype_losses", "pixel_loss", "block", "update"),
 )
 KERNELS = "reference,pera-fast,triton,chunked,eager,xformers,varlen,sdpa"

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from pera_kernels import products
 from pera_kernels.add_norm import add_norm, add_norm_, add_norm_backward
 from pera_kernels.attention.op import attention_backward_with_sums, attention_parts, attention_with_lse
-from pera_kernels.gelu import gelu, gelu_, gelu_backward_
+from pera_kernels.cls_attention import cls_attention
+from pera_kernels.cls_attention import takes as cls_attention_takes
+from pera_kernels.gelu import gelu_backward_
+from pera_kernels.linear_gelu import linear_gelu
 from pera_kernels.packing import kept_groups
 from pera_kernels.query_attention import query_attention, query_attention_backward
 from pera_kernels.sequence_add.op import sequence_add_backward
@@ -206,8 +209,7 @@ class _MlpBranch(_Branch):
     def forward(ctx, *inputs):
         beginning, (weight1, bias1, weight2, bias2) = inputs[:9], inputs[9:]
         stream, normed, saved = _Branch.begin(ctx, *beginning)
-        hidden = products.linear(normed, weight1, bias1)
-        act = gelu(hidden)
+        act, hidden = linear_gelu(normed, weight1, bias1, with_hidden=True)
         ctx.adds_bias = bias2 is not None
         ctx.save_for_backward(*saved, hidden, act if ctx.plan.keep_cheap else None, weight1, bias1, weight2)
         return _Branch.result(ctx, stream, products.linear(act, weight2, bias2))
@@ -279,13 +281,25 @@ def _beginning(x: Tensor, pending: Pending | None, norm: nn.LayerNorm, subset: T
     return _Beginning(x, y, y_bias, norm.weight, norm.bias, norm.eps, before, subset, plan)
 
 
-def _begin_without_gradient(
+def begin_without_gradient(
     x: Tensor, pending: Pending | None, norm: nn.LayerNorm, subset: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Tensor]:
     """The stream, which is x overwritten where no branch dropped sequences, and the normalised rows."""
     if pending is None or pending.subset is not None or subset is not None:
         return _norm(*_beginning(x, pending, norm, subset, plan))[:2]
     return x, add_norm_(x, pending.y, pending.bias, norm.weight, norm.bias, norm.eps, plan.groups)
+
+
+def rows_attention(
+    normed: Tensor, qkv: nn.Linear, num_heads: int, groups: Sequence[int], tails: Sequence[int]
+) -> Tensor:
+    """The attention's result for the rows that are read [sum(n * (1 + tail)), D]; no gradient."""
+    if not any(tails) and cls_attention_takes(groups):
+        return cls_attention(normed, qkv.weight, qkv.bias, num_heads, groups)
+    dim = normed.shape[1]
+    q = products.linear(take_rows(normed, groups, tails), qkv.weight, qkv.bias, slice(0, dim))
+    kv = products.linear(normed, qkv.weight, qkv.bias, slice(dim, None))
+    return query_attention(q, kv, num_heads, [1 + tail for tail in tails], groups)[0]
 
 
 def attention_branch(
@@ -323,14 +337,12 @@ def attention_branch(
         else:
             x, y = _AttentionBranch.apply(*beginning, *layers)
         return x, Pending(y, left, subset)
-    x, normed = _begin_without_gradient(x, pending, norm, subset, plan)
-    groups, dim = plan.branch_groups, x.shape[1]
+    x, normed = begin_without_gradient(x, pending, norm, subset, plan)
+    groups = plan.branch_groups
     if tails is None:
         parts = attention_parts(products.linear(normed, qkv.weight, qkv.bias), num_heads, groups)
     else:
-        q = products.linear(take_rows(normed, groups, tails), qkv.weight, qkv.bias, slice(0, dim))
-        kv = products.linear(normed, qkv.weight, qkv.bias, slice(dim, None))
-        parts = [query_attention(q, kv, num_heads, [1 + tail for tail in tails], groups)[0]]
+        parts = [rows_attention(normed, qkv, num_heads, groups, tails)]
         x = take_rows(x, plan.groups, tails)
     return x, Pending(products.linear_of_parts(parts, proj.weight, added), left, subset)
 
@@ -350,8 +362,8 @@ def mlp_branch(
         layers = fc1.weight, fc1.bias, fc2.weight, added
         x, y = _MlpBranch.apply(*_beginning(x, pending, norm, subset, plan), *layers)
     else:
-        x, normed = _begin_without_gradient(x, pending, norm, subset, plan)
-        y = products.linear(gelu_(products.linear(normed, fc1.weight, fc1.bias)), fc2.weight, added)
+        x, normed = begin_without_gradient(x, pending, norm, subset, plan)
+        y = products.linear(linear_gelu(normed, fc1.weight, fc1.bias)[0], fc2.weight, added)
     return x, Pending(y, left, subset)
 
 
@@ -364,4 +376,4 @@ def norm_pending(x: Tensor, pending: Pending, norm: nn.LayerNorm, plan: Plan) ->
     """The LayerNorm of the complete stream [T, D]; x is overwritten where no gradient is recorded."""
     if torch.is_grad_enabled():
         return _AddNorm.apply(*_beginning(x, pending, norm, None, plan))
-    return _begin_without_gradient(x, pending, norm, None, plan)[1]
+    return begin_without_gradient(x, pending, norm, None, plan)[1]

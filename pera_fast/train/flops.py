@@ -1,7 +1,8 @@
 """Model FLOP utilisation: the matrix products that the method needs, against the device's published peak.
 
-Counted: multiply-adds (as 2) of matrix products and attention, once for each token that a network sees; in the last
-block, keys and values of all tokens and the rest for the rows that are read. Not counted: recomputation, and what
+Counted: multiply-adds (as 2) of matrix products and attention, once for each token that a network sees; in the
+student's last block, keys and values of all tokens and the rest for the rows that are read; in the teacher's, what
+its cls tokens need. Not counted: recomputation, and what
 stochastic depth leaves out. METHOD.md section 4.
 """
 
@@ -43,6 +44,16 @@ def _last_block(cfg: Config, length: int, rows: int) -> float:
     return dense + 4 * rows * length * D
 
 
+def _teachers_last_block(cfg: Config, length: int) -> float:
+    """Forward FLOPs of the last block on one sequence of `length` tokens, of which the cls token is read.
+
+    The query meets the keys' weight and the values' weight meets the mean of the tokens
+    (``pera_kernels.cls_attention``): no token is projected but the cls token.
+    """
+    D = cfg.model.embed_dim
+    return (8 + 4 * cfg.model.mlp_ratio) * D * D + 4 * cfg.model.num_heads * length * D
+
+
 def _mlp_head(cfg: Config) -> float:
     """Forward FLOPs of a head's MLP on one row."""
     m = cfg.model
@@ -65,7 +76,7 @@ def flops_per_image(cfg: Config) -> float:
         if predicts:
             student += crops * predicted * (_mlp_head(cfg) + 2 * m.bottleneck * patch)
         embedding += crops * seen * embed
-        blocks = _blocks(cfg, 1 + taught, m.depth - 1) + _last_block(cfg, 1 + taught, 1)
+        blocks = _blocks(cfg, 1 + taught, m.depth - 1) + _teachers_last_block(cfg, 1 + taught)
         teacher += crops * (blocks + head + taught * embed)
     return 3 * student + 2 * embedding + teacher  # pixels take no gradient
 

@@ -16,6 +16,7 @@ from pera_fast.train import console, flops
 from pera_fast.train.console import Progress, RunLog, describe
 from pera_fast.train.flops import device_peak, flops_per_image
 from pera_fast.train.metrics import MetricsWriter
+from pera_kernels.cls_attention import cls_attention
 
 METRICS = {"loss": 8.25, "images_per_s": 31.25, "data_wait": 0.034, "mem": 1234.4, "mfu": None}
 
@@ -118,6 +119,16 @@ def test_flops_of_the_last_block_are_what_torch_counts():
         x = F.linear(attention.transpose(1, 2).reshape(1, rows, D), torch.zeros(D, D))
         F.linear(F.linear(x, torch.zeros(3 * D, D)), torch.zeros(D, 3 * D))
     assert counter.get_total_flops() == flops._last_block(cfg, n, rows)
+
+
+def test_flops_of_the_teachers_last_block_are_what_torch_counts():
+    cfg = load_config("tiny", ["model.embed_dim=24", "model.num_heads=2", "model.mlp_ratio=3"])
+    n, D = 31, 24
+    with FlopCounterMode(display=False) as counter:
+        x = cls_attention(torch.zeros(n, D), torch.zeros(3 * D, D), torch.zeros(3 * D), 2, [1, n])
+        x = F.linear(x, torch.zeros(D, D))
+        F.linear(F.linear(x, torch.zeros(3 * D, D)), torch.zeros(D, 3 * D))
+    assert counter.get_total_flops() == flops._teachers_last_block(cfg, n)
 
 
 def test_flops_follow_what_is_seen():

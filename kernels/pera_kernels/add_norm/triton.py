@@ -16,6 +16,7 @@ from torch import Tensor
 from ..aot import Variant
 from ..packed_triton import Pair, group_pairs, why_not
 from ..packing import kept_groups, num_tokens
+from ..partial_sums.triton import add_up
 from ..sequence_norm.triton import MAX_DIM
 
 FORWARD_WARPS = 1
@@ -311,10 +312,10 @@ def add_norm_backward(
     # Sums that no kernel wrote are zero: a branch without a bias has no third, a sum without a norm no first two.
     wanted = (0 if has_norm else 2, 3 if has_bias else 2)
     if wanted == (0, 3):
-        return [grad_x, grad_y, sums.sum(1)]
+        return [grad_x, grad_y, add_up(sums)]
     totals = torch.zeros(3, dim, dtype=torch.float32, device=x.device)
     if wanted[0] < wanted[1]:
-        torch.sum(sums[wanted[0] : wanted[1]], 1, out=totals[wanted[0] : wanted[1]])
+        add_up(sums[wanted[0] : wanted[1]], totals[wanted[0] : wanted[1]])
     return [grad_x, grad_y, totals]
 
 

@@ -4,7 +4,10 @@ The sequences of a group have one length, so a group is a dense batch. Queries, 
 in the packed projections; gradients are packed by one kernel that also sums their columns.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +15,9 @@ from torch import Tensor
 from .. import backend
 from ..packing import pairs, split
 from . import measured
+
+if TYPE_CHECKING:
+    from .triton import ColumnSums
 
 aten = torch.ops.aten
 MAX_HEAD_DIM = 128
@@ -52,10 +58,16 @@ def _views(part: Tensor, num_heads: int, count: int) -> tuple[Tensor, ...]:
     return part.view(n, length, count, num_heads, width // (count * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def forward_group(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of one group [n, H, len, d], which lies as q does, and log-sum-exps [n, H, len]."""
-    y, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
-    return y, lse.reshape(q.shape[:3])  # (n, H, len, 1) in some versions
+def _sums(part: Tensor) -> Tensor:
+    """The log-sum-exps of a group, [n, len, H], in the operators' layout [n, H, len]: the same memory."""
+    n, length, num_heads = part.shape
+    return part.view(n, num_heads, length)
+
+
+def forward_group(q: Tensor, k: Tensor, v: Tensor, with_lse: bool = True) -> tuple[Tensor, Tensor]:
+    """Attention of one group [n, H, len, d], which lies as q does, and log-sum-exps [n, H, len] if they are wanted."""
+    y, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, with_lse)[:2]
+    return y, lse.reshape(q.shape[:3]) if with_lse else lse  # (n, H, len, 1) in some versions
 
 
 def backward_group(
@@ -75,19 +87,20 @@ def forward(
     num_heads: int,
     groups: Sequence[int],
     out: Tensor | None,  # (T, D), filled; None: where one group is all, the operator's own result is returned
-    lse: Tensor,  # (T, H) float32, filled
+    lse: Tensor | None,  # (T, H) float32, filled, a group's values as (n, H, len); None: nobody reads them
 ) -> Tensor:
     """Attention (T, D) of every group."""
     single = out is None and len([n for n, length in pairs(groups) if n * length]) == 1
     if out is None and not single:
         out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
     result = out
-    for i, (x, sums) in enumerate(zip(split(qkv, groups), split(lse, groups), strict=True)):
+    for i, x in enumerate(split(qkv, groups)):
         if not x.numel():
             continue
         q, k, v = _views(x, num_heads, 3)
-        y, found = forward_group(q, k, v)
-        sums.copy_(found.transpose(1, 2))
+        y, found = forward_group(q, k, v, lse is not None)
+        if lse is not None:
+            _sums(split(lse, groups)[i]).copy_(found)
         packed = y.transpose(1, 2).reshape(x.shape[0] * x.shape[1], -1)  # a view: y lies as q does
         if single:
             result = packed
@@ -102,20 +115,21 @@ def backward(
     grad: Tensor,  # (T, D)
     qkv: Tensor,  # (T, 3 * D)
     out: Tensor,  # (T, D)
-    lse: Tensor,  # (T, H) float32
+    lse: Tensor,  # (T, H) float32, as ``forward`` left it
     num_heads: int,
     groups: Sequence[int],
     grad_qkv: Tensor,  # (T, 3 * D), filled
-) -> Tensor:
-    """Gradient of qkv; returns partial sums (P, 3 * D) float32 of its columns."""
-    from .triton import pack_gradients
+    column_sums: ColumnSums | None = None,  # gets those of grad_qkv
+) -> None:
+    """Gradient of qkv."""
+    if column_sums is None:
+        from .triton import ColumnSums
 
-    partial = []
+        column_sums = ColumnSums(len(groups) // 2, grad_qkv)
     for g, x, y, sums, target in zip(*(split(t, groups) for t in (grad, qkv, out, lse, grad_qkv)), strict=True):
         if not x.numel():
             continue
         q, k, v = _views(x, num_heads, 3)
         (g,), (y,) = _views(g, num_heads, 1), _views(y, num_heads, 1)
-        grads = backward_group(g, q, k, v, y, sums.transpose(1, 2))
-        partial.append(pack_gradients([t.transpose(1, 2) for t in grads], target))
-    return torch.cat(partial) if len(partial) > 1 else partial[0]
+        grads = backward_group(g, q, k, v, y, _sums(sums))
+        column_sums.pack([t.transpose(1, 2) for t in grads], target)

@@ -170,6 +170,7 @@ def attention(qkv: Tensor, num_heads: int, groups: Sequence[int]) -> Tensor:
 def attention_with_lse(qkv: Tensor, num_heads: int, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
     """As ``attention``, with the log-sum-exp of each query's scores [T, H] (float32, float64 for float64).
 
+    cuDNN's implementation leaves a group's log-sum-exps in its own layout, [n, H, len]: its backward pass reads them.
     Not differentiable: ``attention_backward_with_sums`` is its gradient.
     """
     return _attention(qkv, num_heads, list(groups))
@@ -181,13 +182,16 @@ def _backward_with_sums(
 ) -> tuple[Tensor, Tensor]:
     grad, qkv, out, lse = (t.contiguous() for t in (grad, qkv, out, lse))
     grad_qkv = torch.empty_like(qkv)
-    partial = []  # (P, 3 * D) each
+    sums = _column_sums(grad_qkv, len(groups) // 2)
     for module, rows, part in _runs(qkv, num_heads, groups):
-        found = module.backward(grad[rows], qkv[rows], out[rows], lse[rows], num_heads, part, grad_qkv[rows])
-        partial.append(_column_sums(grad_qkv[rows]) if found is None else found)
-    if not partial:
-        return grad_qkv, qkv.new_zeros(qkv.shape[1], dtype=_wide(qkv))
-    return grad_qkv, (torch.cat(partial) if len(partial) > 1 else partial[0]).sum(0)
+        given = grad[rows], qkv[rows], out[rows], lse[rows], num_heads, part, grad_qkv[rows]
+        if module is cudnn:
+            cudnn.backward(*given, sums)
+            continue
+        module.backward(*given)
+        if sums is not None:
+            sums.add(grad_qkv[rows])
+    return grad_qkv, grad_qkv.sum(0, dtype=_wide(qkv)) if sums is None else sums.total()
 
 
 @_backward_with_sums.register_fake
@@ -196,13 +200,13 @@ def _(grad, qkv, out, lse, num_heads, groups):
     return torch.empty_like(qkv, memory_format=torch.contiguous_format), sums
 
 
-def _column_sums(x: Tensor) -> Tensor:
-    """Partial sums (P, 3 * D) of the columns of x."""
-    if x.dtype != torch.float64 and backend.needs_triton(x.device) is None:
-        from . import triton
+def _column_sums(x: Tensor, parts: int) -> Any:
+    """What sums the columns of x while it is written, in so many parts at most; None: x is summed when it is there."""
+    if x.dtype == torch.float64 or backend.needs_triton(x.device) is not None:
+        return None
+    from .triton import ColumnSums
 
-        return triton.column_sums(x)
-    return x.sum(0, keepdim=True, dtype=_wide(x))
+    return ColumnSums(parts, x)
 
 
 def attention_backward_with_sums(
@@ -224,9 +228,9 @@ def attention_backward_with_sums(
 @torch.library.custom_op("pera::attention_parts", mutates_args=())
 def _parts(qkv: Tensor, num_heads: int, groups: Sequence[int]) -> list[Tensor]:
     qkv = qkv.contiguous()
-    lse = qkv.new_empty(qkv.shape[0], num_heads, dtype=_wide(qkv))
+    lse = qkv.new_empty(qkv.shape[0], num_heads, dtype=_wide(qkv))  # written by all but cuDNN's, read by nobody
     return [
-        module.forward(qkv[rows], num_heads, part, None, lse[rows])
+        module.forward(qkv[rows], num_heads, part, None, None if module is cudnn else lse[rows])
         for module, rows, part in _runs(qkv, num_heads, groups)
     ]
 

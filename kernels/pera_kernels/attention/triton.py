@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..aot import Variant
 from ..packing import pairs
+from ..partial_sums.triton import add_up
 
 MAX_LENGTH = 32
 MAX_HEAD_DIM = 128
@@ -219,34 +220,45 @@ def attention_pack_kernel(
 PACK_ROWS, PACK_COLUMNS, PACK_PROGRAMS = 16, 256, 4  # tile; programs per multiprocessor
 
 
-def pack_gradients(grads: Sequence[Tensor], out: Tensor) -> Tensor:
-    """Write the gradients of q, k and v (n, len, H, d) side by side into out (n, len, 3 * D).
+class ColumnSums:
+    """Column sums of the gradient of qkv, taken part by part as its rows are written.
 
-    Returns partial sums of out's columns, (P, 3 * D) float32.
+    Args:
+        parts: how many calls of ``pack`` and ``add`` come at most.
+        like: the gradient (T, 3 * D).
     """
-    rows, dim = out.shape[0] * out.shape[1], out.shape[2] // 3
-    flat = [grad.reshape(rows, dim) for grad in grads]  # views: they lie as q does
-    return _pack(flat, out, rows, dim, dim, copy=True)
 
+    def __init__(self, parts: int, like: Tensor) -> None:
+        self.dim, self.done = like.shape[1] // 3, 0
+        self.blocks, programs = triton.cdiv(self.dim, PACK_COLUMNS), 2
+        if like.is_cuda:
+            programs = PACK_PROGRAMS * torch.cuda.get_device_properties(like.device).multi_processor_count
+        self.programs = max(programs // (3 * self.blocks), 1)
+        shape = parts * self.programs, 3 * self.dim
+        self.partial = torch.empty(shape, dtype=torch.float32, device=like.device)
 
-def column_sums(x: Tensor) -> Tensor:
-    """Partial sums of the columns of contiguous x (R, 3 * D): (P, 3 * D) float32."""
-    rows, dim = x.shape[0], x.shape[1] // 3
-    return _pack([x[:, i * dim :] for i in range(3)], x, rows, dim, 3 * dim, copy=False)
+    def pack(self, grads: Sequence[Tensor], out: Tensor) -> None:
+        """Write the gradients of q, k and v (n, len, H, d) side by side into out (n, len, 3 * D), and sum it."""
+        rows = out.shape[0] * out.shape[1]
+        flat = [grad.reshape(rows, self.dim) for grad in grads]  # views: they lie as q does
+        self._launch(flat, out, rows, self.dim, copy=True)
 
+    def add(self, x: Tensor) -> None:
+        """Sum contiguous rows (R, 3 * D) that something else wrote."""
+        parts = [x[:, i * self.dim :] for i in range(3)]
+        self._launch(parts, x, x.shape[0], 3 * self.dim, copy=False)
 
-def _pack(parts: Sequence[Tensor], out: Tensor, rows: int, dim: int, stride: int, copy: bool) -> Tensor:
-    blocks = triton.cdiv(dim, PACK_COLUMNS)
-    programs = 2
-    if out.is_cuda:
-        programs = PACK_PROGRAMS * torch.cuda.get_device_properties(out.device).multi_processor_count
-    programs = max(min(programs // (3 * blocks), triton.cdiv(rows, PACK_ROWS)), 1)
-    sums = torch.empty(programs, 3 * dim, dtype=torch.float32, device=out.device)
-    attention_pack_kernel[(blocks, 3, programs)](
-        *parts, out, sums, rows, stride, programs,
-        D=dim, BLOCK_R=PACK_ROWS, BLOCK_C=PACK_COLUMNS, COPY=copy, num_warps=4,
-    )  # fmt: skip
-    return sums
+    def _launch(self, parts: Sequence[Tensor], out: Tensor, rows: int, stride: int, copy: bool) -> None:
+        programs = max(min(self.programs, triton.cdiv(rows, PACK_ROWS)), 1)
+        attention_pack_kernel[(self.blocks, 3, programs)](
+            *parts, out, self.partial[self.done :], rows, stride, programs,
+            D=self.dim, BLOCK_R=PACK_ROWS, BLOCK_C=PACK_COLUMNS, COPY=copy, num_warps=4,
+        )  # fmt: skip
+        self.done += programs
+
+    def total(self) -> Tensor:
+        """The sums (3 * D,) float32 of what was packed and added so far."""
+        return add_up(self.partial[: self.done])
 
 
 def _variants() -> list[Variant]:

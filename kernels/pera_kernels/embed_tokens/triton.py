@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import packed_triton as packed
 from ..aot import Variant
+from ..partial_sums.triton import add_up
 
 TILE_VALUES = 4096  # of an elementwise program: 32 a thread
 SUM_ROWS = 16  # sequences that a program of the sums looks at in one step
@@ -174,7 +175,7 @@ def embed_tokens_pack(
 def embed_tokens_sums(grad: Tensor, pos: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """grad (N * (1 + n), D) -> its rows of patches (N * n, D), gradients of bias (D,) and pos (1 + L, D)."""
     sums, patches = position_sums(grad, index, pos.shape[0], 1, cls=True)
-    return patches, sums[1:].sum(0).to(pos.dtype), sums.to(pos.dtype)
+    return patches, add_up(sums[1:]).to(pos.dtype), sums.to(pos.dtype)
 
 
 def _variants() -> list[Variant]:

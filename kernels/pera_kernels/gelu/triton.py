@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..aot import Variant
 from ..packed_triton import why_not
+from ..partial_sums.triton import add_up
 
 BLOCK, FORWARD_WARPS = 8192, 8  # values of a forward program: 32 a thread
 BLOCK_R, BLOCK_C = 16, 256  # backward tile: 32 values a thread
@@ -102,7 +103,7 @@ def gelu_backward_(
     gelu_bwd_kernel[(blocks, count)](
         grad, x, out, sums, rows, count, **_constants(width, with_out, x.dtype == torch.float32), num_warps=NUM_WARPS
     )
-    return out, sums.sum(0)
+    return out, add_up(sums)
 
 
 def _constants(width: int, with_out: bool, exact: bool) -> dict[str, int | bool]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import packed_triton as packed
 from ..aot import Variant
 from ..embed_tokens.triton import NUM_WARPS, position_sums, tile
+from ..partial_sums.triton import add_up
 
 why_not = packed.why_not
 
@@ -101,7 +102,7 @@ def mask_tokens_backward(
             grad, grad_tokens, rows, length, n, D=dim, BLOCK_R=block_rows, BLOCK_D=block, num_warps=NUM_WARPS
         )
     sums, _ = position_sums(grad, index, pos.shape[0], length, cls=False)
-    return grad_tokens, sums.sum(0).to(pos.dtype), sums.to(pos.dtype)
+    return grad_tokens, add_up(sums).to(pos.dtype), sums.to(pos.dtype)
 
 
 def _variants() -> list[Variant]:

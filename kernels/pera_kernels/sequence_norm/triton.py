@@ -17,6 +17,7 @@ from .. import packed_triton as packed
 from ..aot import Variant
 from ..packed_triton import find_kept, program_place, stream_row
 from ..packing import kept_groups, num_tokens
+from ..partial_sums.triton import add_up
 
 MAX_DIM = 8192  # a row has to fit one block's registers
 FORWARD_VALUES = 4096  # of a tile: 32 a thread
@@ -218,7 +219,7 @@ def sequence_norm_backward(
                 num_warps=_num_warps(tile, 8),
             )  # fmt: skip
         done += count
-    return [grad_x, *(part.sum(0).to(weight.dtype) for part in sums)]
+    return [grad_x, *(add_up(part).to(weight.dtype) for part in sums)]
 
 
 def _programs(device: torch.device) -> int:

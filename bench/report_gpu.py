@@ -1,0 +1,202 @@
+"""The GPU's part of the report: steps beside the published implementation, training from JPEG, the kernels of a step.
+
+python bench/report_gpu.py LINES.jsonl --name 2-h200 [--kernels K.csv] [--pretrain P.jsonl]
+
+turns what `python -m pera_bench.quick` printed, a JSON object a line, into bench/results/gpu/NAME.json. The pages are
+written from there by report.py, in the order of the files' names.
+"""
+
+import argparse
+import csv
+import json
+import shutil
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from report_text import heading, paragraph
+
+ROOT = Path(__file__).resolve().parents[1]
+SHOWN = 24  # kernels of a step in the table; the file has all
+KEPT = ("ms", "ms_min", "ms_max", "images_per_s", "mfu", "peak_mib", "reserved_mib", "attention")
+PUBLISHED, OURS = "published", "pera-fast"
+STEPS = """
+`python -m pera_bench.quick` and, for commit fce4329, the script that came before it: medians of 8 to 20 steps on random
+crops, forward to EMA; least to most in parentheses. Reserved is what the allocator held, a CUDA graph's pool included.
+Published is the authors' code on the same machine; the ratio is over its row of the same batch in the same run.
+"""
+README = """
+**On a GPU**, a vit_b16 training step in bf16 with the exact method, beside the published implementation in the same run
+on the same card ({device}, torch {torch}; {commit}, {date}). Ours runs as it comes; every row that was measured, the
+slower ones too, is in [docs/results.md](docs/results.md).
+"""
+PRETRAIN = """
+Images/s of `pera-fast pretrain` from 512 px JPEG files, beside the step alone on random crops; device time that waited
+for data.
+"""
+KERNELS = """
+Kernels of a step of batch 64, the {shown} that take longest; {path} has all of them.
+"""
+File = dict[str, Any]
+
+
+def load_gpu(folder: Path) -> list[File]:
+    """The files, oldest first; each knows its own name as ``file``."""
+    return [{**json.loads(path.read_text(encoding="utf-8")), "file": path} for path in sorted(folder.glob("*.json"))]
+
+
+def _key(row: File) -> tuple[str, int]:
+    return row["recipe"], row["batch"]
+
+
+def _published(file: File) -> dict[tuple[str, int], File]:
+    return {_key(row): row for row in file["steps"] if row["what"] == PUBLISHED}
+
+
+def _milliseconds(row: File) -> str:
+    return f"{row['ms']:.1f} ({row['ms_min']:.1f} to {row['ms_max']:.1f})"
+
+
+def _ratio(row: File, theirs: dict[tuple[str, int], File]) -> str:
+    other = theirs.get(_key(row))
+    return f"{other['ms'] / row['ms']:.2f}" if other and row["what"] != PUBLISHED else ""
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
+def gpu_summary(files: list[File]) -> list[str]:
+    """The README's table: the newest run that has both sides."""
+    with_both = [file for file in files if _published(file)]
+    if not with_both:
+        return []
+    file = with_both[-1]
+    theirs = _published(file)
+    columns = "batch", "ms a step", "images/s", "MFU", "reserved MiB", "published ms", "published reserved MiB", "ratio"
+    lines = [*paragraph(README.format(**file)), *heading(*columns)]
+    for row in sorted(file["steps"], key=lambda row: row["batch"]):
+        if row["what"] == PUBLISHED or row["variant"] != "as it comes":
+            continue
+        other = theirs.get(_key(row))
+        side = f"{other['ms']:.1f} | {other['reserved_mib']}" if other else " | "
+        cells = f"{row['ms']:.1f} | {row['images_per_s']:.0f} | {_percent(row['mfu'])} | {row['reserved_mib']}"
+        lines.append(f"| {row['batch']} | {cells} | {side} | {_ratio(row, theirs)} |")
+    return [*lines, ""]
+
+
+def gpu_page(files: list[File]) -> list[str]:
+    """The page's section: every row of every run, training from JPEG, the kernels of the newest trace."""
+    if not files:
+        return []
+    columns = "device", "step", "runs", "ms a step", "images/s", "MFU", "peak MiB", "reserved MiB", "ratio", "commit"
+    lines = ["## Training steps on a GPU", "", *paragraph(STEPS), *heading(*columns)]
+    for file in files:
+        theirs = _published(file)
+        for row in sorted(file["steps"], key=lambda row: (row["recipe"], row["batch"], row["what"], row["variant"])):
+            runs = row["what"] if row["what"] == row["variant"] else f"{row['what']}, {row['variant']}"
+            runs += f" (attention: {row['attention']})" if row.get("attention") else ""
+            speed = f"{_milliseconds(row)} | {row['images_per_s']:.0f} | {_percent(row.get('mfu'))}"
+            memory = f"{row['peak_mib']} | {row['reserved_mib']} | {_ratio(row, theirs)}"
+            at = f"{file['device']}, torch {file['torch']} | {row['recipe']}, batch {row['batch']}, {file['precision']}"
+            lines.append(f"| {at} | {runs} | {speed} | {memory} | {file['commit']}, {file['date']} |")
+    return [*lines, "", *_pretrain(files), *_kernels(files)]
+
+
+def _pretrain(files: list[File]) -> list[str]:
+    rows = [(file, row) for file in files for row in file.get("pretrain", ())]
+    if not rows:
+        return []
+    columns = "device", "settings", "images/s", "step alone, images/s", "share", "waited for data", "commit"
+    lines = ["### Training from files", "", *paragraph(PRETRAIN), *heading(*columns)]
+    for file, row in rows:
+        steps = [
+            s for s in file["steps"] if (s["what"], s["variant"], s["batch"]) == (OURS, "as it comes", row["batch"])
+        ]
+        alone = steps[0]["images_per_s"] if steps else None
+        share = f"{alone:.0f} | {_percent(row['images_per_s'] / alone)}" if alone else " | "
+        settings = ", ".join(row["settings"]) or "as it comes"
+        cells = (
+            f"batch {row['batch']}, {settings} | {row['images_per_s']:.0f} | {share} | {100 * row['data_wait']:.1f} %"
+        )
+        lines.append(f"| {file['device']} | {cells} | {file['commit']}, {file['date']} |")
+    return [*lines, ""]
+
+
+def _kernels(files: list[File]) -> list[str]:
+    traced = [file for file in files if file.get("kernels")]
+    if not traced:
+        return []
+    file = traced[-1]
+    path = file["file"].with_name(file["kernels"])
+    rows = read_kernels(path)
+    total = f"Together {sum(ms for ms, _, _ in rows):.1f} ms and {sum(count for _, count, _ in rows):.0f} launches."
+    at = f"{file['device']}, {file['commit']}, {file['date']}. {total}"
+    where = f"[{path.name}](../bench/results/gpu/{path.name})"
+    lines = ["### Kernels of a step", "", *paragraph(KERNELS.format(shown=SHOWN, path=where) + at)]
+    lines += heading("ms a step", "launches", "kernel")
+    lines += [f"| {ms:.2f} | {count:.0f} | `{name[:100].replace('|', ' ')}` |" for ms, count, name in rows[:SHOWN]]
+    return [*lines, ""]
+
+
+def read_kernels(path: Path) -> list[tuple[float, float, str]]:
+    """(ms a step, launches a step, name) of each kernel, with or without a first line of column names."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [(float(ms), float(count), name) for ms, count, name in csv.reader(file) if ms[:1].isdigit()]
+
+
+def from_quick(lines: Iterable[File], pretrain: Iterable[File]) -> File:
+    """One file of what `pera_bench.quick` printed, and of what runs of `pretrain` wrote to their metrics."""
+    rows = [row for row in lines if row["part"] in ("step", "published")]
+    first = rows[0]
+    file = {key: first[key] for key in ("device", "torch", "cudnn", "commit", "date", "precision")}
+    if any(row[key] != file[key] for row in rows for key in file):
+        raise SystemExit("the lines are of several devices, versions, commits, days or precisions: one file for each")
+    file["steps"] = [
+        {
+            "what": PUBLISHED if row["part"] == PUBLISHED else OURS,
+            "variant": PUBLISHED if row["part"] == PUBLISHED else _variant(row),
+            "recipe": row["recipe"],
+            "batch": row["batch"],
+            **{key: row[key] for key in KEPT if key in row},
+        }
+        for row in rows
+    ]
+    file["pretrain"] = [_run(run) for run in pretrain]
+    return file
+
+
+def _variant(row: File) -> str:
+    settings = [*row["settings"], *([f"implementation {row['backend']}"] if row["backend"] else [])]
+    return ", ".join(settings) or "as it comes"
+
+
+def _run(run: File) -> File:
+    """The later half of a run's metrics: by then every kernel is compiled and the caches are warm."""
+    late = run["rows"][len(run["rows"]) // 2 :]
+    found = {key: statistics.median(row[key] for row in late) for key in ("images_per_s", "data_wait")}
+    return {"settings": run["settings"], "batch": run["batch"], **found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lines", type=Path)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--kernels", type=Path)
+    parser.add_argument("--pretrain", type=Path)
+    parser.add_argument("--folder", type=Path, default=ROOT / "bench" / "results" / "gpu")
+    args = parser.parse_args()
+
+    def read(path: Path | None) -> list[File]:
+        return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")] if path else []
+
+    file = from_quick(read(args.lines), read(args.pretrain))
+    if args.kernels:
+        file["kernels"] = f"{args.name}-kernels.csv"
+        shutil.copyfile(args.kernels, args.folder / file["kernels"])
+    (args.folder / f"{args.name}.json").write_text(json.dumps(file, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

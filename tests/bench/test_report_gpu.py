@@ -1,0 +1,56 @@
+"""The GPU's part of the report: what it reads, what it says, what it leaves out."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import report_gpu
+
+COMMON = {"device": "H200", "torch": "2.11", "cudnn": "9", "commit": "abc", "date": "2026-11-26", "precision": "bf16"}
+
+
+def line(part: str, batch: int, ms: float, **more):
+    times = {"ms": ms, "ms_min": ms - 1, "ms_max": ms + 1, "images_per_s": 1000 * batch / ms}
+    memory = {"peak_mib": 10, "reserved_mib": 20}
+    what = {"part": part, "recipe": "vit_b16", "batch": batch, "settings": [], "backend": None, "mfu": 0.41}
+    return {**COMMON, **what, **times, **memory, **more}
+
+
+def made(tmp_path: Path) -> list[dict]:
+    lines = [
+        line("step", 64, 50.0),
+        line("step", 64, 60.0, settings=["model.recompute=cheap"]),
+        line("published", 64, 150.0, mfu=None, attention="xformers"),
+        {**line("trace", 64, 1.0), "busy_ms": 1.0},
+    ]
+    rows = [{"images_per_s": x, "data_wait": 0.01} for x in (10.0, 1200.0, 1210.0)]
+    file = report_gpu.from_quick(lines, [{"settings": ["data.decode_on=gpu"], "batch": 64, "rows": rows}])
+    (tmp_path / "k.csv").write_text('ms_per_step,launches_per_step,kernel\n3.5,2.0,"a, b|c"\n1.0,1.0,d\n')
+    (tmp_path / "1.json").write_text(json.dumps({**file, "kernels": "k.csv"}))
+    return report_gpu.load_gpu(tmp_path)
+
+
+def test_ratio_is_of_the_same_batch_and_run(tmp_path: Path) -> None:
+    text = "\n".join(report_gpu.gpu_summary(made(tmp_path)))
+    assert "| 64 | 50.0 | 1280 | 41 % | 20 | 150.0 | 20 | 3.00 |" in text
+    assert "60.0" not in text  # the README shows what runs as it comes
+
+
+def test_page_has_every_row_and_says_what_ran(tmp_path: Path) -> None:
+    text = "\n".join(report_gpu.gpu_page(made(tmp_path)))
+    assert "pera-fast, model.recompute=cheap | 60.0 (59.0 to 61.0)" in text
+    assert "published (attention: xformers) | 150.0" in text
+    assert "data.decode_on=gpu | 1205 | 1280 | 94 % | 1.0 %" in text
+    assert "| 3.50 | 2 | `a, b c` |" in text
+    assert "Together 4.5 ms and 3 launches." in text
+
+
+def test_lines_of_two_commits_are_refused() -> None:
+    with pytest.raises(SystemExit, match="one file for each"):
+        report_gpu.from_quick([line("step", 16, 20.0), line("step", 64, 50.0, commit="def")], [])
+
+
+def test_nothing_measured_gives_nothing(tmp_path: Path) -> None:
+    assert report_gpu.gpu_summary(report_gpu.load_gpu(tmp_path)) == []
+    assert report_gpu.gpu_page(report_gpu.load_gpu(tmp_path)) == []
