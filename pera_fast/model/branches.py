@@ -281,7 +281,7 @@ def _beginning(x: Tensor, pending: Pending | None, norm: nn.LayerNorm, subset: T
     return _Beginning(x, y, y_bias, norm.weight, norm.bias, norm.eps, before, subset, plan)
 
 
-def begin_without_gradient(
+def _begin_without_gradient(
     x: Tensor, pending: Pending | None, norm: nn.LayerNorm, subset: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Tensor]:
     """The stream, which is x overwritten where no branch dropped sequences, and the normalised rows."""
@@ -290,7 +290,7 @@ def begin_without_gradient(
     return x, add_norm_(x, pending.y, pending.bias, norm.weight, norm.bias, norm.eps, plan.groups)
 
 
-def rows_attention(
+def _rows_attention(
     normed: Tensor, qkv: nn.Linear, num_heads: int, groups: Sequence[int], tails: Sequence[int]
 ) -> Tensor:
     """The attention's result for the rows that are read [sum(n * (1 + tail)), D]; no gradient."""
@@ -337,12 +337,12 @@ def attention_branch(
         else:
             x, y = _AttentionBranch.apply(*beginning, *layers)
         return x, Pending(y, left, subset)
-    x, normed = begin_without_gradient(x, pending, norm, subset, plan)
+    x, normed = _begin_without_gradient(x, pending, norm, subset, plan)
     groups = plan.branch_groups
     if tails is None:
         parts = attention_parts(products.linear(normed, qkv.weight, qkv.bias), num_heads, groups)
     else:
-        parts = [rows_attention(normed, qkv, num_heads, groups, tails)]
+        parts = [_rows_attention(normed, qkv, num_heads, groups, tails)]
         x = take_rows(x, plan.groups, tails)
     return x, Pending(products.linear_of_parts(parts, proj.weight, added), left, subset)
 
@@ -362,7 +362,7 @@ def mlp_branch(
         layers = fc1.weight, fc1.bias, fc2.weight, added
         x, y = _MlpBranch.apply(*_beginning(x, pending, norm, subset, plan), *layers)
     else:
-        x, normed = begin_without_gradient(x, pending, norm, subset, plan)
+        x, normed = _begin_without_gradient(x, pending, norm, subset, plan)
         y = products.linear(linear_gelu(normed, fc1.weight, fc1.bias)[0], fc2.weight, added)
     return x, Pending(y, left, subset)
 
@@ -376,4 +376,4 @@ def norm_pending(x: Tensor, pending: Pending, norm: nn.LayerNorm, plan: Plan) ->
     """The LayerNorm of the complete stream [T, D]; x is overwritten where no gradient is recorded."""
     if torch.is_grad_enabled():
         return _AddNorm.apply(*_beginning(x, pending, norm, None, plan))
-    return begin_without_gradient(x, pending, norm, None, plan)[1]
+    return _begin_without_gradient(x, pending, norm, None, plan)[1]

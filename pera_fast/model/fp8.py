@@ -1,10 +1,8 @@
 """The branches of a block without gradients in FP8, for the teacher (``model.teacher_precision``).
 
-The four products of a block take e4m3 with a scale a row (``pera_kernels.fp8``); of the last block three, as its
-attention makes no keys and values. Attention, the stream and all that is outside the blocks stay in the compute dtype.
+The four products of a block take e4m3 with a scale a row (``pera_kernels.fp8``). Attention, the stream, the last block,
+of which few rows are read, and all that is outside the blocks stay in the compute dtype.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +13,7 @@ from pera_kernels.attention.op import attention_parts
 from pera_kernels.gelu_fp8 import gelu_fp8
 from pera_kernels.quantize_rows import Slot, WeightQuantizer, quantize_parts
 
-from .branches import Pending, Plan, begin_without_gradient, output_bias, rows_attention
-from .rows import take_rows
+from .branches import Pending, Plan, output_bias
 
 
 def attention_branch(
@@ -27,20 +24,11 @@ def attention_branch(
     proj: nn.Linear,
     num_heads: int,
     plan: Plan,
-    tails: Sequence[int] | None = None,
 ) -> tuple[Tensor, Pending]:
-    """As ``branches.attention_branch`` without gradients and subsets.
-
-    With tails the attention up to the projection stays in the compute dtype: for few rows its products are small.
-    """
+    """As ``branches.attention_branch`` without gradients and subsets."""
     added, left = output_bias(proj, x)
-    if tails is None:
-        qkv_rows = fp8.linear(_begin(x, pending, norm), qkv.weight, qkv.bias, x.dtype)
-        parts = attention_parts(qkv_rows, num_heads, plan.groups)
-    else:
-        x, normed = begin_without_gradient(x, pending, norm, None, plan)
-        parts = [rows_attention(normed, qkv, num_heads, plan.groups, tails)]
-        x = take_rows(x, plan.groups, tails)
+    normed = _begin(x, pending, norm)
+    parts = attention_parts(fp8.linear(normed, qkv.weight, qkv.bias, x.dtype), num_heads, plan.groups)
     return x, Pending(fp8.linear(quantize_parts(parts), proj.weight, added, x.dtype), left, None)
 
 
@@ -59,23 +47,17 @@ def _begin(x: Tensor, pending: Pending | None, norm: nn.LayerNorm) -> fp8.Rows:
     return add_norm_fp8_(x, y, y_bias, norm.weight, norm.bias, norm.eps)
 
 
-def weights_in_fp8(blocks: nn.ModuleList) -> list[Tensor]:
-    """The weights that a backbone's products take in FP8: all of its blocks but the last one's qkv."""
-    layers = [(name, module) for name, module in blocks.named_modules() if isinstance(module, nn.Linear)]
-    return [module.weight for name, module in layers if name != f"{len(blocks) - 1}.attn.qkv"]
-
-
 class Fp8Copies:
-    """E4m3 copies of weights, in memory of their own that never moves.
+    """E4m3 copies of the weights of a backbone's blocks, in memory of their own that never moves.
 
     ``pera_kernels.fp8.in_e4m3`` takes a copy while it is up to date. A state dict has the weights only.
 
     Args:
-        weights: float32 [out, in], on one device; they must not move either.
+        blocks: of a backbone; its linear layers get the copies.
     """
 
-    def __init__(self, weights: Sequence[Tensor]):
-        self._weights = list(weights)
+    def __init__(self, blocks: nn.Module):
+        self._weights = [module.weight for module in blocks.modules() if isinstance(module, nn.Linear)]
         device = self._weights[0].device
         values = torch.empty(sum(w.numel() for w in self._weights), dtype=fp8.E4M3, device=device)
         scales = torch.empty(sum(w.shape[0] for w in self._weights), 1, device=device)

@@ -17,7 +17,7 @@ from pera_kernels.pixel_loss import pixel_loss
 from pera_kernels.prototype_losses import prototype_losses
 from pera_kernels.visible_patches import contrast_mean, visible_patches
 
-from .fp8 import Fp8Copies, weights_in_fp8
+from .fp8 import Fp8Copies
 from .heads import ClsHead, PixelHead
 from .inputs import GroupInputs, StepInputs, num_kept
 from .rows import row_groups, split_rows
@@ -245,7 +245,7 @@ class PerA(nn.Module):
     def make_fp8(self) -> None:
         """Make the FP8 copies that the configuration asks for; call it when the model is on its device."""
         if self.fp8_teacher:
-            self.fp8_copies = Fp8Copies(weights_in_fp8(self.teacher.backbone.blocks))
+            self.fp8_copies = Fp8Copies(self.teacher.backbone.blocks[:-1])
 
     def refresh_fp8(self) -> None:
         """Write the FP8 copies anew, if there are any; call it when the teacher's weights have changed."""

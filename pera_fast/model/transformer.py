@@ -81,17 +81,18 @@ class Block(nn.Module):
             The stream and the MLP branch's result; with tails the rows of both that are read.
         """
         attn, mlp = self.attn, self.mlp
+        in_fp8 = plan.fp8 and tails is None  # the last block has no large products: few of its rows are read
         with span("attention"):
             layers = self.norm1, attn.qkv, attn.proj, attn.num_heads
-            if plan.fp8:
-                x, pending = fp8_branches.attention_branch(x, pending, *layers, plan, tails)
+            if in_fp8:
+                x, pending = fp8_branches.attention_branch(x, pending, *layers, plan)
             else:
                 x, pending = attention_branch(x, pending, *layers, subsets[0], plan, tails)
         if tails is not None:
             plan = plan._replace(groups=tuple(row_groups(plan.groups, tails)))
         with span("mlp"):
             layers = self.norm2, mlp.fc1, mlp.fc2
-            if plan.fp8:
+            if in_fp8:
                 return fp8_branches.mlp_branch(x, pending, *layers)
             return mlp_branch(x, pending, *layers, subsets[1], plan)
 
