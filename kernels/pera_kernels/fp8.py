@@ -57,9 +57,7 @@ def kernel_dtype() -> torch.dtype:
     return torch.float32 if os.environ.get("TRITON_INTERPRET") == "1" else E4M3
 
 
-def linear(
-    x: Rows, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16, rows: slice | None = None
-) -> Tensor:
+def linear(x: Rows, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """``x W' + b``, accumulated in float32 (as far as fast accumulation is that), rounded to a dtype once.
 
     Args:
@@ -67,12 +65,9 @@ def linear(
         weight: [out, in], a parameter: its FP8 copy is taken, see ``in_e4m3``.
         bias: [out] or None; cast.
         dtype: of the result [T, out]; a GPU gives bfloat16 only.
-        rows: of weight and bias, whose results are wanted; None: all.
     """
     w = in_e4m3(weight)
     bias = None if bias is None else products.in_dtype(bias, dtype)
-    if rows is not None:
-        w, bias = Rows(w.values[rows], w.scale[rows]), None if bias is None else bias[rows]
     return torch._scaled_mm(
         x.values, w.values.t(), x.scale, w.scale.t(), bias=bias, out_dtype=dtype, use_fast_accum=True
     )

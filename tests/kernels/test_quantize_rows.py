@@ -141,15 +141,13 @@ def test_the_quantiser_refuses_what_does_not_fit() -> None:
             WeightQuantizer([good, bad])
 
 
-@pytest.mark.parametrize("rows", [None, slice(16, 48)])
-def test_products(rows: slice | None, device: torch.device) -> None:
+def test_products(device: torch.device) -> None:
     x, weight, bias = (randn(*s, seed=i, dtype=torch.float32) for i, s in enumerate([(33, 64), (48, 64), (48,)]))
     quantised = quantize_rows(x.to(device))
-    got = fp8.linear(quantised, weight.to(device), bias.to(device), rows=rows).cpu().double()
+    got = fp8.linear(quantised, weight.to(device), bias.to(device)).cpu().double()
     a, b = (values.double() * scale for values, scale in (definition(x), definition(weight)))
-    chosen = rows or slice(None)
-    same = a @ b[chosen].t() + bias[chosen].double()
-    exact = x.double() @ weight[chosen].double().t() + bias[chosen].double()
+    same = a @ b.t() + bias.double()
+    exact = x.double() @ weight.double().t() + bias.double()
     assert (got - same).norm() <= 4e-3 * same.norm()  # the result's rounding to bfloat16
     assert 0.005 * exact.norm() < (got - exact).norm() < 0.05 * exact.norm()
 
