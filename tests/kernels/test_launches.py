@@ -1,0 +1,104 @@
+"""Every Triton kernel's launch, up to the compiler, under a stand-in for a GPU's driver (stub_driver.py)."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels are Python functions in the interpreter", allow_module_level=True)
+
+from stub_driver import counts, stub_driver
+
+from pera_fast.config import load_config
+from pera_fast.model.pera import PerA
+from pera_fast.profile.batches import random_inputs
+from pera_fast.train.fused_update import FusedUpdate
+from pera_fast.train.optim import make_optimizer, make_scaler
+from pera_fast.train.schedules import StepValues
+from pera_kernels.aot import variants
+from pera_kernels.gelu import gelu
+from pera_kernels.gelu import triton as gelu_kernels
+from pera_kernels.quantize_rows import quantize_rows
+from pera_kernels.sequence_add import sequence_add
+from pera_kernels.sequence_norm import sequence_norm
+
+SMALL = [
+    *("train.batch_size=2", "model.embed_dim=64", "model.num_heads=1", "model.head_hidden=64", "model.depth=2"),
+    *("model.bottleneck=32", "model.prototypes=256", "views.global_size=64", "views.local_size=32"),
+]
+
+
+def step(*overrides: str) -> None:
+    """Forward, backward and update of a small network with stochastic depth."""
+    cfg = load_config("vit_b16", [*SMALL, *overrides])
+    model = PerA(cfg)
+    model.make_fp8()
+    model.recompute = cfg.model.recompute
+    out = model(random_inputs(cfg, 2), 0.04)
+    out["loss"].backward()
+    update = FusedUpdate(model, make_optimizer(model.parameters(), cfg), make_scaler(cfg, torch.device("cpu")))
+    values = StepValues(lr=1e-3, weight_decay=0.1, momentum=0.9, teacher_temp=0.04)
+    update(out["loss"].detach().view(1), out["teacher_mean"], values, 3.0)
+
+
+def others() -> None:
+    """What a step does not launch."""
+    x, y = torch.randn(2 * 5 + 3 * 2, 64, requires_grad=True), torch.randn(5 + 2 * 2, 64, requires_grad=True)
+    keep = torch.tensor([1, 0, 2], dtype=torch.int32)
+    sequence_add(x, y, [2, 5, 3, 2], keep, [1, 2]).sum().backward()
+    sequence_norm(x, torch.ones(64), torch.zeros(64), 1e-6, [2, 5, 3, 2], keep, [1, 2]).sum().backward()
+    quantize_rows(torch.randn(4, 64))
+
+
+@pytest.fixture(scope="module")
+def launches() -> Iterator[dict[str, Counter[str]]]:
+    """Launches of each kernel by what was run."""
+    patch, found = pytest.MonkeyPatch(), {}
+    with stub_driver(patch) as seen:
+        for name, run in {
+            "bf16": lambda: step("train.precision=bf16", "model.recompute=none", "model.teacher_precision=fp8"),
+            "fp32": lambda: step("train.precision=fp32", "model.recompute=cheap"),
+            "others": others,
+        }.items():
+            start = len(seen)
+            run()
+            found[name] = counts(seen[start:])
+    yield found
+    patch.undo()
+
+
+def test_every_kernel_is_launched(launches: dict[str, Counter[str]]) -> None:
+    """A new kernel that nothing here launches fails this test."""
+    every = {variant.kernel.__name__ for _, variant in variants()}
+    assert every - set(sum(launches.values(), Counter())) == set()
+
+
+def test_launches_of_a_step(launches: dict[str, Counter[str]]) -> None:
+    """Two blocks: what they launch follows from their number and the policy."""
+    half, full = launches["bf16"], launches["fp32"]
+    assert half["linear_gelu_kernel"] == 2 * 2 - 1  # the teacher's first block runs in FP8
+    assert half["gelu_fp8_kernel"] == 1
+    assert half["linear_gelu_bwd_kernel"] == 2
+    assert full["linear_gelu_kernel"] == 0
+    assert full["add_norm_bwd_kernel"] == 2 * 2 + 1  # of each block's norms and of the last one
+    assert half["adamw_ema_kernel"] == full["adamw_ema_kernel"] > 0
+
+
+def test_a_wrong_launch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ahead-of-time compilation, whose signatures are written down, would not see these."""
+    x = torch.randn(3, 64)
+    with stub_driver(monkeypatch):
+        monkeypatch.setattr(gelu_kernels, "BLOCK", 100)  # no power of two
+        with pytest.raises(Exception, match="power of 2"):
+            gelu(x)
+    with stub_driver(monkeypatch):
+        monkeypatch.setattr(gelu_kernels, "BLOCK", 128)
+        with pytest.raises(TypeError, match="missing"):
+            gelu_kernels.gelu_fwd_kernel[(1,)](x, x, BLOCK=128, EXACT=True)  # pyright: ignore[reportCallIssue]
+    with stub_driver(monkeypatch) as seen:
+        gelu(x)
+        assert seen == [("gelu_fwd_kernel", (2, 1, 1))]
