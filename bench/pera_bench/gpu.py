@@ -32,6 +32,7 @@ STEPS = "step/none", "step/cheap", "step/block"
 OPS = (
     *("contrast_mean", "visible_patches", "embed_tokens", "sequence_norm", "attention", "sequence_add", "add_norm"),
     *("gelu", "linear_gelu", "query_attention", "cls_attention", "mask_tokens"),
+    *("add_norm_fp8", "gelu_fp8", "quantize_rows"),
     *("distillation_loss", "koleo", "prototype_losses", "pixel_loss", "block", "update"),
 )
 KERNELS = "reference,pera-fast,triton,chunked,eager,xformers,varlen,sdpa"
