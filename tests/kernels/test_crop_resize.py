@@ -1,5 +1,9 @@
 """`crop_resize` against its float64 definition, and the definition against Pillow."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -169,3 +173,32 @@ def test_the_native_call_refuses_what_it_cannot_read():
             crops_of_image(*wrong)
     with pytest.raises(IndexError, match="slot 3 of 3"):
         crops_of_image(picture, start, end, 3, out)
+
+
+ALONE = """
+import os, threading, torch
+from pera_kernels.crop_resize import crops_of_image
+torch.set_num_threads(8)
+image = torch.randint(0, 255, (512, 512, 3), dtype=torch.uint8)
+start, end = torch.zeros(2, 1, 2, dtype=torch.int64), torch.full((2, 1, 2), 500)
+out = torch.empty(2, 1, 448, 448, 3, dtype=torch.uint8)
+
+def work():
+    before = len(os.listdir("/proc/self/task"))
+    for _ in range(3):
+        crops_of_image(image, start, end, 0, out)
+    print(len(os.listdir("/proc/self/task")) - before)
+    assert torch.get_num_threads() == 8
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="the native library was not built")
+def test_crops_of_an_image_start_no_threads_of_their_own():
+    """A team for each of the loader's threads would be many times as many threads as cores."""
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    found = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, env=env, check=True)
+    assert found.stdout.strip() == "0"

@@ -4,6 +4,8 @@
 // stays in the cache, and that is then narrowed. Lanes run over the values of a line downwards, and over a pixel's
 // channels sideways. One thread: the loader's threads each have an image of their own.
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -166,6 +168,34 @@ Tensor pixels_at(const void* data, Ints sizes, Ints strides, ScalarType dtype) {
   return torch::stable::from_blob(const_cast<void*>(data), sizes, strides, Device(DeviceType::CPU), dtype);
 }
 
+// While it lives, what PyTorch does in this thread is not shared out to a team. The loader's threads each have an image of
+// their own, and a team for each of them is many times as many threads as there are cores.
+class OneThread {
+ public:
+  OneThread() {
+    if (set_ == nullptr || get_ == nullptr) {
+      return;
+    }
+    torch::stable::get_num_threads(); // PyTorch sets the number when a thread first asks for it: let that be before
+    before_ = get_();
+    set_(1);
+  }
+  ~OneThread() {
+    if (before_ > 0) {
+      set_(before_);
+    }
+  }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  // Of the OpenMP library that PyTorch runs on, whichever it is: it is loaded with its symbols visible. The number is the
+  // calling thread's own. Null in a build of PyTorch without OpenMP.
+  static inline const auto set_ = reinterpret_cast<void (*)(int)>(dlsym(RTLD_DEFAULT, "omp_set_num_threads"));
+  static inline const auto get_ = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"));
+  int before_ = 0;
+};
+
 // PyTorch's own resize of a window [h, w, channels], uint8 with 1 or 3 channels, into memory without gaps.
 void resize_by_torch(const uint8_t* window, Ints sizes, int64_t line, int64_t side, uint8_t* result) {
   using torch::stable::detail::from;
@@ -183,6 +213,7 @@ void resize_by_torch(const uint8_t* window, Ints sizes, int64_t line, int64_t si
       from(std::nullopt), // scales_h
       from(std::nullopt), // scales_w
       from(pixels_at(result, to_sizes, to_strides, ScalarType::Byte))};
+  const OneThread guard;
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::_upsample_bilinear2d_aa", "out", stack.data(), TORCH_ABI_VERSION));
   to<Tensor>(stack[0]); // takes what was returned, and lets go of it
