@@ -211,7 +211,7 @@ class _Reader:
             return launch.seconds, launch.waited
         if before is None or before.end is None:
             return step.begin.elapsed_time(step.end) / 1000, 0.0
-        return before.end.elapsed_time(step.end) / 1000, before.end.elapsed_time(step.begin) / 1000
+        return before.end.elapsed_time(step.end) / 1000, step.idle_since(before.end)
 
 
 def _launch(run: Run, stop: StopRequest) -> _Launch:

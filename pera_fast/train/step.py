@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,12 +52,21 @@ class LaunchedStep:
     Attributes:
         numbers: losses, (SIGINT, SIGTERM), gradient norm, whether the update was made, loss scale (0: none); float64 on
             the host, where they arrive when ``end`` has passed.
-        begin, end: CUDA events around the step's work; None on a CPU, where the work is done.
+        begin, end: CUDA events around the step's work, from when its first micro-batch is there; None on a CPU, where
+            the work is done.
+        gaps: CUDA events around the waits for its other micro-batches.
     """
 
     numbers: Tensor
     begin: torch.cuda.Event | None = None
     end: torch.cuda.Event | None = None
+    gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    def idle_since(self, event: torch.cuda.Event) -> float:
+        """Seconds in which the device had nothing to do since an event that came before the step, which has ended."""
+        assert self.begin is not None
+        waits = [(event, self.begin), *self.gaps]
+        return sum(start.elapsed_time(end) for start, end in waits) / 1000
 
     def result(self) -> StepResult:
         """Wait for the step and read what it gave."""
@@ -96,7 +105,7 @@ def launch_step(
         graph: made by `make_graph`, runs the micro-batches; None: they run op by op.
         update: made by `make_update`, for a GPU; None: PyTorch's operators, and the host looks whether all is finite.
     """
-    begin = _mark(world.device)
+    arrivals: list[tuple[Any, Any]] = []  # events before and after each micro-batch came; None on a CPU
     if graph is None:
         optimizer.zero_grad(set_to_none=True)
     else:
@@ -104,7 +113,9 @@ def launch_step(
     parts = []  # f32 [5 + bottleneck] each: loss parts, then the mean teacher row
     for micro in range(accumulate):
         with span("data"):
+            before = _mark(world.device)
             batch = next(inputs).to(world.device, non_blocking=True)
+            arrivals.append((before, _mark(world.device)))
         with gradient_sync(model, last=micro + 1 == accumulate):
             if graph is None:
                 parts.append(_backward(model, scaler, batch, values.teacher_temp, accumulate))
@@ -127,13 +138,13 @@ def launch_step(
     if update is not None:
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
         host.copy_(numbers, non_blocking=True)
-        return LaunchedStep(host, begin, _mark(world.device))
+        return LaunchedStep(host, arrivals[0][1], _mark(world.device), arrivals[1:])
     numbers = numbers.cpu()  # waits for the device
     if numbers[-2] > 0:
         with span("EMA"):
             pera.update_center(total[len(LOSSES) : -2])  # before the teacher's, and in effect from the next step on
             pera.update_teacher(values.momentum)
-    return LaunchedStep(numbers, begin, _mark(world.device))
+    return LaunchedStep(numbers, arrivals[0][1], _mark(world.device), arrivals[1:])
 
 
 def _mark(device: torch.device) -> torch.cuda.Event | None:

@@ -1,6 +1,7 @@
 """The recorded step: on a CPU with a recorder that runs the work again, on a GPU for real."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from pera_fast.config import Config, load_config
 from pera_fast.errors import UserError
 from pera_fast.model.pera import PerA
 from pera_fast.profile.batches import blank_batch
+from pera_fast.train import step
 from pera_fast.train.distributed import World
 from pera_fast.train.graph import StepGraph
 from pera_fast.train.inputs import make_inputs
@@ -109,3 +111,36 @@ def test_nothing_in_a_step_waits_for_the_host() -> None:
 def test_is_refused_where_it_cannot_be() -> None:
     with pytest.raises(UserError, match=r"^train.cuda_graph=true: goes with loss.centering=center only"):
         load_config("tiny", ["train.cuda_graph=true", "loss.centering=sinkhorn"])
+
+
+class Clock:
+    """An event of a device that is done at once: its time is the host's."""
+
+    def __init__(self, _device: torch.device) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, other: "Clock") -> float:
+        """Milliseconds from this event to another."""
+        return 1000 * (other.time - self.time)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_time_without_data_is_idle_time(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that has nothing to do until its batches come: they take .2 s each."""
+    monkeypatch.setattr(step, "_mark", Clock)
+    cfg, device = load_config("tiny", SMALL), torch.device("cpu")
+    model = PerA(cfg)
+    optimizer, scaler = make_optimizer(model.parameters(), cfg), make_scaler(cfg, device)
+
+    def late() -> Iterator[Any]:
+        for batch in batches(cfg, accumulate):
+            time.sleep(0.2)
+            yield batch
+
+    values = StepValues(lr=1e-3, weight_decay=0.1, momentum=0.9, teacher_temp=0.04)
+    before: Any = Clock(device)
+    launched = step.launch_step(
+        model, model, optimizer, scaler, late(), accumulate, values, 3.0, World(0, 1, device)
+    )  # fmt: skip
+    total = before.elapsed_time(launched.end) / 1000
+    assert 0.2 * accumulate <= launched.idle_since(before) < total

@@ -1,7 +1,5 @@
 """linear_gelu: one kernel where it was measured to be faster, else a product and ``pera_kernels.gelu``."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -10,7 +8,7 @@ from ..gelu import gelu, gelu_, gelu_backward_
 from . import measured
 
 
-def _available(op: str, device: torch.device) -> str | None:
+def _available(device: torch.device) -> str | None:
     if reason := backend.needs_triton(device):
         return reason
     if device.type != "cuda":
@@ -18,14 +16,13 @@ def _available(op: str, device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < (9, 0):
         return "its tiles need the tensor memory accelerator, compute capability 9.0"
-    if backend.wanted(op) != "triton" and capability not in measured.FASTER[op]:
+    if backend.wanted("linear_gelu") != "triton" and not any(capability in rows for rows in measured.FASTER.values()):
         return f"not measured to be faster on compute capability {capability[0]}.{capability[1]}"
     return None
 
 
-for _op in ("linear_gelu", "linear_gelu_backward"):
-    backend.register(_op, "triton", available=partial(_available, _op))
-    backend.register(_op, "products")
+backend.register("linear_gelu", "triton", available=_available)
+backend.register("linear_gelu", "products")
 
 
 @torch.library.custom_op("pera::linear_gelu", mutates_args=())
@@ -53,8 +50,12 @@ def _(grad, weight, hidden):
     return torch.empty_like(hidden), hidden.new_empty(hidden.shape[1], dtype=torch.float32)
 
 
-def _fused(op: str, x: Tensor, width: int) -> bool:
-    if backend.choose(op, x.device) != "triton":
+def _fused(what: str, x: Tensor, width: int) -> bool:
+    """Whether the Triton kernel runs: where it is forced, or was measured to be faster for what is computed."""
+    if backend.choose("linear_gelu", x.device) != "triton":
+        return False
+    forced = backend.wanted("linear_gelu") == "triton"
+    if x.is_cuda and not forced and torch.cuda.get_device_capability(x.device) not in measured.FASTER[what]:
         return False
     from . import triton
 
@@ -73,7 +74,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, with_hidden: bool = Fal
     Returns:
         gelu(h) [M, N] and h [M, N], or [0, N] without ``with_hidden``, in the dtype of x. The GELU is the exact one.
     """
-    if _fused("linear_gelu", x, weight.shape[0]):
+    if _fused("gelu(h), h" if with_hidden else "gelu(h)", x, weight.shape[0]):
         dtype = x.dtype
         return _linear_gelu(x, products.in_dtype(weight, dtype), products.in_dtype(bias, dtype), with_hidden)
     hidden = products.linear(x, weight, bias)
@@ -95,7 +96,7 @@ def linear_gelu_backward(
         Gradient of h [M, N]; its column sums [N] before it is rounded, float32 (float64 for float64): the gradient of
         the bias in h; gelu(h) [M, N], or [0, N] without ``with_act``.
     """
-    if not with_act and _fused("linear_gelu_backward", grad, weight.shape[1]):
+    if not with_act and _fused("gradient", grad, weight.shape[1]):
         return *_linear_gelu_backward(grad, products.in_dtype(weight, grad.dtype), hidden), hidden[:0]
     grad_hidden = products.matmul(grad, weight)
     act, sums = gelu_backward_(grad_hidden, hidden, with_act)
