@@ -27,6 +27,7 @@ SELECTIONS = {
     ],
     "add_norm": ["tests/kernels/test_add_norm.py", "-k", "triton and not opcheck"],
     "adamw_ema": ["tests/kernels/test_adamw_ema.py", "-k", "triton"],
+    "rows": ["tests/kernels/test_rows.py", "-k", "triton and not opcheck"],
     "partial_sums": ["tests/kernels/test_partial_sums.py"],
     "linear_gelu": ["tests/kernels/test_linear_gelu.py", "-k", "triton"],
     "gelu": ["tests/kernels/test_gelu.py", "-k", "triton and not opcheck"],

@@ -32,7 +32,7 @@ STEPS = "step/none", "step/cheap", "step/block"
 OPS = (
     *("contrast_mean", "visible_patches", "embed_tokens", "sequence_norm", "attention", "sequence_add", "add_norm"),
     *("gelu", "linear_gelu", "query_attention", "cls_attention", "mask_tokens"),
-    *("add_norm_fp8", "gelu_fp8", "quantize_rows"),
+    *("add_norm_fp8", "gelu_fp8", "quantize_rows", "column_sums", "unit_rows"),
     *("distillation_loss", "koleo", "prototype_losses", "pixel_loss", "block", "update"),
 )
 KERNELS = "reference,pera-fast,triton,chunked,eager,xformers,varlen,sdpa"
@@ -102,7 +102,8 @@ def quick_parts(device: str, recipe: str) -> list[Part]:
 
     def quick(name: str, limit: float, part: str, batch: int, *args: str, needs: str | None = None) -> Part:
         given = [part, "--batch", str(batch), "--device", device, "--recipe", recipe, "--json", f"{{out}}/{name}.json"]
-        return Part(name, [python, "-m", "pera_bench.quick", *given, *args], limit, needs)
+        once = ["--rounds", "1", "--steps", "1"] if device == "cpu" else []  # there it is only tried out
+        return Part(name, [python, "-m", "pera_bench.quick", *given, *args, *once], limit, needs)
 
     def published(batch: int) -> Part:
         checkout = "--checkout", os.environ.get("PERA_OFFICIAL", "")

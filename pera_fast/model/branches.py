@@ -17,6 +17,7 @@ from pera_kernels.add_norm import add_norm, add_norm_, add_norm_backward
 from pera_kernels.attention.op import attention_backward_with_sums, attention_parts, attention_with_lse
 from pera_kernels.cls_attention import cls_attention
 from pera_kernels.cls_attention import takes as cls_attention_takes
+from pera_kernels.column_sums import column_sums
 from pera_kernels.linear_gelu import linear_gelu, linear_gelu_backward
 from pera_kernels.packing import kept_groups
 from pera_kernels.query_attention import query_attention, query_attention_backward
@@ -127,7 +128,7 @@ class _Branch(torch.autograd.Function):
 
 
 def _column_sums(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    return grad.sum(0, dtype=torch.float64 if grad.dtype == torch.float64 else torch.float32).to(dtype)
+    return column_sums(grad).to(dtype)
 
 
 def _bias_gradient(grad: Tensor, has_bias: bool, dtype: torch.dtype) -> Tensor | None:

@@ -1,9 +1,10 @@
 """Heads: an MLP to an L2-normalised bottleneck, then a weight-normalised linear layer (METHOD.md section 4)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_, zeros_
+
+from pera_kernels.unit_rows import unit_rows
 
 from .linear import gelu_linear, linear
 
@@ -43,8 +44,7 @@ def _bottleneck(mlp: nn.Sequential, x: Tensor) -> Tensor:
     x = gelu_linear(x, mlp[0].bias, mlp[2].weight, mlp[2].bias, bias_gradient=False)
     x = gelu_linear(x, mlp[2].bias, mlp[4].weight, mlp[4].bias)
     eps = 1e-6 if x.dtype in (torch.float16, torch.bfloat16) else 1e-12
-    wide = x if x.dtype == torch.float64 else x.float()
-    return F.normalize(wide, dim=-1, eps=eps).to(x.dtype)
+    return unit_rows(x, eps)
 
 
 class ClsHead(nn.Module):

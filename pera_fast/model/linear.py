@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pera_kernels import products
+from pera_kernels.column_sums import column_sums
 from pera_kernels.gelu import gelu, gelu_, gelu_backward_
 
 
@@ -19,8 +20,7 @@ def _parameter_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of weight and bias of a linear layer, in their dtypes (None: it has no bias)."""
     grad_weight = products.weight_gradient(grad, x, weight.dtype)
-    sums = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    return grad_weight, None if bias_dtype is None else grad.sum(0, dtype=sums).to(bias_dtype)
+    return grad_weight, None if bias_dtype is None else column_sums(grad).to(bias_dtype)
 
 
 class _Linear(torch.autograd.Function):

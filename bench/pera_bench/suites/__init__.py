@@ -21,6 +21,8 @@ OPS = (
     "gelu_fp8",
     "quantize_rows",
     "mask_tokens",
+    "column_sums",
+    "unit_rows",
     "distillation_loss",
     "koleo",
     "prototype_losses",

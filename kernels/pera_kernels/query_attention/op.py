@@ -16,7 +16,7 @@ from ..packing import num_tokens, pairs, split
 backend.register("query_attention", "cudnn", available=cudnn.available)
 backend.register("query_attention", "sdpa", available=sdpa.available)
 
-SHORT = 32  # queries of a sequence that are too few for cuDNN's tiles
+SHORT = 32  # queries or tokens of a sequence that are too few for the tiles of fused kernels
 
 
 def _asked(queries: Sequence[int], groups: Sequence[int]) -> list[int]:
@@ -24,13 +24,15 @@ def _asked(queries: Sequence[int], groups: Sequence[int]) -> list[int]:
     return [x for (n, _), count in zip(pairs(groups), queries, strict=True) for x in (n, count)]
 
 
-def _implementation(q: Tensor, num_heads: int, queries: int):
-    """What takes a group of so many queries a sequence."""
+def _implementation(q: Tensor, num_heads: int, queries: int, length: int):
+    """What takes a group of so many queries a sequence, over so many tokens."""
     name = backend.choose("query_attention", q.device)
     # The checks read the width of packed projections, three times that of q.
     wide = q.new_empty(0, 3 * q.shape[1])
     if name == "cudnn" and queries > SHORT and cudnn.why_not(wide, num_heads) is None:
         return cudnn
+    if q.is_cuda and queries <= SHORT and length <= SHORT:
+        return sdpa.formula  # the fused kernels' tiles are nearly empty: .3 ms for what is a few thousand values
     return sdpa.fused if name != "reference" and sdpa.fused.why_not(wide, num_heads) is None else sdpa.formula
 
 
@@ -60,7 +62,7 @@ def _query_attention(
     q, kv = q.contiguous(), kv.contiguous()
     out, lse = torch.empty_like(q), q.new_empty(q.shape[0], num_heads, dtype=_wide(q))
     for rows, _, query, k, v in _parts(q, kv, num_heads, queries, groups):
-        y, sums = _implementation(q, num_heads, query.shape[2]).forward_group(query, k, v)
+        y, sums = _implementation(q, num_heads, query.shape[2], k.shape[2]).forward_group(query, k, v)
         _as_heads(out, rows, query).copy_(y)
         lse[rows].view(query.shape[0], query.shape[2], num_heads).copy_(sums.transpose(1, 2))
     return out, lse
@@ -93,7 +95,7 @@ def _backward(
     for rows, both, query, k, v in _parts(q, kv, num_heads, queries, groups):
         sums = lse[rows].view(query.shape[0], query.shape[2], num_heads).transpose(1, 2)
         result = _as_heads(out, rows, query)
-        implementation = _implementation(q, num_heads, query.shape[2])
+        implementation = _implementation(q, num_heads, query.shape[2], k.shape[2])
         dq, dk, dv = implementation.backward_group(_as_heads(grad, rows, query), query, k, v, result, sums)
         _as_heads(grad_q, rows, query).copy_(dq)
         keys, values = sdpa.heads(grad_kv[both].view(k.shape[0], k.shape[2], -1), num_heads, 2)

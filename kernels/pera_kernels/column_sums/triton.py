@@ -1,0 +1,62 @@
+"""Triton kernel of column_sums: each program sums its share of the rows, ``partial_sums`` adds the programs up."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..aot import Variant
+from ..partial_sums.triton import add_up
+
+BLOCK_R, BLOCK_C = 16, 256  # of a tile: 32 values a thread
+PROGRAMS = 4  # per multiprocessor
+NUM_WARPS = 4
+
+__all__ = ["VARIANTS", "column_sums"]
+
+
+@triton.jit
+def column_sums_kernel(
+    x_ptr,  # (R, C)
+    sums_ptr,  # (programs, C) float32
+    rows,
+    programs,
+    C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    program = tl.program_id(1)
+    col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for first in range(program * BLOCK_R, rows, programs * BLOCK_R):
+        row = first + tl.arange(0, BLOCK_R)
+        mask = (row < rows)[:, None] & (col < C)[None, :]
+        sums += tl.load(x_ptr + row.to(tl.int64)[:, None] * C + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(sums_ptr + program.to(tl.int64) * C + col, tl.sum(sums, 0), mask=col < C)
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """Sums (C,) float32 over the rows of x (R, C)."""
+    x = x.contiguous()
+    rows, width = x.shape
+    blocks = triton.cdiv(width, BLOCK_C)
+    most = 4 if not x.is_cuda else PROGRAMS * torch.cuda.get_device_properties(x.device).multi_processor_count
+    count = max(min(triton.cdiv(rows, BLOCK_R), most // blocks), 1)
+    sums = torch.empty(count, width, dtype=torch.float32, device=x.device)
+    column_sums_kernel[(blocks, count)](x, sums, rows, count, **_constants(width), num_warps=NUM_WARPS)
+    return add_up(sums)
+
+
+def _constants(width: int) -> dict[str, int]:
+    return {"C": width, "BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}
+
+
+def _variants() -> list[Variant]:
+    signature = {"x_ptr": "*bf16", "sums_ptr": "*fp32", "rows": "i32", "programs": "i32"}
+    return [
+        Variant(f"{name} bf16", column_sums_kernel, signature, _constants(width), NUM_WARPS)
+        for name, width in (("vit_s16", 384), ("vit_b16", 768), ("vit_b16, keys and values", 1536), ("vit_g16", 1024))
+    ]
+
+
+VARIANTS = _variants()
