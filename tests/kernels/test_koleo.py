@@ -121,6 +121,27 @@ def test_near_duplicates(form, dtype):
         assert dtype != torch.float32 or error(got, want) <= 2e-2, name
 
 
+@pytest.mark.parametrize("power", range(0, 18, 2))
+def test_loss_scales_of_float16(form, power):
+    """Near-duplicates have weights of 1 / distance^2, times the loss scale. Where the gradient of the rows, which is
+    float16 by its dtype, is in range, nothing overflows on the way; where it is not, the scaler sees that it is not
+    finite and halves the scale."""
+    rows, v, g = make(16, 900, 48, torch.float64)
+    with torch.no_grad():
+        rows.copy_(torch.nn.functional.normalize(rows))
+        rows[1] = rows[0]
+    args = [t.detach().to(dt) for t, dt in ((rows, torch.float16), (v, torch.float32), (g, torch.float32))]
+    args[0][1, 3] = args[0][0, 3] * (1 + 2**-10)
+    args = [t.requires_grad_() for t in args]
+    exact = evaluate(reference.koleo, wide(args), 2, 2.0**power)
+    with products.half_products():
+        got = evaluate(koleo, args, 2, 2.0**power)
+    if exact[1].abs().max() < torch.finfo(torch.float16).max:
+        assert all(error(a, b) < 2e-2 for a, b in zip(got, exact, strict=True))
+    else:
+        assert not torch.isfinite(got[1]).all()
+
+
 @pytest.mark.parametrize("d", [3, 40])
 def test_single_rows_follow_the_formula(form, d):
     """B = 1: its own neighbour, distance eps * sqrt(K), no gradient."""

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import Variant
+from ..launching import on_their_device
 from ..packed_triton import Pair, group_pairs, why_not
 from ..packing import kept_groups, num_tokens
 from ..partial_sums.triton import add_up
@@ -217,6 +218,7 @@ def _places(subset: Tensor | None, kept: Sequence[int], x: Tensor) -> Tensor:
     return x if subset is None else subset[sum(kept) :]
 
 
+@on_their_device
 def add_norm(
     x: Tensor,  # (T, D)
     y: Tensor,  # (Ra, D)
@@ -264,6 +266,7 @@ def _forward_constants(
     return {"D": dim, "BLOCK_R": FORWARD_ROWS, "BLOCK_D": block, **flags, "HAS_NORM": has_norm, "HAS_STATS": has_stats}
 
 
+@on_their_device
 def add_norm_backward(
     grad: Tensor | None,  # (T, D)
     grad_normed: Tensor | None,  # (Rn, D)

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import fp8
 from ..aot import Variant
 from ..fp8_triton import row_scale
+from ..launching import on_their_device
 
 MAX_DIM = 8192  # a row has to fit one block's registers
 VALUES = 1024  # of a row, for each warp: one warp exchanges nothing with others
@@ -58,6 +59,7 @@ def why_not(x: Tensor) -> str | None:
     return None if x.shape[1] <= MAX_DIM else f"a row of {x.shape[1]} values does not fit one block (at most {MAX_DIM})"
 
 
+@on_their_device
 def add_norm_fp8_(
     x: Tensor,  # (T, D), contiguous; overwritten by the sum
     y: Tensor | None,  # (T, D)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import Variant
+from ..launching import on_their_device
 from ..packing import pairs
 from ..partial_sums.triton import add_up
 
@@ -150,6 +151,7 @@ def _constants(num_heads: int, head_dim: int, length: int, upcast: bool = False)
     return {**shape, "BLOCK": BLOCK, "BLOCK_D": block_d, "UPCAST": upcast}
 
 
+@on_their_device
 def forward(
     qkv: Tensor,  # (T, 3 * D)
     num_heads: int,
@@ -166,6 +168,7 @@ def forward(
     return out
 
 
+@on_their_device
 def backward(
     grad: Tensor,  # (T, D)
     qkv: Tensor,  # (T, 3 * D)
@@ -248,6 +251,7 @@ class ColumnSums:
         parts = [x[:, i * self.dim :] for i in range(3)]
         self._launch(parts, x, x.shape[0], 3 * self.dim, copy=False)
 
+    @on_their_device
     def _launch(self, parts: Sequence[Tensor], out: Tensor, rows: int, stride: int, copy: bool) -> None:
         programs = max(min(self.programs, triton.cdiv(rows, PACK_ROWS)), 1)
         attention_pack_kernel[(self.blocks, 3, programs)](

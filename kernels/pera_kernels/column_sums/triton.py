@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import Variant
+from ..launching import on_their_device
 from ..partial_sums.triton import add_up
 
 BLOCK_R, BLOCK_C = 16, 256  # of a tile: 32 values a thread
@@ -35,6 +36,7 @@ def column_sums_kernel(
     tl.store(sums_ptr + program.to(tl.int64) * C + col, tl.sum(sums, 0), mask=col < C)
 
 
+@on_their_device
 def column_sums(x: Tensor) -> Tensor:
     """Sums (C,) float32 over the rows of x (R, C)."""
     x = x.contiguous()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import products
 from ..aot import Variant
+from ..launching import on_their_device
 from ..products import mm
 from . import weight_norm
 
@@ -197,6 +198,7 @@ def _tile(dim: int) -> tuple[int, int, int]:
     return height, width, min(max(height * width // 512, 1), 16)
 
 
+@on_their_device
 def effective(v: Tensor, g: Tensor, out: Tensor, inverse_norms: Tensor) -> Tensor:
     """g v / ||v|| of a contiguous chunk (c, d), written to ``out`` (c, d), and 1 / ||v|| (c,) float32."""
     count, dim = v.shape
@@ -226,6 +228,7 @@ def other_of(low_rank: weight_norm.LowRank) -> Other:
     return Other((matrix / scale).to(low_rank.rows.dtype), scale, low_rank.rows[-1])
 
 
+@on_their_device
 def effective_backward(
     grad_w: Tensor, v: Tensor, g: Tensor, grad_v: Tensor, grad_g: Tensor, other: tuple[Tensor, Tensor, Tensor] | None
 ) -> None:
@@ -286,6 +289,7 @@ def forward(
     )[0]
 
 
+@on_their_device
 def forward_with_weights(
     student_rows: Tensor,
     student_v: Tensor,
@@ -324,6 +328,7 @@ def forward_with_weights(
     return (loss, student_lse, teacher_lse, inverse_norms), student_weights
 
 
+@on_their_device
 def backward(
     grad: Tensor,  # (N,)
     student_rows: Tensor,

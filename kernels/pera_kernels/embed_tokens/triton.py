@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import packed_triton as packed
 from ..aot import Variant
+from ..launching import on_their_device
 from ..partial_sums.triton import add_up
 
 TILE_VALUES = 4096  # of an elementwise program: 32 a thread
@@ -118,6 +119,7 @@ def tile(dim: int) -> tuple[int, int]:
     return min(TILE_VALUES // block, 64), block
 
 
+@on_their_device
 def position_sums(
     grad: Tensor,  # (N * length, D)
     index: Tensor,  # (N, n) int32
@@ -151,6 +153,7 @@ def position_sums(
     return (sums.sum(0) if chunks > 1 else sums.view(positions, dim)), patches
 
 
+@on_their_device
 def embed_tokens_pack(
     product: Tensor,  # (N * n, D)
     bias: Tensor,  # (D,)

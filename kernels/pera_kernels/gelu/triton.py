@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import Variant
+from ..launching import on_their_device
 from ..packed_triton import why_not
 from ..partial_sums.triton import add_up
 
@@ -81,6 +82,7 @@ def gelu_bwd_kernel(
     tl.store(sums_ptr + program.to(tl.int64) * C + col, tl.sum(sums, 0), mask=col < C)
 
 
+@on_their_device
 def gelu(x: Tensor, out: Tensor) -> Tensor:
     """Fills out, which may be x; both contiguous. Returns it."""
     if x.numel():
@@ -89,6 +91,7 @@ def gelu(x: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+@on_their_device
 def gelu_backward_(
     grad: Tensor,  # (R, C), overwritten
     x: Tensor,  # (R, C)

@@ -13,6 +13,7 @@ from .. import fp8
 from ..aot import Variant
 from ..fp8_triton import row_scale
 from ..gelu.triton import normal_cdf
+from ..launching import on_their_device
 
 MAX_COLUMNS = 16384  # a row has to fit one block's registers
 VALUES = 1024  # of a row, for each warp: 32 a thread
@@ -59,6 +60,7 @@ def why_not(x: Tensor) -> str | None:
     return None
 
 
+@on_their_device
 def gelu_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Values (R, C) in e4m3 and scales (R, 1) of gelu(x), x (R, C)."""
     x = x.contiguous()

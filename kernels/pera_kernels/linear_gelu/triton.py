@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..aot import Variant
 from ..gelu.triton import normal_cdf
+from ..launching import on_their_device
 from ..partial_sums.triton import add_up
 
 __all__ = ["VARIANTS", "Tile", "linear_gelu", "linear_gelu_backward", "why_not"]
@@ -162,6 +163,7 @@ def _tiles(t: Tensor, *block: int) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), [t.shape[1], 1], list(block))
 
 
+@on_their_device
 def linear_gelu(
     x: Tensor,  # (M, K)
     weight: Tensor,  # (N, K)
@@ -187,6 +189,7 @@ def linear_gelu(
     return out, hidden
 
 
+@on_their_device
 def linear_gelu_backward(
     y: Tensor,  # (M, K), gradient of the next layer's result
     weight: Tensor,  # (K, N), of the next layer

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import packed_triton as packed
 from ..aot import Variant
 from ..embed_tokens.triton import NUM_WARPS, position_sums, tile
+from ..launching import on_their_device
 from ..partial_sums.triton import add_up
 
 why_not = packed.why_not
@@ -65,6 +66,7 @@ def mask_tokens_bwd_kernel(
     tl.store(grad_tokens_ptr + row[:, None] * D + cols, grad, mask=mask)
 
 
+@on_their_device
 def mask_tokens(
     tokens: Tensor,  # (N * length, D)
     mask_token: Tensor,  # (D,)
@@ -85,6 +87,7 @@ def mask_tokens(
     return out
 
 
+@on_their_device
 def mask_tokens_backward(
     grad: Tensor,  # (N * (length + n), D)
     pos: Tensor,  # (1 + L, D)

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import Variant
+from ..launching import on_their_device
 
 BLOCK_C = 16  # columns of a program: 64 bytes of a row, so that a few hundred columns fill the card
 BLOCK_P = 256  # partial sums in flight at once
@@ -34,6 +35,7 @@ def add_up_kernel(
     tl.store(total_ptr + batch * C + col, tl.sum(sums, 0), mask=col < C)
 
 
+@on_their_device
 def add_up(partial: Tensor, out: Tensor | None = None) -> Tensor:
     """Sums over the programs.
 

@@ -34,6 +34,7 @@ from pera_kernels.visible_patches.triton import (
 )
 
 from ..aot import Variant
+from ..launching import on_their_device
 
 
 @triton.jit
@@ -277,6 +278,7 @@ def _launch(
     return index.shape[0] * tiles, tensors, (index.shape[1], tiles, width // patch_size, *strides), constants
 
 
+@on_their_device
 def pixel_loss(
     pred: Tensor,  # (N * n, P * P * C)
     crops: Tensor,  # (N, H, W, C) uint8 or uint16, or (N, C, H, W) float
@@ -295,6 +297,7 @@ def pixel_loss(
     return loss
 
 
+@on_their_device
 def pixel_loss_backward(
     grad: Tensor,  # ()
     pred: Tensor,  # (N * n, P * P * C)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import fp8
 from ..aot import Variant
 from ..fp8_triton import row_scale
+from ..launching import device_of, on_their_device
 from .op import Slot
 
 MAX_COLUMNS = 16384  # a row has to fit one block's registers
@@ -67,6 +68,7 @@ def why_not(x: Tensor) -> str | None:
     return None
 
 
+@on_their_device
 def quantize_rows(x: Tensor, values: Tensor, scale: Tensor) -> None:
     """Fill values (R, C) and scale (R, 1), both contiguous, from x (R, C)."""
     x, columns = x.contiguous(), x.shape[1]
@@ -106,9 +108,10 @@ class Table:
     def quantize(self) -> None:
         """Write the copies."""
         constants, dtype = _constants(self.columns), fp8.kernel_dtype()
-        quantize_weights_kernel[(self.rows.shape[0],)](
-            self.addresses, self.rows, **constants, COPY=COPY_TYPES[dtype], num_warps=_warps(constants["BLOCK"])
-        )
+        with device_of(self.rows):
+            quantize_weights_kernel[(self.rows.shape[0],)](
+                self.addresses, self.rows, **constants, COPY=COPY_TYPES[dtype], num_warps=_warps(constants["BLOCK"])
+            )
         for slot, out in zip(self.weights, self.outs, strict=True):
             if out is not slot.copy.values:
                 slot.copy.values.copy_(out)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import packed_triton as packed
 from ..aot import Variant
+from ..launching import on_their_device
 from ..packed_triton import find_kept, program_place
 from ..packing import kept_groups, num_tokens
 
@@ -80,6 +81,7 @@ def _scales(pair: packed.Pair) -> list[float]:
     return [n / k if k else 0.0 for n, k in zip(pair.n, pair.kept, strict=True)]
 
 
+@on_their_device
 def sequence_add(
     x: Tensor,  # (T, D)
     y: Tensor,  # (R, D)
@@ -101,6 +103,7 @@ def sequence_add(
     return out
 
 
+@on_their_device
 def sequence_add_backward(
     grad: Tensor,  # (T, D)
     keep: Tensor,  # (sum(kept),) int32

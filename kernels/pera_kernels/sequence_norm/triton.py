@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import packed_triton as packed
 from ..aot import Variant
+from ..launching import on_their_device
 from ..packed_triton import find_kept, program_place, stream_row
 from ..packing import kept_groups, num_tokens
 from ..partial_sums.triton import add_up
@@ -155,6 +156,7 @@ def _num_warps(tile: tuple[int, int], values: int) -> int:
     return min(max(tile[0] * tile[1] // (32 * values), 1), 16)
 
 
+@on_their_device
 def sequence_norm(
     x: Tensor,  # (T, D)
     weight: Tensor,  # (D,)
@@ -183,6 +185,7 @@ def sequence_norm(
     return y, mean, rstd
 
 
+@on_their_device
 def sequence_norm_backward(
     grad: Tensor,  # (R, D)
     x: Tensor,  # (T, D)

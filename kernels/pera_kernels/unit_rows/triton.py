@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import Variant
+from ..launching import on_their_device
 
 MAX_DIM = 8192  # a row has to fit one block's registers
 VALUES = 2048  # of a program
@@ -61,6 +62,7 @@ def _constants(dim: int) -> dict[str, int]:
     return {"D": dim, "BLOCK_R": max(VALUES // block, 1), "BLOCK_D": block}
 
 
+@on_their_device
 def unit_rows(x: Tensor, eps: float) -> Tensor:
     """Unit rows (R, D) of contiguous x (R, D)."""
     out, constants = torch.empty_like(x), _constants(x.shape[1])
@@ -69,6 +71,7 @@ def unit_rows(x: Tensor, eps: float) -> Tensor:
     return out
 
 
+@on_their_device
 def unit_rows_backward(grad: Tensor, x: Tensor, eps: float) -> Tensor:
     """Gradient of x (R, D) from that of the unit rows (R, D); both contiguous."""
     out, constants = torch.empty_like(x), _constants(x.shape[1])

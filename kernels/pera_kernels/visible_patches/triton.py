@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import Variant
+from ..launching import on_their_device
 from .pixels import (
     BYTES,
     PACKED,
@@ -226,6 +227,7 @@ def normalisation(mean: Sequence[float], std: Sequence[float]) -> dict[str, tupl
     return {"MEAN": tuple(float(x) for x in mean), "INVERSE_STD": tuple(1.0 / float(x) for x in std)}
 
 
+@on_their_device
 def contrast_mean(
     crops: Tensor,  # (N, H, W, C) uint8 or uint16
     order: Tensor,  # (N, 4)
@@ -249,6 +251,7 @@ def contrast_mean(
     return means
 
 
+@on_their_device
 def visible_patches(
     crops: Tensor,  # (N, H, W, C) uint8 or uint16, or (N, C, H, W) float
     index: Tensor,  # (N, n)
