@@ -137,7 +137,9 @@ def test_loss_scales_of_float16(form, power):
     with products.half_products():
         got = evaluate(koleo, args, 2, 2.0**power)
     if exact[1].abs().max() < torch.finfo(torch.float16).max:
-        assert all(error(a, b) < 2e-2 for a, b in zip(got, exact, strict=True))
+        plain = zip(evaluate(reference.koleo, args, 2), evaluate(reference.koleo, wide(args), 2), strict=True)
+        for a, b, (c, d) in zip(got, exact, plain, strict=True):
+            assert error(a, b) <= error(c, d) / 2
     else:
         assert not torch.isfinite(got[1]).all()
 
