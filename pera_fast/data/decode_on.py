@@ -19,8 +19,9 @@ from pera_fast.data.manifest import Manifest
 pc: Any = pyarrow.compute  # made when it is imported: type checkers see none of its functions
 
 # Seconds on one core of an AMD EPYC (Zen 5, 2026-11-26, torch 2.13), fitted to the loader's processor time for vit_b16
-# and files of 512 and 1024 px: 2.2 and 5.4 ms for JPEG, 6.1 and 16 ms for PNG, 4.8 and 11 ms for TIFF (deflate).
-_JPEG_PIXEL, _OTHER_PIXEL = 4.0e-9, 19e-9  # of an image, to read and decode it
+# and files of 512 and 1024 px: 6.1 and 16 ms for PNG, 4.8 and 11 ms for TIFF (deflate). JPEG takes from 2.2 ms for smooth
+# scenes to 5.7 ms for aerial photographs at quality 90, 73 kB at 512 px: the latter is what is reckoned with.
+_JPEG_PIXEL, _OTHER_PIXEL = 13e-9, 19e-9  # of an image, to read and decode it
 _CROP, _CROP_PIXEL = 53e-6, 1.2e-9  # of a crop, and of its pixels
 # A core of an older machine takes that many times as long (Xeon at 2.8 GHz, docs/results.md). Taken for all: a loader
 # that is too slow costs the step more than one that uses the GPU.
@@ -77,7 +78,8 @@ def choose(
         limit = f"{cores:.3g} cores" if threads is None else f"{cores:.3g} cores and data.loader_threads={threads}"
         reason = f"{limit} make about {made:,.0f} images/s of these files, the step takes {step_rate:,.0f} at most"
     if threads is None and on == "cpu":
-        enough = _MOST_THREADS if step_rate is None else math.ceil(_MARGIN * step_rate * image_seconds)
+        # Twice what is enough: a core may be shared, a file may be slow, and a thread that waits costs nothing.
+        enough = _MOST_THREADS if step_rate is None else math.ceil(2 * _MARGIN * step_rate * image_seconds)
         threads = int(max(1, min(busy, max(enough, _THREADS))))
     return Decoding(on, threads or _THREADS, reason)
 
