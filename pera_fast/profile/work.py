@@ -1,8 +1,8 @@
 """Launches, bytes and FLOPs of a training step on a GPU, counted without one.
 
 The trainer's own step runs on fake tensors that seem to lie on a GPU (``on_gpu``). Ops of ``pera_kernels`` state what
-they cost (``pera_kernels.cost``); one that states nothing is opened: what it calls is counted. PyTorch's operators count
-by class (``operators``).
+they cost (``pera_kernels.cost``); one that states nothing is opened: what it calls is counted. PyTorch's operators
+count by class (``operators``).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,8 +20,13 @@ from pera_fast.profile import count
 from pera_fast.profile.on_gpu import on_gpu
 from pera_fast.profile.work import Counting, Work
 from pera_fast.train.flops import flops_per_image
-from pera_kernels import cost
+from pera_kernels import backend, cost
+from pera_kernels.add_norm import add_norm
 from pera_kernels.gelu import gelu
+from pera_kernels.linear_gelu import linear_gelu, linear_gelu_backward
+from pera_kernels.quantize_rows import quantize_rows
+from pera_kernels.sequence_add import sequence_add
+from pera_kernels.sequence_norm import sequence_norm
 
 SMALL = [
     *("train.batch_size=2", "model.embed_dim=64", "model.num_heads=1", "model.head_hidden=64", "model.depth=3"),
@@ -51,16 +57,16 @@ def counted(*overrides: str, **options) -> tuple[Work, Counter[str]]:
     return work, kept[0].by_op
 
 
-def inside(run) -> Work:
-    """The work of some calls on tensors that seem to lie on a GPU."""
-    counting = Counting()
+def inside(run: Callable[[], None], opened: bool = False) -> Counting:
+    """Counts some calls on tensors that seem to lie on a GPU."""
+    counting = Counting(opened)
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         counting,
         on_gpu((9, 0), 132, 1, counting.launched, lambda _: None),
     ):
         run()
-    return counting.work
+    return counting
 
 
 @pytest.mark.parametrize(
@@ -74,21 +80,49 @@ def test_stated_launches_are_those_that_ops_make(overrides: tuple[str, ...]) -> 
     assert stated[0].total("launches") == opened[0].total("launches")
 
 
+def others() -> None:
+    """Ops that a small step does not run."""
+    half = {"dtype": torch.bfloat16, "device": "cuda"}
+    groups, kept = [2, 5, 3, 2], [1, 2]
+    x, y = (torch.empty(rows, 64, **half, requires_grad=True) for rows in (16, 9))
+    keep = torch.empty(3, dtype=torch.int32, device="cuda")
+    sequence_add(x, y, groups, keep, kept).sum().backward()
+    norm = (torch.empty(64, device="cuda", requires_grad=True) for _ in range(2))
+    sequence_norm(x, *norm, 1e-6, groups, keep, kept).sum().backward()
+    gelu(torch.empty(4, 64, **half, requires_grad=True)).sum().backward()
+    out = add_norm(x, torch.empty(16, 64, **half), None, None, None, 1e-6, groups)[0]
+    out.backward(torch.empty_like(out))
+    quantize_rows(torch.empty(4, 64, **half))
+    wide, weight, hidden = (torch.empty(*shape, **half) for shape in ((8192, 256), (1024, 256), (8192, 1024)))
+    with backend.use("triton"):
+        linear_gelu(wide, weight, torch.empty(1024, **half), with_hidden=True)
+        linear_gelu_backward(wide, weight.t().contiguous(), hidden)
+
+
+def test_stated_launches_of_other_ops() -> None:
+    stated, opened = (inside(others, opened) for opened in (False, True))
+    names = {"sequence_add_backward", "sequence_norm_backward", "gelu_backward_", "linear_gelu_backward"}
+    assert names | {"quantize_rows", "add_norm_backward"} <= set(stated.by_op)
+    assert stated.by_op == opened.by_op
+
+
 def test_every_op_states_its_cost() -> None:
     ours = {name for name in OPDEFS if name.startswith("pera::")}
-    assert ours and {name for name in ours if cost.stated(name) is None and not cost.is_opened(name)} == set()
+    assert ours
+    assert {name for name in ours if cost.stated(name) is None and not cost.is_opened(name)} == set()
 
 
 def test_operators_by_class() -> None:
     def run() -> None:
         x, w = (torch.empty(256, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-        assert x.is_cuda and x.device.type == "cuda"
+        assert x.is_cuda
+        assert x.device.type == "cuda"
         y = x @ w.t()  # 256 x 256 x 128
         y.view(-1).add_(1)
         y[:, :128].copy_(x)
         gelu(x)
 
-    work = inside(run)
+    work = inside(run).work
     product, add = 2 * (2 * 256 * 128 + 256 * 256), 2 * 2 * 256 * 256
     copy = move = 2 * 2 * 256 * 128
     assert work.by_part("launches") == {"products": 1, "passes": 3}
@@ -106,7 +140,7 @@ def test_attention_is_two_products_forward_and_five_backward() -> None:
         )
 
     one = 2 * 3 * 2 * 64 * 64 * 32
-    assert inside(run).by_part("flops")["attention"] == (2 + 5) * one
+    assert inside(run).work.by_part("flops")["attention"] == (2 + 5) * one
 
 
 def test_flops_are_those_of_the_method(vit_b16: Work) -> None:
