@@ -102,6 +102,7 @@ def on_gpu(
         replace(FakeTensor, "data_ptr", _address)
         replace(torch, "tensor", tensor)
         replace(torch.cuda, "is_available", lambda: True)
+        replace(torch.cuda, "current_device", lambda: GPU.index)
         replace(torch.cuda, "device", lambda *_: nullcontext())
         replace(torch.cuda, "Event", _Event)
         replace(torch.cuda, "get_device_capability", lambda *_: capability)
