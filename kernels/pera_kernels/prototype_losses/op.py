@@ -71,6 +71,16 @@ def _(
     return [new(n), new(), *statistics, *spread, new(spread_rows, d), new(spread_rows, d)]
 
 
+def _differentiate(rows: Tensor, v: Tensor, g: Tensor, teacher_v: Tensor, teacher_g: Tensor, count: int, groups: int):
+    """KoLeo's backward up to the prototypes: kernels where the walk over them is made by kernels, else PyTorch's."""
+    if distillation.forward_with_weights(rows, v, g, teacher_v, teacher_g):
+        from pera_kernels.koleo import triton
+
+        if triton.why_not(rows[:count], groups) is None:
+            return triton.differentiate
+    return gram.differentiate
+
+
 @torch.library.custom_op("pera::prototype_losses_backward", mutates_args=())
 def _backward(
     grad_entropies: Tensor,
@@ -88,7 +98,7 @@ def _backward(
     _, backward = distillation.implementation(student_rows, student_v, student_g, teacher_v, teacher_g)
     grad_spread_rows, other = None, None
     if spread_rows:
-        grad_spread_rows, other = gram.differentiate(
+        grad_spread_rows, other = _differentiate(*tensors[:3], teacher_v, teacher_g, spread_rows, groups)(
             *(grad_spread, student_rows[:spread_rows]),
             *(norms, neighbours, distances, gram_rows, gram_differences, groups),
         )
@@ -121,6 +131,7 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.student_temp, ctx.teacher_temp, ctx.spread_rows, ctx.groups = inputs
+    ctx.set_materialize_grads(False)  # no zeros for the results without a gradient
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(*tensors, *output[2:])
 
