@@ -1,8 +1,11 @@
 """Every Triton kernel's launch, up to the compiler, under a stand-in for a GPU's driver (stub_driver.py)."""
 
+import ast
+import importlib
 import os
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from stub_driver import Aten, counts, stub_driver
 from torch._library.custom_ops import OPDEFS
+from triton.runtime.jit import JITFunction
 
+import pera_kernels
 from pera_fast.config import load_config
 from pera_fast.model.pera import PerA
 from pera_fast.profile.batches import random_inputs
@@ -67,6 +72,7 @@ def launches() -> Iterator[dict[str, Counter[str]]]:
         for name, run in {
             "bf16": lambda: step("train.precision=bf16", "model.recompute=none", "model.teacher_precision=fp8"),
             "fp32": lambda: step("train.precision=fp32", "model.recompute=cheap"),
+            "fp16": lambda: step("train.precision=fp16", "model.recompute=block", "loss.koleo_on=bottleneck"),
             "others": others,
         }.items():
             start = len(seen)
@@ -76,9 +82,24 @@ def launches() -> Iterator[dict[str, Counter[str]]]:
     patch.undo()
 
 
+def launched_in_source() -> set[str]:
+    """Kernels that any module of the package launches: what is called as ``kernel[grid](...)``."""
+    found = set()
+    for path in sorted(Path(pera_kernels.__file__).parent.rglob("*.py")):
+        name = ".".join(("pera_kernels", *path.relative_to(Path(pera_kernels.__file__).parent).with_suffix("").parts))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)):
+                continue
+            kernel = getattr(importlib.import_module(name), ast.unparse(node.func.value), None)
+            assert kernel is not None, f"{path.name}:{node.lineno}: a kernel is to be launched by its name"
+            found |= {kernel.__name__} if isinstance(kernel, JITFunction) else set()
+    return found
+
+
 def test_every_kernel_is_launched(launches: dict[str, Counter[str]]) -> None:
     """A new kernel that nothing here launches fails this test."""
     every = {variant.kernel.__name__ for _, variant in variants()}
+    assert launched_in_source() == every
     assert every - set(sum(launches.values(), Counter())) == set()
 
 

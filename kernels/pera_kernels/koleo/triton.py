@@ -1,8 +1,8 @@
 """Triton kernels of KoLeo for whatever has no prototypes in it: four kernels around the products, in float64.
 
-With PyTorch's operators these few kilobytes are 72 launches more. The maths is that of ``gram``, whose products stay with
-cuBLAS: ``koleo_neighbours_kernel`` finds each row's neighbour and D, ``koleo_distances_kernel`` the loss's terms from
-D and G D; backward, ``koleo_bwd_kernel`` makes the rows' gradient and the two factors of W's, and
+With PyTorch's operators these few kilobytes are 72 launches more. The maths is that of ``gram``, whose products stay
+with cuBLAS: ``koleo_neighbours_kernel`` finds each row's neighbour and D, ``koleo_distances_kernel`` the loss's terms
+from D and G D; backward, ``koleo_bwd_kernel`` makes the rows' gradient and the two factors of W's, and
 ``koleo_matrix_kernel`` scales their product. A program writes what is its own: no atomics, equal bits on every repeat.
 """
 
