@@ -49,6 +49,9 @@ def batches(
         bool | None, typer.Option("--compare-simulated/--no-compare-simulated", show_default="on cuda")
     ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Simulations at a time.", show_default="one a core")] = None,
+    world_size: Annotated[
+        int, typer.Option(min=1, help="GPUs that train together, for the predicted times (simulate).")
+    ] = 1,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings, such as model.prototypes=65536.")
     ] = None,
@@ -59,6 +62,7 @@ def batches(
     profile(
         recipe or ["vit_b16"], out, device, batch_sizes, overrides or [], policies=policies, dense=dense,
         sweep_ratios=sweep_ratios, steps=steps, compare=compare_simulated, jobs=jobs,
+        world_size=world_size,
     )  # fmt: skip
 
 

@@ -109,12 +109,13 @@ def quick_parts(device: str, recipe: str) -> list[Part]:
         checkout = "--checkout", os.environ.get("PERA_OFFICIAL", "")
         return quick(f"published-{batch}", 35, "published", batch, *checkout, "--rounds", "3", needs="PERA_OFFICIAL")
 
+    long = "--steps", "12", "--rounds", "3"  # the host waits after each round, which a run never does
     tests = ["tests/test_official_parity.py", "tests/kernels", "tests/train", "tests/data/test_streams.py"]
     loader = ["bench", "data/jpeg", "--images", "64", "--device", device, "--recipe", recipe, "--passes", "1"]
     return [
         Part("tests", [python, "-m", "pytest", *options, *tests], 90),
-        quick("step-64", 45, "step", 64),
-        quick("step-16", 30, "step", 16),
+        quick("step-64", 45, "step", 64, *long),
+        quick("step-16", 30, "step", 16, *long),
         published(64),
         published(16),
         quick("step-256", 40, "step", 256, "--rounds", "3"),

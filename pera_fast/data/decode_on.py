@@ -19,8 +19,8 @@ from pera_fast.data.manifest import Manifest
 pc: Any = pyarrow.compute  # made when it is imported: type checkers see none of its functions
 
 # Seconds on one core of an AMD EPYC (Zen 5, 2026-11-26, torch 2.13), fitted to the loader's processor time for vit_b16
-# and files of 512 and 1024 px: 6.1 and 16 ms for PNG, 4.8 and 11 ms for TIFF (deflate). JPEG takes from 2.2 ms for smooth
-# scenes to 5.7 ms for aerial photographs at quality 90, 73 kB at 512 px: the latter is what is reckoned with.
+# and files of 512 and 1024 px: 6.1 and 16 ms for PNG, 4.8 and 11 ms for TIFF (deflate). A JPEG of 512 px takes 2.2 ms
+# if it shows a smooth scene, 5.7 ms as an aerial photograph at quality 90, 73 kB: the latter is reckoned with.
 _JPEG_PIXEL, _OTHER_PIXEL = 13e-9, 19e-9  # of an image, to read and decode it
 _CROP, _CROP_PIXEL = 53e-6, 1.2e-9  # of a crop, and of its pixels
 # A core of an older machine takes that many times as long (Xeon at 2.8 GHz, docs/results.md). Taken for all: a loader

@@ -79,6 +79,10 @@ class Fp8Copies:
         """Bytes of all copies and scales."""
         return sum(slot.copy.values.nbytes + slot.copy.scale.nbytes for slot in self._quantizer.slots)
 
+    def traffic(self) -> dict[str, int]:
+        """Bytes that the kernel which writes the copies reads and writes, by its name."""
+        return self._quantizer.traffic()
+
     def refresh(self) -> None:
         """Write all copies anew: call it after every change of the weights. The host waits for nothing."""
         self._quantizer()

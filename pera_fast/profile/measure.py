@@ -48,6 +48,7 @@ def measure(point: Point) -> Point:
             memory = simulate_step(cfg)
             found.peak = found.reserved = memory.peak
             found.between_steps, found.at_peak = memory.between_steps, memory.at_peak
+            _predict(cfg, found)
         else:
             _real_steps(cfg, torch.device(point.device), found)
     except (MemoryError, RuntimeError) as error:
@@ -56,6 +57,18 @@ def measure(point: Point) -> Point:
         found = replace(point, status="out of memory", note=str(error).strip().splitlines()[0][:200])
     found.took = time.perf_counter() - began
     return found
+
+
+def _predict(cfg: Config, found: Point) -> None:
+    """Fill in the step's work on a GPU and its time on named cards, where Triton is there to count it."""
+    from pera_fast.profile.count import count_step, why_not
+    from pera_fast.profile.predict import predictions
+
+    if why_not() is not None:
+        return
+    work = count_step(cfg, found.world_size)
+    found.launches, found.bytes, found.flops = (work.by_part(what) for what in ("launches", "bytes", "flops"))
+    found.predicted = predictions(work, cfg, found.world_size)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -55,6 +55,9 @@ class Point:
         step_seconds: median, least and most of the timed steps; empty for simulate.
         flops_per_image: of the method's matrix products (``pera_fast.train.flops``).
         took: seconds that finding this out took.
+        world_size: GPUs that train together, for the prediction; each has the batch.
+        launches, bytes, flops: of a step on a GPU, by part (``work.PARTS``); simulate only.
+        predicted: by a card's name, {ms, images_per_s, mfu} of a step (``predict``); simulate only.
     """
 
     variant: Variant
@@ -73,6 +76,11 @@ class Point:
     mfu: float | None = None
     flops_per_image: float = 0.0
     took: float = 0.0
+    world_size: int = 1
+    launches: dict[str, float] = field(default_factory=dict)
+    bytes: dict[str, float] = field(default_factory=dict)
+    flops: dict[str, float] = field(default_factory=dict)
+    predicted: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:

@@ -39,6 +39,7 @@ def profile(
     steps: int = 10,
     compare: bool | None = None,
     jobs: int | None = None,
+    world_size: int = 1,
 ) -> Profile:
     """Memory and speed of training steps over batch sizes, written into a folder.
 
@@ -54,6 +55,7 @@ def profile(
         steps: timed steps of a point, real devices only.
         compare: also simulate what was measured; None: on cuda.
         jobs: processes that simulate at a time; None: one a core.
+        world_size: GPUs that train together, for the predicted times; simulate only.
 
     Raises:
         UserError: wrong arguments, no such device, a folder that cannot be written, or no point that ran.
@@ -65,7 +67,11 @@ def profile(
         for size in sizes:
             variant.config(size).train.resolve_batch(1)
     folder = make_folder(Path(out), "profile.json")
-    points = [Point(variant, size, device, steps) for variant in variants for size in _sizes(variant, device, sizes)]
+    points = [
+        Point(variant, size, device, steps, world_size=world_size)
+        for variant in variants
+        for size in _sizes(variant, device, sizes)
+    ]
     found = _run(points, jobs)
     if not any(p.ok for p in found):
         raise UserError(f"no point could be run; the first: {found[0].status}: {found[0].note}")

@@ -99,7 +99,7 @@ def simulate_step(cfg: Config) -> StepMemory:
         with count.label("optimiser state"):
             _make_state(optimizer)
         with count.label("crops"):
-            inputs = _copies(real, fake)
+            inputs = copies(real, fake)
         between, since = count.live, len(count.events)
         world = World(0, 1, CPU)
         train_step(
@@ -141,7 +141,9 @@ def _sum_parts(labels: Mapping[Label, int]) -> dict[str, int]:
     return sums
 
 
-def _copies(inputs: StepInputs, fake: FakeTensorMode) -> StepInputs:
+def copies(inputs: StepInputs, fake: FakeTensorMode) -> StepInputs:
+    """Fake inputs of the shapes of real ones."""
+
     def copy(tensor: Tensor) -> Tensor:
         return torch.empty_like(fake.from_tensor(tensor))  # an op, so that it is counted
 

@@ -139,6 +139,18 @@ def _batch(batch: int | None) -> str:
     return "?" if batch is None else str(batch) if batch else "-"
 
 
+def predictions_table(profile: Profile) -> tuple[list[str], Rows]:
+    """Launches of a step, and the milliseconds that it is predicted to take on each card."""
+    shown = [p for p in profile.points if p.ok and p.predicted and p.variant.purpose != "ratios"]
+    cards = list(dict.fromkeys(name for p in shown for name in p.predicted))
+    header = ["variant", "batch", "launches", *cards]
+    rows = []
+    for p in shown:
+        times = [f"{p.predicted[name]['ms']:.1f}" if name in p.predicted else "" for name in cards]
+        rows.append([p.variant.name(), str(p.batch_size), f"{sum(p.launches.values()):.0f}", *times])
+    return header, rows
+
+
 def breakdown_points(profile: Profile) -> list[Point]:
     """Each variant's point at the largest batch size that was asked for and that all could run; else its largest."""
     groups = by_variant([p for p in profile.points if p.ok and p.at_peak and p.variant.purpose != "ratios"])
@@ -182,6 +194,7 @@ def show(profile: Profile, console: Console) -> None:
     titles = {
         "Points": points_table(profile),
         "Lines, and the largest batch predicted to fit": fits_table(profile),
+        "Predicted ms a step, whether or not the card holds it": predictions_table(profile),
         "What the bytes are": breakdown_table(profile),
         "Simulated against measured": comparison_table(profile),
     }

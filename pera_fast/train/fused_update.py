@@ -65,6 +65,11 @@ class FusedUpdate:
         """Look the optimizer's state up again at the next step: it was replaced."""
         self._pass = None
 
+    def traffic(self) -> dict[str, int]:
+        """Bytes that kernels which know tensors by addresses read and write in an update, by the kernel's name."""
+        fp8 = self.model.fp8_copies
+        return {**(self._pass.traffic() if self._pass else {}), **(fp8.traffic() if fp8 else {})}
+
     def _make(self) -> AdamWEma:
         group: dict[str, Any] = self.optimizer.param_groups[0]
         student, teacher = self.model.student.parameters(), self.model.teacher.parameters()

@@ -92,6 +92,9 @@ class StepGraph:
         parameters: all that may get gradients.
         accumulate: micro-batches of a step.
         record: as ``record`` above.
+
+    Attributes:
+        backward: as given.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class StepGraph:
         accumulate: int,
         record: Callable[[Callable[[], Tensor], Forget], tuple[Replay, Tensor]] = record,
     ):
-        self._backward, self._parameters, self._record = backward, list(parameters), record
+        self.backward, self._parameters, self._record = backward, list(parameters), record
         self._adds = accumulate > 1
         self._tensors: list[Tensor] = []  # of the inputs, in the order of `apply`
         self._replay: Replay | None = None
@@ -132,7 +135,7 @@ class StepGraph:
 
         own = inputs.apply(keep)
         self._temp = torch.full((), teacher_temp, device=self._tensors[0].device)
-        self._replay, self._out = self._record(lambda: self._backward(own, self._temp), self._forget)
+        self._replay, self._out = self._record(lambda: self.backward(own, self._temp), self._forget)
         if self._adds:
             self.begin_step()  # what the warm-up has left
 

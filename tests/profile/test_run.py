@@ -127,3 +127,22 @@ def test_one_batch_size_gives_points_without_a_line(tmp_path: Path) -> None:
     found = Profile({"device": "simulate"}, line(VARIANT, "simulate", 2, 0.1, (8,)), [8])
     write(found, tmp_path)
     assert json.loads((tmp_path / "profile.json").read_text(encoding="utf-8"))["fits"] == []
+
+
+def test_a_simulated_profile_predicts_times_on_cards(tmp_path: Path) -> None:
+    """Work and times of each point in profile.json; GPUs that train together exchange gradients."""
+    pytest.importorskip("triton")
+    found = {}
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        profile(["tiny"], out, "simulate", "2", [], policies="none", dense=False, jobs=1, world_size=ranks)
+        found[ranks] = json.loads((out / "profile.json").read_text(encoding="utf-8"))["points"][0]
+    one, two = found[1], found[2]
+    for what in ("launches", "bytes", "flops"):
+        assert all(amount >= 0 for amount in one[what].values())
+        assert sum(one[what].values()) > 0
+    assert {"A100", "H100", "H200", "B200", "L40S", "RTX 4090"} == set(one["predicted"])
+    assert one["predicted"]["H200"]["images_per_s"] == pytest.approx(2000 / one["predicted"]["H200"]["ms"])
+    assert "exchange" not in one["bytes"]
+    assert two["bytes"]["exchange"] > 0
+    assert two["predicted"]["L40S"]["ms"] > one["predicted"]["L40S"]["ms"]

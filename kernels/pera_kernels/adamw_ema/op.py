@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backend
+from .. import backend, cost
 from ..launching import device_of
 from . import reference
 from .reference import Slot
@@ -102,6 +102,14 @@ class AdamWEma:
                 reference.apply(self.slots, self._gradients, self._scalars, **values)
             else:
                 self._table.apply(**values)
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes that the kernels of the last `prepare` and an `apply` read and write, by the kernel's name."""
+        taken = [(slot, g) for slot, g in zip(self.slots, self._gradients, strict=True) if g is not None]
+        trained = sum(2 * cost.size(slot.param, slot.exp_avg, slot.exp_avg_sq) for slot, _ in taken)
+        copied = sum(cost.size(slot.copy, slot.teacher_copy) + 2 * cost.size(slot.teacher) for slot in self.slots)
+        gradients = sum(cost.size(g) for _, g in taken)
+        return {"sum_squares_kernel": gradients, "adamw_ema_kernel": gradients + trained + copied}
 
     def _place(self) -> AbstractContextManager[object]:
         return device_of(self.slots[0].param)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backend
+from .. import backend, cost
 from ..packing import kept_groups, num_tokens
 from ..sequence_add.op import sequence_add, sequence_add_backward
 from ..sequence_norm.op import sequence_norm_backward, sequence_norm_with_stats
@@ -131,6 +131,26 @@ def _(
     rows = num_tokens(kept_groups(groups, add_kept)) if subset else 0
     sums = x.new_empty(3, x.shape[1], dtype=_stats_dtype(x))
     return [torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(rows, x.shape[1]), sums]
+
+
+@cost.of("pera::add_norm")
+def _(result, x, y, _y_bias, _weight, _bias, _eps, groups, *_subsets):
+    return cost.passes(cost.size(x, y, result), groups)
+
+
+@cost.of("pera::add_norm_")
+def _(result, x, y, _y_bias, _weight, _bias, _eps, groups):
+    return cost.passes(2 * cost.size(x) + cost.size(y, result), groups)
+
+
+@cost.of("pera::add_norm_backward")
+def _(result, grad, grad_normed, x, _weight, mean, rstd, groups, *rest):
+    grad_x, grad_y, sums = result
+    moved = cost.size(grad, grad_normed, x, mean, rstd, grad_x, grad_y)
+    has_norm, has_bias = grad_normed is not None, rest[-1]
+    # All three sums are added up at once; where some are not wanted, they are zeroed first.
+    launches = 1 if has_norm and has_bias else 2 if has_norm or has_bias else 1
+    return [*cost.passes(moved, groups), cost.Cost(launches, cost.size(sums))]
 
 
 def _setup_context(ctx, inputs, output) -> None:

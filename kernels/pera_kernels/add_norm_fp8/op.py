@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import backend, fp8
+from .. import backend, cost, fp8
 from ..add_norm import add_norm_
 from ..packing import HALF_OR_SINGLE
 from ..quantize_rows import quantize_rows
@@ -41,6 +41,11 @@ def _add_norm_fp8(
 @_add_norm_fp8.register_fake
 def _(x, y, y_bias, weight, bias, eps):
     return x.new_empty(x.shape, dtype=fp8.E4M3), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+
+
+@cost.of("pera::add_norm_fp8_")
+def _(result, x, y, *_rest):
+    return [cost.Cost(bytes=cost.size(x, result) + (0 if y is None else cost.size(x, y)))]
 
 
 def add_norm_fp8_(

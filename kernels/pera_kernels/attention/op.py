@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backend
+from .. import backend, cost
 from ..packing import check, num_tokens, pairs
 from . import cudnn, sdpa, varlen, xformers
 
@@ -238,6 +238,11 @@ def _parts(qkv: Tensor, num_heads: int, groups: Sequence[int]) -> list[Tensor]:
 @_parts.register_fake
 def _(qkv, num_heads, groups):
     return [qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)]
+
+
+cost.opened(
+    "pera::attention", "pera::attention_backward", "pera::attention_backward_with_sums", "pera::attention_parts"
+)
 
 
 def attention_parts(qkv: Tensor, num_heads: int, groups: Sequence[int]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import backend
+from .. import backend, cost
 from ..packing import HALF_OR_SINGLE
 from .reference import column_sums as definition
 
@@ -21,6 +21,11 @@ def _column_sums(x: Tensor) -> Tensor:
 @_column_sums.register_fake
 def _(x):
     return x.new_empty(x.shape[1], dtype=torch.float32)
+
+
+@cost.of("pera::column_sums")
+def _(result, x):
+    return [cost.Cost(bytes=cost.size(x)), cost.Cost(bytes=cost.size(result))]
 
 
 def column_sums(x: Tensor) -> Tensor:

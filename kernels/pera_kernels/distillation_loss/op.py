@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pera_kernels import backend
+from pera_kernels import backend, cost
 
 from . import chunked, reference
 from .weight_norm import NATIVE_NAMES, accumulation_dtype, check_prototypes, runs_native
@@ -112,6 +112,9 @@ def _(
         student_v.new_empty(student_v.shape if need_prototypes else 0),
         student_g.new_empty(student_g.shape if need_prototypes else 0),
     )
+
+
+cost.opened("pera::distillation_loss", "pera::distillation_loss_backward")
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import backend
+from .. import backend, cost
 from ..packing import HALF_OR_SINGLE
 from ..products import matmul
 from .reference import embed_tokens as _reference
@@ -57,6 +57,9 @@ def _backward(grad: Tensor, rows: Tensor, weight: Tensor, pos: Tensor, index: Te
 def _(grad: Tensor, rows: Tensor, weight: Tensor, pos: Tensor, index: Tensor) -> list[Tensor]:
     dim = weight.shape[0]
     return [torch.empty_like(weight), weight.new_empty(dim), torch.empty_like(pos), weight.new_empty(dim)]
+
+
+cost.opened("pera::embed_tokens", "pera::embed_tokens_backward")
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import backend
+from .. import backend, cost
 
 aten = torch.ops.aten
 backend.register("gelu", "triton", available=backend.needs_triton)
@@ -55,6 +55,22 @@ def _backward(grad: Tensor, x: Tensor, with_out: bool) -> tuple[Tensor, Tensor]:
 @_backward.register_fake
 def _(grad, x, with_out):
     return x.new_empty(x.shape if with_out else (0, x.shape[1])), x.new_empty(x.shape[1], dtype=_sums_dtype(x))
+
+
+@cost.of("pera::gelu")
+def _(result, x):
+    return [cost.Cost(bytes=cost.size(x, result))]
+
+
+@cost.of("pera::gelu_")
+def _(_result, x):
+    return [cost.Cost(bytes=2 * cost.size(x))]
+
+
+@cost.of("pera::gelu_backward_")
+def _(result, grad, x, _with_out):
+    out, sums = result
+    return [cost.Cost(bytes=2 * cost.size(grad) + cost.size(x, out)), cost.Cost(bytes=cost.size(sums))]
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import backend, fp8
+from .. import backend, cost, fp8
 from ..gelu import gelu
 from ..packing import HALF_OR_SINGLE
 from ..quantize_rows import quantize_rows
@@ -28,6 +28,11 @@ def _gelu_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 @_gelu_fp8.register_fake
 def _(x):
     return x.new_empty(x.shape, dtype=fp8.E4M3), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+
+
+@cost.of("pera::gelu_fp8")
+def _(result, x):
+    return [cost.Cost(bytes=cost.size(x, result))]
 
 
 def gelu_fp8(x: Tensor) -> fp8.Rows:

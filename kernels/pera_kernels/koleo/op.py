@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pera_kernels import backend
+from pera_kernels import backend, cost
 from pera_kernels.distillation_loss.weight_norm import (
     NATIVE_NAMES,
     accumulation_dtype,
@@ -84,6 +84,9 @@ def _(
         v.new_empty(v.shape if need_prototypes else 0),
         g.new_empty(g.shape if need_prototypes else 0),
     )
+
+
+cost.opened("pera::koleo", "pera::koleo_backward")
 
 
 def _setup_context(ctx, inputs, output) -> None:

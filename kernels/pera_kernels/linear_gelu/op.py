@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import backend, products
+from .. import backend, cost, products
 from ..gelu import gelu, gelu_, gelu_backward_
 from . import measured
 
@@ -48,6 +48,19 @@ def _linear_gelu_backward(grad: Tensor, weight: Tensor, hidden: Tensor) -> tuple
 @_linear_gelu_backward.register_fake
 def _(grad, weight, hidden):
     return torch.empty_like(hidden), hidden.new_empty(hidden.shape[1], dtype=torch.float32)
+
+
+@cost.of("pera::linear_gelu")
+def _(result, x, weight, bias, _with_hidden):
+    flops = 2.0 * x.numel() * weight.shape[0]
+    return [cost.Cost(1, cost.size(x, weight, bias, result), flops, "products", x.dtype)]
+
+
+@cost.of("pera::linear_gelu_backward")
+def _(result, grad, weight, hidden):
+    flops = 2.0 * grad.numel() * weight.shape[1]
+    product = cost.Cost(1, cost.size(grad, weight, hidden, result[0]), flops, "products", grad.dtype)
+    return [product, cost.Cost(bytes=cost.size(result[1]))]
 
 
 def _fused(what: str, x: Tensor, width: int) -> bool:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import backend
+from .. import backend, cost
 from ..packing import HALF_OR_SINGLE
 from .reference import mask_tokens as _reference
 
@@ -52,6 +52,9 @@ def _backward(grad: Tensor, pos: Tensor, index: Tensor) -> list[Tensor]:
 def _(grad: Tensor, pos: Tensor, index: Tensor) -> list[Tensor]:
     dim = grad.shape[1]
     return [grad.new_empty(grad.shape[0] - index.numel(), dim), pos.new_empty(dim), torch.empty_like(pos)]
+
+
+cost.opened("pera::mask_tokens", "pera::mask_tokens_backward")
 
 
 def _setup_context(ctx, inputs, output) -> None:

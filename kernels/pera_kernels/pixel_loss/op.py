@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pera_kernels import backend
+from pera_kernels import backend, cost
 from pera_kernels.visible_patches.op import check_colors, check_index, check_patches, choose, given, runs_native
 from pera_kernels.visible_patches.reference import compute_dtype
 
@@ -141,6 +141,22 @@ def pixel_loss_backward(
 @pixel_loss_backward.register_fake
 def _(grad, pred, crops, index, order, factors, gray_mean, mean, std, patch_size, rgb=None):
     return torch.empty_like(pred, memory_format=torch.contiguous_format)
+
+
+def _pass_cost(pred: Tensor, crops: Tensor, written: int) -> cost.Cost:
+    return cost.Cost(bytes=cost.size(pred) + pred.numel() * crops.element_size() + written)
+
+
+@cost.of("pera::pixel_loss")
+def _(result, pred, crops, *_rest):
+    if not pred.numel():
+        return [cost.Cost(bytes=cost.size(result))]
+    return [_pass_cost(pred, crops, 0), cost.Cost()]
+
+
+@cost.of("pera::pixel_loss_backward")
+def _(result, _grad, pred, crops, *_rest):
+    return [_pass_cost(pred, crops, cost.size(result))] if pred.numel() else []
 
 
 def _setup_context(ctx, inputs, output):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pera_kernels import backend
+from pera_kernels import backend, cost
 from pera_kernels.distillation_loss import op as distillation
 from pera_kernels.distillation_loss.weight_norm import NATIVE_NAMES, accumulation_dtype
 from pera_kernels.koleo import gram
@@ -127,6 +127,9 @@ def _(
     rows, v, g = tensors[:3]
     prototypes = (torch.empty_like(v), torch.empty_like(g)) if need_prototypes else (v.new_empty(0), g.new_empty(0))
     return torch.empty_like(rows), *prototypes
+
+
+cost.opened("pera::prototype_losses", "pera::prototype_losses_backward")
 
 
 def _setup_context(ctx, inputs, output) -> None:

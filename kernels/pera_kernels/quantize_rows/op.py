@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import backend, fp8
+from .. import backend, cost, fp8
 from ..packing import HALF_OR_SINGLE
 from . import reference
 
@@ -52,6 +52,13 @@ def _quantize_parts(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def _(parts):
     rows, columns = sum(part.shape[0] for part in parts), parts[0].shape[1]
     return parts[0].new_empty(rows, columns, dtype=fp8.E4M3), parts[0].new_empty(rows, 1, dtype=torch.float32)
+
+
+@cost.of("pera::quantize_rows")
+def _(result, parts):
+    values, scale = result
+    of_a_value = cost.size(values, scale) / max(values.numel(), 1)
+    return [cost.Cost(bytes=cost.size(part) + round(part.numel() * of_a_value)) for part in parts if part.numel()]
 
 
 def quantize_rows(x: Tensor) -> fp8.Rows:
@@ -122,6 +129,10 @@ class WeightQuantizer:
             self._tables = self._tables or triton.tables(self.slots)
             for table in self._tables:
                 table.quantize()
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes that the kernel of a call reads and writes, by its name."""
+        return {"quantize_weights_kernel": sum(cost.size(slot.weight, *slot.copy) for slot in self.slots)}
 
 
 def _check(number: int, slot: Slot, device: torch.device) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .. import backend
+from .. import backend, cost
 from ..attention import cudnn, sdpa
 from ..packing import num_tokens, pairs, split
 
@@ -107,6 +107,9 @@ def _backward(
 @_backward.register_fake
 def _(grad, q, kv, out, lse, num_heads, queries, groups):
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, kv)]
+
+
+cost.opened("pera::query_attention", "pera::query_attention_backward")
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backend
+from .. import backend, cost
 from ..packing import HALF_OR_SINGLE, check, kept_groups, kept_parts, num_tokens, pairs, split
 
 backend.register("sequence_add", "triton", available=backend.needs_triton)
@@ -59,6 +59,16 @@ def _backward(grad: Tensor, keep: Tensor, groups: Sequence[int], kept: Sequence[
 @_backward.register_fake
 def _(grad, keep, groups, kept):
     return grad.new_empty(num_tokens(kept_groups(groups, kept)), grad.shape[1])
+
+
+@cost.of("pera::sequence_add")
+def _(result, x, y, _keep, groups, _kept):
+    return cost.passes(cost.size(x, y, result), groups)
+
+
+@cost.of("pera::sequence_add_backward")
+def _(result, _grad, _keep, groups, _kept):
+    return cost.passes(2 * cost.size(result), groups)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backend
+from .. import backend, cost
 from ..packing import HALF_OR_SINGLE, check, gather, kept_groups, kept_parts, num_tokens, split
 
 backend.register("sequence_norm", "triton", available=backend.needs_triton)
@@ -91,6 +91,20 @@ def _backward(
 @_backward.register_fake
 def _(grad, x, weight, mean, rstd, keep, groups, kept):
     return [torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)]
+
+
+@cost.of("pera::sequence_norm")
+def _(result, _x, _weight, _bias, _eps, _keep, groups, _kept):
+    rows, *stats = result
+    return cost.passes(2 * cost.size(rows) + cost.size(stats), groups)  # reads as many rows as it writes
+
+
+@cost.of("pera::sequence_norm_backward")
+def _(result, grad, _x, _weight, mean, rstd, keep, groups, _kept):
+    grad_x, *sums = result
+    rows = 3 * cost.size(grad)  # gradients in and out, and x
+    zeros = [] if keep is None else cost.passes(cost.size(grad_x) - cost.size(grad), groups)
+    return [*zeros, *cost.passes(rows + cost.size(mean, rstd), groups), *(cost.Cost(bytes=cost.size(s)) for s in sums)]
 
 
 def _setup_context(ctx, inputs, output) -> None:

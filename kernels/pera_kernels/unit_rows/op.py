@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import backend
+from .. import backend, cost
 from ..packing import HALF_OR_SINGLE
 from .reference import unit_rows as definition
 
@@ -33,6 +33,11 @@ def _(x, eps):
 @_backward.register_fake
 def _(grad, x, eps):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@cost.of("pera::unit_rows", "pera::unit_rows_backward")
+def _(result, *arguments):
+    return [cost.Cost(bytes=cost.size(result, arguments))]
 
 
 def _setup_context(ctx, inputs, output) -> None:

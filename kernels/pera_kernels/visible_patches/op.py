@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from pera_kernels import backend
+from pera_kernels import backend, cost
 
 from . import eager, reference
 
@@ -248,6 +248,20 @@ def _check(
 def _(crops, index, order, factors, gray_mean, mean, std, patch_size, dtype, rgb=None):
     channels = _check(crops, index, order, factors, gray_mean, mean, std, patch_size, dtype, rgb)
     return crops.new_empty(index.shape[0] * index.shape[1], channels * patch_size**2, dtype=dtype)
+
+
+@cost.of("pera::contrast_mean")
+def _contrast_cost(_result, crops, *_rest):
+    return [cost.Cost(bytes=cost.size(crops)), cost.Cost()] if crops.numel() else []  # per tile, then their sums
+
+
+@cost.of("pera::visible_patches")
+def _(result, crops, _index, order, _factors, gray_mean, *_rest):
+    if not result.numel():
+        return []
+    pixels = result.numel() * crops.element_size()  # a value of a row is one of the crop
+    mean = _contrast_cost(None, crops) if order is not None and gray_mean is None else []
+    return [*mean, cost.Cost(bytes=cost.size(result) + pixels)]
 
 
 def _no_gradient(ctx, grad):
