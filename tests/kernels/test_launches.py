@@ -4,7 +4,8 @@ import ast
 import importlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are Python functions in the interpreter", allow_module_level=True)
 
+from op_cases import add_norm_case, gelu_case, loss_case, stream_case, tokens_case
 from stub_driver import Aten, counts, stub_driver
 from torch._library.custom_ops import OPDEFS
 from triton.runtime.jit import JITFunction
@@ -26,13 +28,18 @@ from pera_fast.train.fused_update import FusedUpdate
 from pera_fast.train.optim import make_optimizer, make_scaler
 from pera_fast.train.schedules import StepValues
 from pera_kernels.aot import variants
+from pera_kernels.attention import attention
+from pera_kernels.column_sums import column_sums
 from pera_kernels.distillation_loss import weight_norm
 from pera_kernels.gelu import gelu
 from pera_kernels.gelu import triton as gelu_kernels
+from pera_kernels.pixel_loss import pixel_loss
+from pera_kernels.prototype_losses import prototype_losses
 from pera_kernels.quantize_rows import quantize_rows
 from pera_kernels.sequence_add import sequence_add
 from pera_kernels.sequence_norm import sequence_norm
 from pera_kernels.unit_rows import unit_rows
+from pera_kernels.visible_patches import contrast_mean, visible_patches
 
 SMALL = [
     *("train.batch_size=2", "model.embed_dim=64", "model.num_heads=1", "model.head_hidden=64", "model.depth=2"),
@@ -112,6 +119,39 @@ def test_launches_of_a_step(launches: dict[str, Counter[str]]) -> None:
     assert full["linear_gelu_kernel"] == 0
     assert full["add_norm_bwd_kernel"] == 2 * 2 + 1  # of each block's norms and of the last one
     assert half["adamw_ema_kernel"] == full["adamw_ema_kernel"] > 0
+
+
+def tiny() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Calls whose sizes are 1: a launch makes a constant of each such argument, and so another kernel."""
+    cases = {name: tokens_case(name, 1, sequences=1, n=1, grid=1) for name in ("embed_tokens", "mask_tokens")}
+    cases |= {name: stream_case(name, 1, [1, 1]) for name in ("sequence_norm", "sequence_add")}
+    cases |= {"all": stream_case("sequence_norm", 1, [1, 1], subsets=False), "add_norm": add_norm_case(1, [1, 1])}
+    cases |= {"gelu": gelu_case(1, 1), "losses": loss_case("prototype_losses", 2, 1, 1)}
+    for name, case in cases.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            yield name, partial(case.run, case.fast, dtype, "cpu")
+    x = torch.randn(1, 1, requires_grad=True)
+    yield "unit_rows", lambda: unit_rows(x, 1e-6).sum().backward()
+    yield "column_sums", lambda: column_sums(x.detach())
+    yield "attention", lambda: attention(torch.randn(1, 48, requires_grad=True), 1, [1, 1]).sum().backward()
+    rows = [torch.randn(1, 1, requires_grad=True) for _ in range(3)]
+    others = *(torch.randn(1, 1) for _ in range(3)), torch.randn(1), 0.1, 0.05, 1, 1
+    yield "losses of a row", lambda: sum(prototype_losses(*rows, *others)).sum().backward()
+    crops, index = torch.zeros(1, 1, 1, 1, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.int32)
+    order, factors, gray = torch.full((1, 4), -1, dtype=torch.int32), torch.ones(1, 4), torch.zeros(1)
+    colours = index, order, factors, gray, [0.0], [1.0], 1
+    yield "contrast_mean", lambda: contrast_mean(crops, order, factors)
+    yield "visible_patches", lambda: visible_patches(crops, *colours, torch.float32)
+    yield "pixel_loss", lambda: pixel_loss(torch.randn(1, 1, requires_grad=True), crops, *colours).backward()
+
+
+def test_sizes_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stub_driver(monkeypatch) as seen:
+        for name, run in tiny():
+            start = len(seen)
+            run()
+            assert len(seen) > start, name
+    assert len(counts(seen)) > 25
 
 
 def test_a_wrong_launch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,7 @@ def koleo_distances_kernel(
     product = tl.load(products_ptr + place, mask=mask, other=0.0)
     total = tl.load(total_ptr + cols, mask=mask, other=0.0).to(tl.float64)
     square = tl.sum(product * difference, 0) + 2 * EPS * tl.sum(total * difference, 0)
-    distance = tl.sqrt(_at_least(square + prototypes.to(tl.float64) * (EPS * EPS), 0.0))
+    distance = tl.sqrt(_at_least(square + tl.cast(prototypes, tl.float64) * (EPS * EPS), 0.0))
     tl.store(distances_ptr + row, distance)
     tl.store(terms_ptr + row, -tl.log(distance + EPS) / size)
     gram_row = tl.load(gram_rows_ptr + place, mask=mask, other=0.0)
@@ -147,7 +147,7 @@ def koleo_bwd_kernel(
     gram_row = tl.load(gram_rows_ptr + place, mask=mask, other=0.0).to(tl.float64)
     grad_row = grad_point / length + turn * gram_row
     tl.store(grad_rows_ptr + place, grad_row.to(grad_rows_ptr.dtype.element_ty), mask=mask)
-    below = place + rows.to(tl.int64) * D
+    below = (row + rows) * D + cols
     tl.store(factor_ptr + place, difference.to(tl.float32), mask=mask)
     tl.store(factor_ptr + below, x.to(tl.float32), mask=mask)
     tl.store(weighted_ptr + place, (pull * difference).to(tl.float32), mask=mask)
