@@ -71,9 +71,9 @@ def _(
     return [new(n), new(), *statistics, *spread, new(spread_rows, d), new(spread_rows, d)]
 
 
-def _differentiate(rows: Tensor, v: Tensor, g: Tensor, teacher_v: Tensor, teacher_g: Tensor, count: int, groups: int):
+def _differentiate(rows: Tensor, prototypes: tuple[Tensor, ...], count: int, groups: int):
     """KoLeo's backward up to the prototypes: kernels where the walk over them is made by kernels, else PyTorch's."""
-    if distillation.forward_with_weights(rows, v, g, teacher_v, teacher_g):
+    if distillation.forward_with_weights(rows, *prototypes):
         from pera_kernels.koleo import triton
 
         if triton.why_not(rows[:count], groups) is None:
@@ -98,7 +98,8 @@ def _backward(
     _, backward = distillation.implementation(student_rows, student_v, student_g, teacher_v, teacher_g)
     grad_spread_rows, other = None, None
     if spread_rows:
-        grad_spread_rows, other = _differentiate(*tensors[:3], teacher_v, teacher_g, spread_rows, groups)(
+        prototypes = student_v, student_g, teacher_v, teacher_g
+        grad_spread_rows, other = _differentiate(student_rows, prototypes, spread_rows, groups)(
             *(grad_spread, student_rows[:spread_rows]),
             *(norms, neighbours, distances, gram_rows, gram_differences, groups),
         )
