@@ -1,5 +1,8 @@
 """Op ``pera::prototype_losses``: schema, fake, autograd. It has no kernels of its own: README.md beside this."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -71,8 +74,13 @@ def _(
     return [new(n), new(), *statistics, *spread, new(spread_rows, d), new(spread_rows, d)]
 
 
-def _differentiate(rows: Tensor, prototypes: tuple[Tensor, ...], count: int, groups: int):
-    """KoLeo's backward up to the prototypes: kernels where the walk over them is made by kernels, else PyTorch's."""
+def _differentiate(
+    rows: Tensor, prototypes: tuple[Tensor, ...], count: int, groups: int
+) -> Callable[..., tuple[Tensor, Any]]:
+    """KoLeo's backward up to the prototypes: kernels where the walk over them is made by kernels, else PyTorch's.
+
+    Its second result is what the distillation's backward that runs there takes as ``other``.
+    """
     if distillation.forward_with_weights(rows, *prototypes):
         from pera_kernels.koleo import triton
 
