@@ -58,3 +58,9 @@ def implementation(request):
             except RuntimeError as reason:
                 pytest.skip(str(reason))
         yield request.param
+
+
+def needs_memory(gib: float, device: str) -> None:
+    """Skips a test where a GPU has less free memory."""
+    if device != "cpu" and torch.cuda.mem_get_info(device)[0] < gib * 2**30:
+        pytest.skip(f"needs {gib} GiB of free GPU memory")

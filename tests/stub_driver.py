@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pera_kernels import backend, fp8
 
@@ -110,3 +111,18 @@ def _kernels() -> list[Any]:
 def counts(launches: list[tuple[str, tuple[int, ...]]]) -> Counter[str]:
     """Launches of each kernel."""
     return Counter(name for name, _ in launches)
+
+
+class Aten(TorchDispatchMode):
+    """Counts PyTorch's operators that would launch a kernel on a GPU: neither views nor allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        view = any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.arguments)
+        if not view and not any(word in name for word in ("empty", "detach", "_unsafe_view", "promote_types")):
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))

@@ -119,8 +119,8 @@ class PerA(nn.Module):
         if spread == "bottleneck":
             koleo_sum = koleo_rows(student_rows[:num_global], cfg.views.num_global)
         # The sum over pairs of batch means, over the number of pairs, is the mean over all rows.
-        global_cls = entropies[:num_global].sum() / entropies.shape[0]
-        local_cls = entropies[num_global:].sum() / entropies.shape[0]
+        parts = entropies.split([num_global, entropies.shape[0] - num_global])
+        global_cls, local_cls = (part.sum() / entropies.shape[0] for part in parts)
         total = global_cls + local_cls + cfg.loss.koleo_weight * koleo_sum + cfg.loss.pixel_weight * pixel
         return {
             "loss": total,

@@ -58,5 +58,5 @@ def launchers(path: Path) -> list[str]:
 
 
 def test_every_launch_is_on_the_device_of_its_tensors() -> None:
-    found = [name for path in sorted(FOLDER.glob("*/triton.py")) for name in launchers(path)]
+    found = [name for path in sorted(FOLDER.rglob("*.py")) for name in launchers(path)]
     assert found == ["adamw_ema.prepare", "adamw_ema.apply"]  # op.AdamWEma enters its device around both

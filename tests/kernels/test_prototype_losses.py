@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pera_kernels import backend
+from pera_kernels import backend, products
 from pera_kernels.distillation_loss import distillation_loss, weight_norm
 from pera_kernels.koleo import koleo
 from pera_kernels.prototype_losses import prototype_losses, reference
@@ -88,6 +88,59 @@ def test_error_within_that_of_both_apart(implementation: str, dtype: torch.dtype
         assert got.dtype == other.dtype
         assert got.shape == want.shape
         assert error(got, want) <= 3 * max(error(other, want), torch.finfo(dtype).eps / 8), name
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+@pytest.mark.parametrize("power", [0, 16])
+def test_near_duplicates_in_float16(implementation: str, power: int) -> None:
+    """Weights of 1 / distance^2, times the loss scale, overflow nowhere on the way to gradients that are in range."""
+    arguments = make(12, 1000, 24, torch.float16)
+    rows = torch.nn.functional.normalize(arguments[0].detach().float())
+    rows[1] = rows[0]
+    rows = rows.half()
+    rows[1, 3] += 2.0**-11
+    arguments[0] = rows.requires_grad_()
+
+    def scaled(losses, arguments: list[Tensor], scale: float) -> tuple[Tensor, ...]:
+        entropies, spread = losses(*arguments, *TEMPS, 8, 2)
+        return torch.autograd.grad(0.1 * (entropies.mean() + spread) * scale, arguments[:3])
+
+    exact = scaled(reference.prototype_losses, wide(arguments), 2.0**power)
+    assert exact[0][:2].norm() > 10 * exact[0][2:].norm()  # the near rows have most of the gradient
+    plain = scaled(reference.prototype_losses, arguments, 1.0)
+    with products.half_products():
+        got = scaled(prototype_losses, arguments, 2.0**power)
+    for name, a, b, c in zip(("rows", "v", "g"), got, exact, plain, strict=True):
+        if name == "rows" and b.abs().max() > torch.finfo(torch.float16).max:
+            assert not torch.isfinite(a).all()  # the scaler sees it, and halves the scale
+        else:
+            assert error(a, b) <= 3 * max(error(c * 2.0**power, b), 2.0**-11), name
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_seen(implementation: str, value: float) -> None:
+    """KoLeo alone would tell; its neighbour, chosen among NaN, is a row of the group."""
+    for bad in (0, 1):  # a row, a prototype
+        arguments = make()
+        with torch.no_grad():
+            arguments[bad][3, 1] = value
+        _, spread = prototype_losses(*arguments, *TEMPS, 8, 2)
+        assert not torch.isfinite(spread)
+        assert not torch.isfinite(torch.autograd.grad(spread, arguments[0])[0]).all()
+
+
+def test_without_kernels_for_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups that are too large for KoLeo's kernels, beside the kernels of the walk."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs Triton's interpreter")
+    from pera_kernels.koleo import triton
+
+    arguments = make()
+    with backend.use("triton"):
+        want = evaluate(prototype_losses, arguments)
+        monkeypatch.setattr(triton, "MAX_GROUP", 1)
+        for got, other in zip(evaluate(prototype_losses, arguments), want, strict=True):
+            assert error(got, other.double()) < 1e-5
 
 
 @pytest.mark.parametrize(("spread_rows", "groups"), [(0, 1), (1, 1), (2, 2), (12, 3), (12, 12)])

@@ -1,7 +1,11 @@
 """The recorded step: on a CPU with a recorder that runs the work again, on a GPU for real."""
 
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,13 +18,15 @@ from pera_fast.errors import UserError
 from pera_fast.model.pera import PerA
 from pera_fast.profile.batches import blank_batch
 from pera_fast.train import step
-from pera_fast.train.distributed import World
+from pera_fast.train.distributed import World, world
+from pera_fast.train.fused_update import make_update
 from pera_fast.train.graph import StepGraph
 from pera_fast.train.inputs import make_inputs
 from pera_fast.train.optim import make_optimizer, make_scaler
 from pera_fast.train.schedules import StepValues
 from pera_fast.train.step import _backward, make_graph, train_step
 
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 SMALL = ["train.batch_size=4", "train.precision=fp32", "model.prototypes=256", "model.depth=2"]
 
 
@@ -47,39 +53,44 @@ def batches(cfg: Config, count: int):
         yield make_inputs(batch, cfg)
 
 
-def train(device: torch.device, accumulate: int, graph: Callable[..., Any] | None) -> tuple[list[float], list[Tensor]]:
+def train(
+    device: torch.device, accumulate: int, graph: Callable[..., Any] | None, here: World | None = None
+) -> tuple[list[float], list[Tensor]]:
     """Losses and last parameters of four steps with a changing temperature."""
     cfg = load_config("tiny", SMALL)
     torch.manual_seed(0)
     model = PerA(cfg).to(device)
+    here = here or World(0, 1, device)
     optimizer, scaler = make_optimizer(model.parameters(), cfg), make_scaler(cfg, device)
     inputs, losses = batches(cfg, 4 * accumulate), []
     recorded = None if graph is None else graph(model, scaler, accumulate)
+    called = here.wrap(model, unused=False) if graph is None else model
+    here.share_parameters(model)
     for number in range(4):
         values = StepValues(lr=1e-3, weight_decay=0.1, momentum=0.9, teacher_temp=0.03 + 0.01 * number)
-        result = train_step(
-            model, model, optimizer, scaler, inputs, accumulate, values, 3.0, World(0, 1, device), graph=recorded
-        )
+        result = train_step(called, model, optimizer, scaler, inputs, accumulate, values, 3.0, here, graph=recorded)
         losses.append(result.losses["loss"])
     return losses, [p.detach().cpu() for p in model.parameters()]
 
 
-def same(device: torch.device, accumulate: int, graph: Callable[..., Any]) -> None:
-    plain, recorded = train(device, accumulate, None), train(device, accumulate, graph)
+def same(device: torch.device, accumulate: int, graph: Callable[..., Any] | None, here: World | None = None) -> None:
+    plain, recorded = train(device, accumulate, None), train(device, accumulate, graph, here)
     assert recorded[0] == pytest.approx(plain[0], rel=1e-4)
     assert len(set(recorded[0])) == 4
     for a, b in zip(plain[1], recorded[1], strict=True):
         assert (a - b).norm() <= 1e-2 * a.norm()  # AdamW turns rounding of a small gradient into a step
 
 
+def rerun(model: PerA, scaler: torch.amp.GradScaler, accumulate: int) -> StepGraph:
+    """What ``make_graph`` makes, with a recorder for any device."""
+    return StepGraph(
+        lambda x, t: _backward(model, scaler, x, t, accumulate), model.parameters(), accumulate,
+        partial(run_again, accumulate=accumulate),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_replays_give_what_steps_give(accumulate: int) -> None:
-    def rerun(model: PerA, scaler: torch.amp.GradScaler, accumulate: int) -> StepGraph:
-        return StepGraph(
-            lambda x, t: _backward(model, scaler, x, t, accumulate), model.parameters(), accumulate,
-            partial(run_again, accumulate=accumulate),
-        )  # fmt: skip
-
     same(torch.device("cpu"), accumulate, rerun)
 
 
@@ -90,22 +101,114 @@ def test_a_cuda_graph_gives_what_steps_give(accumulate: int) -> None:
     same(torch.device("cuda"), accumulate, make_graph)
 
 
+@contextmanager
+def copying(device: torch.device) -> Iterator[None]:
+    """A thread that allocates on the host and the device and copies, on a stream of its own, as the loader's does."""
+    done, rounds, failures = threading.Event(), [], []
+
+    def work() -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream(device)):
+                while not done.is_set():
+                    host = torch.ones(1 << (10 + len(rounds) % 12)).pin_memory()
+                    moved = host.to(device, non_blocking=True).mul_(2)
+                    copied = torch.cuda.Event()
+                    copied.record()
+                    copied.synchronize()
+                    rounds.append(moved[-1].item())
+        except RuntimeError as failure:
+            failures.append(failure)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    assert not failures
+    assert rounds
+    assert set(rounds) == {2.0}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_nothing_in_a_step_waits_for_the_host() -> None:
-    cfg = load_config("tiny", SMALL)
-    device = torch.device("cuda")
+def test_a_graph_is_recorded_while_another_thread_copies() -> None:
+    device = torch.device("cuda", 0)
+    with copying(device):
+        same(device, 1, make_graph)
+
+
+class Several(int):
+    """A number of processes that counts as several and is 1: their collectives are called, and change nothing."""
+
+    def __gt__(self, other: int) -> bool:
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    __hash__ = int.__hash__
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
+def one_of_several(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """One rank of a process group: NCCL on a GPU, gloo on a CPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    with world(request.param) as here:
+        assert torch.distributed.get_backend() == ("nccl" if request.param == "cuda" else "gloo")
+        yield replace(here, size=Several(1))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("with_graph", [False, True], ids=["ddp", "graph"])
+def test_one_rank_of_a_group_gives_what_a_process_gives(
+    one_of_several: World, accumulate: int, with_graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, reduced = one_of_several.device, []
+    all_reduce = torch.distributed.all_reduce
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: (reduced.append(x.numel()), all_reduce(x)))
+    graph = (make_graph if device.type == "cuda" else rerun) if with_graph else None
+    same(device, accumulate, graph, one_of_several)
+    values = sum(p.numel() for p in PerA(load_config("tiny", SMALL)).parameters() if p.requires_grad)
+    assert len([n for n in reduced if n < 1000]) == 4  # losses and what belongs to them
+    assert sum(n for n in reduced if n >= 1000) == (4 * values if with_graph else 0)  # else DDP's own
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("with_graph", [False, True], ids=["launches", "graph"])
+def test_nothing_in_a_step_waits_for_the_host(with_graph: bool, precision: str) -> None:
+    """Forward, backward, update, center and EMA as the trainer launches them, from the second step on."""
+    device = torch.device("cuda", 0)
+    cfg = load_config("tiny", [*SMALL, f"train.precision={precision}"])
     model = PerA(cfg).to(device)
-    scaler = make_scaler(cfg, device)
-    for number, inputs in enumerate(batches(cfg, 3)):
-        moved = inputs.to(device)
-        torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first one compiles
+    optimizer, scaler = make_optimizer(model.parameters(), cfg), make_scaler(cfg, device)
+    graph, update = make_graph(model, scaler, 1) if with_graph else None, make_update(model, optimizer, scaler)
+    assert update is not None
+    inputs = iter([batch.to(device) for batch in batches(cfg, 5)])
+    values = StepValues(lr=1e-3, weight_decay=0.1, momentum=0.9, teacher_temp=0.04)
+    launched = []
+    for number in range(5):
+        torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")  # the first ones compile and record
         try:
-            parts = _backward(model, scaler, moved, 0.04, 1)
-            model.update_center(parts[5:])
-            model.update_teacher(0.99)
+            launched.append(
+                step.launch_step(
+                    model, model, optimizer, scaler, inputs, 1, values, 3.0, World(0, 1, device), graph=graph,
+                    update=update,
+                )
+            )  # fmt: skip
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    results = [one.result() for one in launched]
+    assert all(result.applied for result in results) or precision == "fp16"  # whose first scales may be too large
+    assert len({result.losses["loss"] for result in results}) == 5
 
 
 def test_is_refused_where_it_cannot_be() -> None:

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backend, cost
+from ..launching import device_of
 from . import reference
 from .reference import Slot
 
@@ -109,8 +111,8 @@ class AdamWEma:
         gradients = sum(cost.size(g) for _, g in taken)
         return {"sum_squares_kernel": gradients, "adamw_ema_kernel": gradients + trained + copied}
 
-    def _place(self) -> torch.cuda.device:
-        return torch.cuda.device(self._device if self._device.type == "cuda" else -1)
+    def _place(self) -> AbstractContextManager[object]:
+        return device_of(self.slots[0].param)
 
     def _in_triton(self) -> bool:
         if backend.choose("adamw_ema", self._device) != "triton":

@@ -61,7 +61,7 @@ def weight_norm_bwd_kernel(
     grad_g_ptr,  # (c,)
     other_ptr,  # (c, D) float32, another part of W's gradient over other_scale
     other_scale_ptr,  # () float32
-    shift_ptr,  # (D,), a third part, the same for every row
+    shift_ptr,  # (D,) float32, a third part, the same for every row
     count,
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -76,7 +76,7 @@ def weight_norm_bwd_kernel(
     grad_w = tl.load(grad_w_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_OTHER:
         grad_w += tl.load(other_ptr + offsets, mask=mask, other=0.0) * tl.load(other_scale_ptr)
-        grad_w += tl.load(shift_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
+        grad_w += tl.load(shift_ptr + cols, mask=cols < D, other=0.0)[None, :]
     g = tl.load(g_ptr + rows, mask=rows < count, other=0.0).to(tl.float32)
     inverse = 1.0 / tl.sqrt_rn(tl.where(rows < count, tl.sum(v * v, 1), 1.0))
     unit = v * inverse[:, None]
@@ -214,7 +214,7 @@ class Other(NamedTuple):
 
     matrix: Tensor  # (d, d), dtype of products, largest value 1
     scale: Tensor  # () float32
-    shift: Tensor  # (d,)
+    shift: Tensor  # (d,) float32
 
 
 def other_of(low_rank: weight_norm.LowRank) -> Other:
@@ -225,7 +225,7 @@ def other_of(low_rank: weight_norm.LowRank) -> Other:
     z = low_rank.rows[:-1].float()
     matrix = (z * low_rank.weights.float()).t() @ z
     scale = matrix.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-    return Other((matrix / scale).to(low_rank.rows.dtype), scale, low_rank.rows[-1])
+    return Other((matrix / scale).to(low_rank.rows.dtype), scale, low_rank.rows[-1].float())
 
 
 @on_their_device
@@ -345,7 +345,7 @@ def backward(
     teacher_temp: float,
     need_rows: bool = True,
     need_prototypes: bool = True,
-    other: weight_norm.LowRank | None = None,
+    other: weight_norm.LowRank | Other | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of student rows, v and g, as ``chunked.backward``; without elements where not needed."""
     n, k, dim = student_rows.shape[0], student_v.shape[0], student_rows.shape[1]
@@ -364,7 +364,9 @@ def backward(
     inverse_norms = torch.empty_like(inverse_norms)  # what was saved is not to be written
     student_weights = walk.weights(student_v, student_g, inverse_norms[0])
     teacher_weights = walk.weights(teacher_v, teacher_g, inverse_norms[1])
-    more = None if other is None or not need_prototypes else other_of(other)
+    more = other if need_prototypes else None
+    if isinstance(more, weight_norm.LowRank):
+        more = other_of(more)
     grad_more = torch.empty(0 if more is None else walk.size, dim, dtype=torch.float32, device=device)
     for part in walk:
         count = part.stop - part.start
@@ -399,7 +401,7 @@ def _variants() -> list[Variant]:
     name = "vit_s16, vit_b16, vit_g16 bf16"
     v = {"v_ptr": full, "g_ptr": full, "count": size}
     into = {"grad_w_ptr": full, "grad_v_ptr": full, "grad_g_ptr": full}
-    into |= {"other_ptr": full, "other_scale_ptr": full, "shift_ptr": half}
+    into |= {"other_ptr": full, "other_scale_ptr": full, "shift_ptr": full}
     scales = {"student_scale": "fp32", "teacher_scale": "fp32", "count": size}
     logits = {"student_ptr": full, "teacher_ptr": full, "center_ptr": full, **scales}
     lse = {"student_lse_ptr": full, "teacher_lse_ptr": full, "upstream_ptr": full}

@@ -43,7 +43,7 @@ class LowRank(NamedTuple):
     """
 
     rows: Tensor  # [E, d]: Z and, as the last row, t; dtype of the products
-    weights: Tensor  # [E - 1, 1]: a; accumulation dtype
+    weights: Tensor  # [E - 1, 1]: a, whose size may be in Z already; accumulation dtype
 
     def at(self, chunk: Chunk, g: Tensor) -> tuple[Tensor, Tensor]:
         """For a chunk of prototypes and its g [c, 1]: what ``write_grad_v`` takes.

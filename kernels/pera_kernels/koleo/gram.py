@@ -23,6 +23,7 @@ from pera_kernels.distillation_loss.weight_norm import (
 from pera_kernels.products import mm
 
 EPS = 1e-8
+TINY = 1e-300  # of float64
 
 
 class Forward(NamedTuple):
@@ -54,7 +55,7 @@ def forward(
     """Arguments as ``koleo`` takes them.
 
     native: with the native library's passes over the prototypes. inverse_norms: [K], 1 / ||v|| if that is known.
-    weights: W [K, d] in the dtype of products, if that is known: on a GPU.
+    weights: W [K, d] in the dtype of products, if that is known: in Triton, where the rest has kernels of its own.
     """
     known = inverse_norms is not None
     if inverse_norms is None:
@@ -64,9 +65,13 @@ def forward(
     if weights is not None:
         accumulate = accumulation_dtype(rows.dtype)
         gram = torch.empty(v.shape[1], v.shape[1], dtype=accumulate, device=v.device)
-        return _from_gram(
-            rows, v.shape[0], mm(weights.t(), weights, gram), weights.sum(0, dtype=accumulate), groups, inverse_norms
-        )
+        total = weights.sum(0, dtype=accumulate)
+        mm(weights.t(), weights, gram)
+        from . import triton
+
+        if triton.why_not(rows, groups) is None:
+            return triton.forward(rows, gram, total, v.shape[0], groups, inverse_norms)
+        return _from_gram(rows, v.shape[0], gram, total, groups, inverse_norms)
     return (_gram if prefers_gram(rows) else _streamed)(rows, v, g, groups, inverse_norms, known, native)
 
 
@@ -220,7 +225,8 @@ def differentiate(
 ) -> tuple[Tensor, LowRank]:
     """Gradients of rows [R, d], float64, and of the effective prototypes W, for the loss's gradient ``grad`` []; R > 0.
 
-    dW = W Z' diag(a) Z + 1 t' for Z = [D; x], a = [pull; turn], t = eps sum pull D.
+    dW = W Z' diag(a) Z + 1 t' for Z = [D; x], a = [pull; turn], t = eps sum pull D; returned with about sqrt(|a|) Z for
+    Z and a number of the size of 1 for a.
     """
     x = rows.double()
     clamped = norms.clamp_min(EPS)
@@ -236,8 +242,13 @@ def differentiate(
     turn = torch.where(norms > EPS, turn, torch.zeros_like(turn))
     grad_rows = grad_points / clamped[:, None] + turn[:, None] * gram_rows
     shift = EPS * (pull @ differences)
-    z = torch.cat([differences, x, shift[None]]).to(products.product_dtype(rows.dtype, rows.device))  # [2R + 1, d]
-    return grad_rows, LowRank(z, torch.cat([pull, turn])[:, None].to(accumulation_dtype(rows.dtype)))
+    # Of each weight, 1 / distance^2 times a loss scale, either factor takes a root: alone it overflows float16. It is a
+    # power of two, by which rows in a half type are multiplied exactly.
+    weights = torch.cat([pull, turn])[:, None]
+    root = (weights.abs().clamp_min(TINY).log2() / 2).round().exp2()
+    z = torch.cat([torch.cat([differences, x]) * root, shift[None]])  # [2R + 1, d]
+    narrow = z.to(products.product_dtype(rows.dtype, rows.device))
+    return grad_rows, LowRank(narrow, (weights / root**2).to(accumulation_dtype(rows.dtype)))
 
 
 def _grad_prototypes(

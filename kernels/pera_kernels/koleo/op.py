@@ -13,7 +13,7 @@ from pera_kernels.distillation_loss.weight_norm import (
 
 from . import gram, reference
 
-# No Triton kernels: see "On a GPU" in README.md.
+# No "triton" here: its kernels are for the rest of a walk that prototype_losses makes. "On a GPU" in README.md.
 backend.register("koleo", "native", available=backend.needs_native(*NATIVE_NAMES))
 backend.register("koleo", "chunked")
 

@@ -1,5 +1,8 @@
 """Op ``pera::prototype_losses``: schema, fake, autograd. It has no kernels of its own: README.md beside this."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -71,6 +74,21 @@ def _(
     return [new(n), new(), *statistics, *spread, new(spread_rows, d), new(spread_rows, d)]
 
 
+def _differentiate(
+    rows: Tensor, prototypes: tuple[Tensor, ...], count: int, groups: int
+) -> Callable[..., tuple[Tensor, Any]]:
+    """KoLeo's backward up to the prototypes: kernels where the walk over them is made by kernels, else PyTorch's.
+
+    Its second result is what the distillation's backward that runs there takes as ``other``.
+    """
+    if distillation.forward_with_weights(rows, *prototypes):
+        from pera_kernels.koleo import triton
+
+        if triton.why_not(rows[:count], groups) is None:
+            return triton.differentiate
+    return gram.differentiate
+
+
 @torch.library.custom_op("pera::prototype_losses_backward", mutates_args=())
 def _backward(
     grad_entropies: Tensor,
@@ -88,7 +106,8 @@ def _backward(
     _, backward = distillation.implementation(student_rows, student_v, student_g, teacher_v, teacher_g)
     grad_spread_rows, other = None, None
     if spread_rows:
-        grad_spread_rows, other = gram.differentiate(
+        prototypes = student_v, student_g, teacher_v, teacher_g
+        grad_spread_rows, other = _differentiate(student_rows, prototypes, spread_rows, groups)(
             *(grad_spread, student_rows[:spread_rows]),
             *(norms, neighbours, distances, gram_rows, gram_differences, groups),
         )
@@ -124,6 +143,7 @@ cost.opened("pera::prototype_losses", "pera::prototype_losses_backward")
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.student_temp, ctx.teacher_temp, ctx.spread_rows, ctx.groups = inputs
+    ctx.set_materialize_grads(False)  # no zeros for the results without a gradient
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(*tensors, *output[2:])
 

@@ -1,0 +1,131 @@
+"""Gradients of a whole step in float32 and bf16 against those of the plain definition in the same dtype."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from packed_support import error
+from plain_step import plain_gradients
+from test_official_parity import FILES, GOLDEN, Golden, model_of
+from torch import Tensor
+
+from pera_fast.config import load_config
+from pera_fast.model.inputs import StepInputs
+from pera_fast.model.pera import PerA
+from pera_fast.profile.batches import random_inputs
+from pera_kernels import backend
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEEP = [
+    *("model.embed_dim=64", "model.num_heads=2", "model.head_hidden=64", "model.bottleneck=32", "model.prototypes=512"),
+    *("views.global_size=96", "views.local_size=48", "views.num_local=2", "train.batch_size=6", "train.precision=bf16"),
+]
+FACTOR = 1.5  # of what autocast with a float32 residual stream makes of the same step; 1.06 is measured on a CPU
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+def gradients(model: PerA, inputs: StepInputs, temp: float, dtype: torch.dtype) -> dict[str, Tensor]:
+    model.compute_dtype = dtype
+    model.zero_grad()
+    model(inputs, temp)["loss"].backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def errors(got: dict[str, Tensor], exact: dict[str, Tensor]) -> list[float]:
+    assert got.keys() == exact.keys()
+    return sorted(error(got[name], exact[name]) for name in exact)
+
+
+def as_near(got: list[float], plain: list[float]) -> None:
+    """Half and nine tenths of the gradients: their errors against those of plain PyTorch."""
+    for share in (0.5, 0.9):
+        place = int(share * len(plain))
+        assert got[place] <= FACTOR * plain[place], f"{share:.0%} of the tensors"
+
+
+def check(model: PerA, inputs: StepInputs, temp: float, device: torch.device) -> None:
+    model, inputs = model.to(device), inputs.to(device)
+    exact = plain_gradients(model, inputs, temp, None)
+    assert errors(gradients(model, inputs, temp, torch.float32), exact)[-1] <= 1e-4
+    got = errors(gradients(model, inputs, temp, torch.bfloat16), exact)
+    as_near(got, errors(plain_gradients(model, inputs, temp, torch.bfloat16), exact))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_published_weights(name: str, device: torch.device) -> None:
+    golden = Golden(GOLDEN / name)
+    check(model_of(golden), golden.inputs(0), golden.meta["teacher_temp"], device)
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.3])
+def test_depth_of_vit_g16(drop_path: float, device: torch.device) -> None:
+    """40 blocks add to a residual stream of bf16; narrow ones, with weights that give a width of 1024's activations."""
+    torch.manual_seed(0)
+    cfg = load_config("vit_g16", [*DEEP, f"model.drop_path={drop_path}"])
+    assert cfg.model.depth == 40
+    model = PerA(cfg)
+    with torch.no_grad():
+        for name, p in model.student.named_parameters():
+            if "blocks" in name and p.ndim == 2:
+                p.mul_((1024 / cfg.model.embed_dim) ** 0.5)
+    model.teacher.load_state_dict(model.student.state_dict())
+    check(model, random_inputs(cfg, cfg.train.batch_size), 0.03, device)
+
+
+@dataclass
+class Step:
+    """A step with its exact gradients and the errors of the definitions' in bf16."""
+
+    model: PerA
+    inputs: StepInputs
+    exact: dict[str, Tensor]
+    plain: list[float]
+
+
+def make_step(device: str, *overrides: str) -> Step:
+    cfg = load_config("vit_b16", ["train.batch_size=4", "train.precision=bf16", "model.prototypes=4096", *overrides])
+    torch.manual_seed(0)
+    model, inputs = PerA(cfg).to(device), random_inputs(cfg, 4).to(torch.device(device))
+    exact = plain_gradients(model, inputs, 0.04, None)
+    with backend.use("reference"):
+        plain = errors(gradients(model, inputs, 0.04, torch.bfloat16), exact)
+    return Step(model, inputs, exact, plain)
+
+
+@pytest.fixture(scope="module")
+def step_on_a_gpu() -> Step:
+    return make_step("cuda")
+
+
+@pytest.fixture(scope="module")
+def small_step() -> Step:
+    narrow = [f"model.{name}=64" for name in ("embed_dim", "head_hidden", "bottleneck")]
+    return make_step(
+        "cpu", *narrow, "model.depth=4", "model.num_heads=2", "views.global_size=96", "views.local_size=48"
+    )
+
+
+def check_step(step: Step, implementation: str) -> None:
+    """An implementation's gradients of all parameters in bf16 are as near to the exact ones as the definitions' are."""
+    with backend.use(implementation):
+        try:
+            backend.choose("attention", step.model.center.device)
+        except RuntimeError as reason:
+            pytest.skip(str(reason))
+        as_near(errors(gradients(step.model, step.inputs, 0.04, torch.bfloat16), step.exact), step.plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("implementation", ["triton", "cudnn", "varlen", "sdpa", "xformers"])
+def test_vit_b16_with_every_attention(implementation: str, step_on_a_gpu: Step) -> None:
+    check_step(step_on_a_gpu, implementation)
+
+
+@pytest.mark.parametrize("implementation", ["native", "sdpa", "chunked"])
+def test_a_small_step(implementation: str, small_step: Step) -> None:
+    check_step(small_step, implementation)
