@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
     Attributes:
         part: one of PARTS.
-        kind: what bounds it: products, attention, passes or exchange.
+        kind: what bounds it, as in ``pera_kernels.cost.Cost``.
         dtype: of the products' operands.
         launches, bytes, flops: as in ``pera_kernels.cost.Cost``.
     """
@@ -111,7 +111,7 @@ class Counting(TorchDispatchMode):
             return "update"
         if "loss" in self._spans or any(op.startswith(LOSS_OPS) for op in self._ops):
             return "losses"
-        return kind
+        return kind.rpartition(" ")[2]  # "cudnn attention" is attention
 
     def add(self, item: Cost) -> None:
         """Counts launches."""

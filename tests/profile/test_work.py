@@ -139,8 +139,9 @@ def test_attention_is_two_products_forward_and_five_backward() -> None:
             q, q, q, q, y, lse, seed, seed, None, None, None, 64, 64, 0.0, False
         )
 
-    one = 2 * 3 * 2 * 64 * 64 * 32
-    assert inside(run).work.by_part("flops")["attention"] == (2 + 5) * one
+    one, work = 2 * 3 * 2 * 64 * 64 * 32, inside(run).work
+    assert work.by_part("flops")["attention"] == (2 + 5) * one
+    assert {row.kind for row in work.rows if row.flops} == {"cudnn attention"}
 
 
 def test_flops_are_those_of_the_method(vit_b16: Work) -> None:
