@@ -64,10 +64,12 @@ def _predict(cfg: Config, found: Point) -> None:
     from pera_fast.profile.count import count_step, why_not
     from pera_fast.profile.predict import predictions
 
-    if why_not() is not None:
+    if reason := why_not():
+        found.note = f"no predicted times: {reason}"
         return
     work = count_step(cfg, found.world_size)
-    found.launches, found.bytes, found.flops = (work.by_part(what) for what in ("launches", "bytes", "flops"))
+    found.launches, found.bytes = int(work.total("launches")), int(work.total("bytes"))
+    found.flops, found.work = work.total("flops"), work.parts()
     found.predicted = predictions(work, cfg, found.world_size)
 
 

@@ -71,6 +71,11 @@ class Work:
             sums[row.part] = sums.get(row.part, 0) + times * getattr(row, what)
         return {part: sums[part] for part in PARTS if part in sums}
 
+    def parts(self) -> dict[str, dict[str, float]]:
+        """Launches, bytes and flops by part."""
+        sums = {what: self.by_part(what) for what in ("launches", "bytes", "flops")}
+        return {part: {what: by_part[part] for what, by_part in sums.items()} for part in sums["launches"]}
+
 
 class Counting(TorchDispatchMode):
     """Counts what the ops that run inside would launch on a GPU."""
