@@ -135,12 +135,9 @@ def test_a_simulated_profile_predicts_times_on_cards(tmp_path: Path, monkeypatch
     """Work and times of each point in profile.json; GPUs that train together exchange gradients."""
     pytest.importorskip("triton")
     monkeypatch.setattr(module, "FAR", ())
-    found = {}
-    for ranks in (1, 2):
-        out = tmp_path / str(ranks)
-        profile(["tiny"], out, "simulate", "2", SMALL, policies="none", dense=False, jobs=1, world_size=ranks)
-        found[ranks] = json.loads((out / "profile.json").read_text(encoding="utf-8"))["points"][0]
-    one, two = found[1], found[2]
+    one = measure(Point(Variant("tiny", (*SMALL, "model.recompute=none")), 2, "simulate")).to_json()
+    profile(["tiny"], tmp_path, "simulate", "2", SMALL, policies="none", dense=False, jobs=1, world_size=2)
+    two = json.loads((tmp_path / "profile.json").read_text(encoding="utf-8"))["points"][0]
     for what in ("launches", "bytes", "flops"):
         assert one[what] > 0
         assert sum(part[what] for part in one["work"].values()) == pytest.approx(one[what])
@@ -149,11 +146,11 @@ def test_a_simulated_profile_predicts_times_on_cards(tmp_path: Path, monkeypatch
     assert "exchange" not in one["work"]
     assert two["work"]["exchange"]["bytes"] > 0
     assert two["predicted"]["L40S"]["ms"] > one["predicted"]["L40S"]["ms"]
-    row = next(csv.DictReader((tmp_path / "1" / "profile.csv").open(encoding="utf-8")))
-    assert float(row["ms: H200"]) == one["predicted"]["H200"]["ms"]
-    page = (tmp_path / "1" / "report.html").read_text(encoding="utf-8")
-    assert f"{one['predicted']['RTX 4090']['ms']:.1f}" in page
-    assert f"{one['launches']} / {one['bytes'] / 1e9:.1f} / {one['flops'] / 1e12:.1f}" in page
+    row = next(csv.DictReader((tmp_path / "profile.csv").open(encoding="utf-8")))
+    assert float(row["ms: H200"]) == two["predicted"]["H200"]["ms"]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"{two['predicted']['RTX 4090']['ms']:.1f}" in page
+    assert f"{two['launches']} / {two['bytes'] / 1e9:.1f} / {two['flops'] / 1e12:.1f}" in page
 
 
 def test_without_triton_the_profile_says_why_it_predicts_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
