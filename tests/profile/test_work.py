@@ -42,19 +42,25 @@ def vit_b16() -> Work:
     return count.count_step(load_config("vit_b16", [f"train.batch_size={BATCH}"]))
 
 
-def counted(*overrides: str, **options) -> tuple[Work, Counter[str]]:
-    """The work of a step of a small network, and the launches of each op."""
+def counted(*overrides: str, **options) -> tuple[Work, Counter[str], Counter[str]]:
+    """The work of a step of a small network, and the launches and bytes of each op."""
     patch, kept = pytest.MonkeyPatch(), []
 
     class Kept(Counting):
         def __init__(self, opened: bool = False) -> None:
             super().__init__(opened)
             kept.append(self)
+            self.bytes: Counter[str] = Counter()
+
+        def add(self, item: cost.Cost) -> None:
+            super().add(item)
+            if self._ops:
+                self.bytes[self._ops[0]] += item.bytes
 
     with patch.context() as p:
         p.setattr(count, "Counting", Kept)
         work = count.count_step(load_config("vit_b16", [*SMALL, *overrides]), **options)
-    return work, kept[0].by_op
+    return work, kept[0].by_op, kept[0].bytes
 
 
 def inside(run: Callable[[], None], opened: bool = False) -> Counting:
@@ -74,10 +80,13 @@ def inside(run: Callable[[], None], opened: bool = False) -> Counting:
     [("train.precision=bf16", "model.teacher_precision=fp8"), ("train.precision=fp32", "model.recompute=cheap")],
 )
 def test_stated_launches_are_those_that_ops_make(overrides: tuple[str, ...]) -> None:
+    """Bytes nearly: a kernel may read of a tensor what it needs, and read and write another."""
     stated, opened = (counted(*overrides, opened=opened) for opened in (False, True))
     assert len(stated[1]) > 15
     assert stated[1] == opened[1]
     assert stated[0].total("launches") == opened[0].total("launches")
+    assert {op: (said, opened[2][op]) for op, said in stated[2].items() if not 0.3 < said / opened[2][op] < 2.1} == {}
+    assert stated[0].total("bytes") == pytest.approx(opened[0].total("bytes"), rel=0.05)
 
 
 def others() -> None:
