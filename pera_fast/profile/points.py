@@ -56,7 +56,7 @@ class Point:
         flops_per_image: of the method's matrix products (``pera_fast.train.flops``).
         took: seconds that finding this out took.
         world_size: GPUs that train together, for the prediction; each has the batch.
-        launches, bytes, flops: of a step on a GPU (``work``); simulate only, as what follows.
+        launches, bytes, flops: of a step on a GPU of compute capability 9.0 (``work``); simulate only, as what follows.
         work: the same by part (``work.PARTS``): {part: {launches, bytes, flops}}.
         predicted: by a card's name, {ms, images_per_s, mfu} of a step (``predict``).
     """

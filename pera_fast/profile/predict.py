@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 from pera_fast.config import Config
 from pera_fast.profile.cards import CARDS, Card
+from pera_fast.profile.count import HOPPER
 from pera_fast.profile.on_gpu import GPU
 from pera_fast.profile.work import Row, Work
 from pera_fast.train.flops import flops_per_image
@@ -102,11 +103,12 @@ def step_seconds(work: Work, card: Card, graph: bool, efficiency: Efficiency = M
     return max(gpu, work.total("launches") * efficiency.host)
 
 
-def predictions(work: Work, cfg: Config, world_size: int = 1) -> dict[str, dict[str, float]]:
+def predictions(hopper: Work, others: Work, cfg: Config, world_size: int = 1) -> dict[str, dict[str, float]]:
     """What ``Prediction`` holds by the name of a card, for the cards that can run such a step.
 
     Args:
-        work: of one GPU.
+        hopper: work of one GPU of compute capability 9.0.
+        others: work of one of any other.
         cfg: resolved configuration; its batch is that of one GPU.
         world_size: GPUs that train together; images/s are of all.
     """
@@ -114,6 +116,7 @@ def predictions(work: Work, cfg: Config, world_size: int = 1) -> dict[str, dict[
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(cfg.train.precision, "float32")
     found = {}
     for card in CARDS:
+        work = hopper if card.capability == HOPPER else others
         seconds, rate = step_seconds(work, card, graph), card.rate(dtype)
         if seconds is None or rate is None:
             continue

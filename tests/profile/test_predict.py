@@ -152,7 +152,7 @@ def test_a_launch_takes_as_long_as_its_flops_or_its_bytes() -> None:
 def test_cards_without_fp8_have_no_prediction_for_it() -> None:
     work = Work()
     work.add("products", Cost(1, 8, 1e12, "products", torch.float8_e4m3fn))
-    found = predictions(work, load_config("vit_b16", ["train.batch_size=8"]))
+    found = predictions(work, work, load_config("vit_b16", ["train.batch_size=8"]))
     assert set(found) == {c.name for c in CARDS if c.fp8 is not None}
     assert found["RTX 4090"]["ms"] > found["H200"]["ms"]
 

@@ -22,8 +22,10 @@ from pera_fast.profile.work import Counting, Work
 from pera_fast.train.flops import flops_per_image
 from pera_kernels import backend, cost
 from pera_kernels.add_norm import add_norm
+from pera_kernels.attention import measured as attention
 from pera_kernels.gelu import gelu
 from pera_kernels.linear_gelu import linear_gelu, linear_gelu_backward
+from pera_kernels.linear_gelu import measured as gelus
 from pera_kernels.quantize_rows import quantize_rows
 from pera_kernels.sequence_add import sequence_add
 from pera_kernels.sequence_norm import sequence_norm
@@ -113,6 +115,18 @@ def test_stated_launches_of_other_ops() -> None:
     names = {"sequence_add_backward", "sequence_norm_backward", "gelu_backward_", "linear_gelu_backward"}
     assert names | {"quantize_rows", "add_norm_backward"} <= set(stated.by_op)
     assert stated.by_op == opened.by_op
+
+
+def test_one_capability_stands_for_those_that_nobody_measured() -> None:
+    """A measurement on another one needs a count of its own."""
+    rows = {*attention.MEASURED, *(capability for where in gelus.FASTER.values() for capability in where)}
+    assert rows == {count.HOPPER}
+    assert count.OTHERS != count.HOPPER
+    kinds = [
+        {row.kind for row in counted("views.global_size=160", capability=capability)[0].rows if row.flops}
+        for capability in (count.HOPPER, count.OTHERS)
+    ]
+    assert ["cudnn attention" in found for found in kinds] == [True, False]
 
 
 def test_every_op_states_its_cost() -> None:
