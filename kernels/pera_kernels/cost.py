@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["products", "attention", "passes", "exchange"]
+Kind = Literal["products", "gelu products", "attention", "cudnn attention", "passes", "exchange"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Cost:
         launches: of kernels, and of copies and memsets on the device.
         bytes: read and written, those that stay in a cache from one launch to the next not left out.
         flops: of matrix products, multiply-adds as 2.
-        kind: what bounds it: products, attention, passes over memory, or the exchange with other GPUs.
+        kind: what bounds it: products (by a library, or by a kernel that goes on with a GELU), attention
+            (Flash-Attention 2 or cuDNN), passes over memory, or the exchange with other GPUs.
         dtype: of the products' operands.
     """
 
@@ -109,7 +110,9 @@ def product(m: int, n: int, k: int, dtype: torch.dtype, out_size: int, batch: in
     return items
 
 
-def attention(pairs: int, dim: int, dtype: torch.dtype, moved: int, backward_of: int | None = None) -> list[Cost]:
+def attention(
+    pairs: int, dim: int, dtype: torch.dtype, moved: int, backward_of: int | None = None, kind: Kind = "attention"
+) -> list[Cost]:
     """Cost of attention by cuDNN or Flash-Attention 2.
 
     Args:
@@ -118,14 +121,15 @@ def attention(pairs: int, dim: int, dtype: torch.dtype, moved: int, backward_of:
         dtype: of the queries.
         moved: bytes of arguments and results.
         backward_of: elements of the queries whose gradient is taken; None: forward.
+        kind: which of the two it is.
     """
     if not pairs:
         return []
     if backward_of is None:
-        return [Cost(1, moved, 4.0 * pairs * dim, "attention", dtype)]
+        return [Cost(1, moved, 4.0 * pairs * dim, kind, dtype)]
     single, half = 4 * backward_of, dtype.itemsize * backward_of
     return [
-        Cost(1, moved, 10.0 * pairs * dim, "attention", dtype),  # five products: the scores are made again
+        Cost(1, moved, 10.0 * pairs * dim, kind, dtype),  # five products: the scores are made again
         Cost(1, 2 * half),  # sums of grad * out
         Cost(2, 2 * single + half),  # clears the queries' gradient in float32, converts it
     ]

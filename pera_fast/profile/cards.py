@@ -18,6 +18,7 @@ class Card:
 
     Attributes:
         name: as users call it.
+        capability: compute capability, which chooses among kernels.
         memory: bytes on the box.
         bandwidth: of the memory, bytes/s.
         half, fp8, single: FLOP/s of matrix products in bf16 or fp16, e4m3 (None: it has no such products), float32.
@@ -25,6 +26,7 @@ class Card:
     """
 
     name: str
+    capability: tuple[int, int]
     memory: float
     bandwidth: float
     half: float
@@ -40,12 +42,12 @@ class Card:
 
 
 CARDS = (
-    Card("A100", 80 * GIGA, 2.039 * TERA, 312 * TERA, None, 19.5 * TERA, 300 * GIGA),
-    Card("H100", 80 * GIGA, 3.35 * TERA, 989.4 * TERA, 1978.9 * TERA, 67 * TERA, 450 * GIGA),
-    Card("H200", 141 * GIGA, 4.8 * TERA, 989.4 * TERA, 1978.9 * TERA, 67 * TERA, 450 * GIGA),
-    Card("B200", 180 * GIGA, 8 * TERA, 2250 * TERA, 4500 * TERA, 75 * TERA, 900 * GIGA),
-    Card("L40S", 48 * GIGA, 0.864 * TERA, 362 * TERA, 733 * TERA, 91.6 * TERA, 32 * GIGA),
-    Card("RTX 4090", 24 * GIGA, 1.008 * TERA, 165.2 * TERA, 330.3 * TERA, 82.6 * TERA, 32 * GIGA),
+    Card("A100", (8, 0), 80 * GIGA, 2.039 * TERA, 312 * TERA, None, 19.5 * TERA, 300 * GIGA),
+    Card("H100", (9, 0), 80 * GIGA, 3.35 * TERA, 989.4 * TERA, 1978.9 * TERA, 67 * TERA, 450 * GIGA),
+    Card("H200", (9, 0), 141 * GIGA, 4.8 * TERA, 989.4 * TERA, 1978.9 * TERA, 67 * TERA, 450 * GIGA),
+    Card("B200", (10, 0), 180 * GIGA, 8 * TERA, 2250 * TERA, 4500 * TERA, 75 * TERA, 900 * GIGA),
+    Card("L40S", (8, 9), 48 * GIGA, 0.864 * TERA, 362 * TERA, 733 * TERA, 91.6 * TERA, 32 * GIGA),
+    Card("RTX 4090", (8, 9), 24 * GIGA, 1.008 * TERA, 165.2 * TERA, 330.3 * TERA, 82.6 * TERA, 32 * GIGA),
 )
 
 

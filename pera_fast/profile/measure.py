@@ -61,14 +61,17 @@ def measure(point: Point) -> Point:
 
 def _predict(cfg: Config, found: Point) -> None:
     """Fill in the step's work on a GPU and its time on named cards, where Triton is there to count it."""
-    from pera_fast.profile.count import count_step, why_not
+    from pera_fast.profile.count import OTHERS, count_step, why_not
     from pera_fast.profile.predict import predictions
 
-    if why_not() is not None:
+    if reason := why_not():
+        found.note = f"no predicted times: {reason}"
         return
     work = count_step(cfg, found.world_size)
-    found.launches, found.bytes, found.flops = (work.by_part(what) for what in ("launches", "bytes", "flops"))
-    found.predicted = predictions(work, cfg, found.world_size)
+    found.launches, found.bytes = int(work.total("launches")), int(work.total("bytes"))
+    found.flops, found.work = work.total("flops"), work.parts()
+    others = count_step(cfg, found.world_size, capability=OTHERS)
+    found.predicted = predictions(work, others, cfg, found.world_size)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -38,7 +38,7 @@ def costs(func: Any, args: tuple, kwargs: dict, result: Any) -> list[Cost]:
     if name in PRODUCTS:
         return _product(name, args, results[0])
     if "attention" in name:
-        return _attention("backward" in name, args, results)
+        return _attention(name, args, results)
     if name.startswith(("_foreach", "_fused")):
         return _several(name, args)
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -60,12 +60,13 @@ def _product(name: str, args: tuple, out: Tensor) -> list[Cost]:
     return cost.product(rows, columns, a.shape[-1], a.dtype, out.element_size(), batch)
 
 
-def _attention(backward: bool, args: tuple, results: list[Tensor]) -> list[Cost]:
+def _attention(name: str, args: tuple, results: list[Tensor]) -> list[Cost]:
     """Attention of a dense group [n, H, len, d]: cuDNN's or Flash-Attention 2's."""
-    tensors = [t for t in args if isinstance(t, Tensor)]
+    kind: cost.Kind = "cudnn attention" if "cudnn" in name else "attention"
+    backward, tensors = "backward" in name, [t for t in args if isinstance(t, Tensor)]
     q, k = tensors[1:3] if backward else tensors[:2]
     pairs, dim = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2], q.shape[3]
-    return cost.attention(pairs, dim, q.dtype, size(tensors, results), q.numel() if backward else None)
+    return cost.attention(pairs, dim, q.dtype, size(tensors, results), q.numel() if backward else None, kind)
 
 
 def _several(name: str, args: tuple) -> list[Cost]:

@@ -56,8 +56,9 @@ class Point:
         flops_per_image: of the method's matrix products (``pera_fast.train.flops``).
         took: seconds that finding this out took.
         world_size: GPUs that train together, for the prediction; each has the batch.
-        launches, bytes, flops: of a step on a GPU, by part (``work.PARTS``); simulate only.
-        predicted: by a card's name, {ms, images_per_s, mfu} of a step (``predict``); simulate only.
+        launches, bytes, flops: of a step on a GPU of compute capability 9.0 (``work``); simulate only, as what follows.
+        work: the same by part (``work.PARTS``): {part: {launches, bytes, flops}}.
+        predicted: by a card's name, {ms, images_per_s, mfu} of a step (``predict``).
     """
 
     variant: Variant
@@ -77,9 +78,10 @@ class Point:
     flops_per_image: float = 0.0
     took: float = 0.0
     world_size: int = 1
-    launches: dict[str, float] = field(default_factory=dict)
-    bytes: dict[str, float] = field(default_factory=dict)
-    flops: dict[str, float] = field(default_factory=dict)
+    launches: int = 0
+    bytes: int = 0
+    flops: float = 0.0
+    work: dict[str, dict[str, float]] = field(default_factory=dict)
     predicted: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 from pera_fast.config import Config
 from pera_fast.profile.cards import CARDS, Card
+from pera_fast.profile.count import HOPPER
 from pera_fast.profile.on_gpu import GPU
 from pera_fast.profile.work import Row, Work
 from pera_fast.train.flops import flops_per_image
@@ -18,26 +19,48 @@ from pera_fast.train.graph import choose_graph
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of a card's rates, and what a launch takes besides its work.
+    """Shares of a card's rates, and what a launch takes at least.
 
     Attributes:
-        products, attention: of the rate of matrix products.
+        products: of the rate of matrix products, in bf16 or fp16 by cuBLAS.
+        fp8_products: of the rate of products in e4m3.
+        gelu_products: as products, of the Triton kernel that goes on with a GELU.
+        attention: of the rate of matrix products, Flash-Attention 2.
+        cudnn_attention: likewise, cuDNN's attention.
         passes: of the memory's bandwidth.
-        gap: seconds from the end of a kernel to the beginning of the next one.
+        launch: seconds that a kernel takes at least, with the gap before it; a memset takes none.
         host: seconds that the host takes for a launch without a CUDA graph.
     """
 
     products: float
+    fp8_products: float
+    gelu_products: float
     attention: float
+    cudnn_attention: float
     passes: float
-    gap: float
+    launch: float
     host: float
+
+    def share(self, row: Row) -> float:
+        """Of the matrix rate, for a row that has FLOPs."""
+        if row.kind == "products":
+            return self.fp8_products if row.dtype.startswith("float8") else self.products
+        return {
+            "gelu products": self.gelu_products,
+            "attention": self.attention,
+            "cudnn attention": self.cudnn_attention,
+        }[row.kind]
 
 
 # An H200 and commit fce4329 (bench/results/gpu/1-h200-fce4329*): products (37.3 ms) and attention (10.69 ms) from the
-# kernels of a step at batch 64; passes and gap from two steps, 33.9 ms at batch 16 with a CUDA graph and 330.3 ms at
-# batch 256; host from 101.5 ms at batch 16 without a graph. tests/profile/test_predict.py computes them again.
-MEASURED = Efficiency(products=0.702, attention=0.166, passes=0.573, gap=3.52e-6, host=35.9e-6)
+# kernels of a step at batch 64; passes and launch from two steps, 33.9 ms at batch 16 with a CUDA graph and 330.3 ms at
+# batch 256; host from 101.5 ms at batch 16 without a graph. What fce4329 did not run was timed alone on an H200 beside
+# what it stands for: products in e4m3, cuDNN's attention, and linear_gelu (bench/results/gpu/linear_gelu).
+# tests/profile/test_predict.py computes all of them again.
+MEASURED = Efficiency(
+    products=0.702, fp8_products=0.569, gelu_products=0.519, attention=0.166, cudnn_attention=0.242, passes=0.557,
+    launch=6.2e-6, host=35.9e-6,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,31 +86,29 @@ def gpu_seconds(work: Work, card: Card, efficiency: Efficiency) -> float | None:
 def _seconds(row: Row, card: Card, efficiency: Efficiency) -> float | None:
     if row.kind == "exchange":
         return row.bytes / card.link
-    memory = row.bytes / (efficiency.passes * card.bandwidth)
-    if not row.flops:
-        return memory
-    rate = card.rate(row.dtype)
-    if rate is None:
-        return None
-    share = efficiency.attention if row.kind == "attention" else efficiency.products
-    return max(memory, row.flops / (share * rate))
+    seconds = row.bytes / (efficiency.passes * card.bandwidth)
+    if row.flops:
+        rate = card.rate(row.dtype)
+        if rate is None:
+            return None
+        seconds = max(seconds, row.flops / (efficiency.share(row) * rate))
+    return max(seconds, row.launches * efficiency.launch) if row.bytes else 0.0
 
 
 def step_seconds(work: Work, card: Card, graph: bool, efficiency: Efficiency = MEASURED) -> float | None:
     """Seconds of a step; without a CUDA graph the host's launches may take longer than the GPU's work."""
     gpu = gpu_seconds(work, card, efficiency)
-    if gpu is None:
-        return None
-    launches = work.total("launches")
-    gpu += launches * efficiency.gap
-    return gpu if graph else max(gpu, launches * efficiency.host)
+    if gpu is None or graph:
+        return gpu
+    return max(gpu, work.total("launches") * efficiency.host)
 
 
-def predictions(work: Work, cfg: Config, world_size: int = 1) -> dict[str, dict[str, float]]:
+def predictions(hopper: Work, others: Work, cfg: Config, world_size: int = 1) -> dict[str, dict[str, float]]:
     """What ``Prediction`` holds by the name of a card, for the cards that can run such a step.
 
     Args:
-        work: of one GPU.
+        hopper: work of one GPU of compute capability 9.0.
+        others: work of one of any other.
         cfg: resolved configuration; its batch is that of one GPU.
         world_size: GPUs that train together; images/s are of all.
     """
@@ -95,6 +116,7 @@ def predictions(work: Work, cfg: Config, world_size: int = 1) -> dict[str, dict[
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(cfg.train.precision, "float32")
     found = {}
     for card in CARDS:
+        work = hopper if card.capability == HOPPER else others
         seconds, rate = step_seconds(work, card, graph), card.rate(dtype)
         if seconds is None or rate is None:
             continue

@@ -12,11 +12,17 @@ from pera_fast.profile.tables import (
     fits_table,
     notes,
     points_table,
+    predictions_table,
+    work_table,
 )
 
 RESERVE = (
     f"A card's GB are counted as 10<sup>9</sup> bytes ({CARDS[0]} GB = {CARDS[0] * GB / GIB:.1f} GiB), the least that"
     f" is sold under that number. {CONTEXT / GB:.0f} GB of them is kept free for the CUDA context and libraries"
+)
+PREDICTED = (
+    "From launches, bytes and FLOPs of the simulated step, each card's published rates, and the shares of them that an"
+    " H200 was measured to reach; no other card was measured. A card need not hold the batch."
 )
 HOW = {
     "simulate": (
@@ -46,6 +52,12 @@ def report_html(profile: Profile, pictures: dict[str, bytes]) -> str:
                 grid(*breakdown_table(profile)),
             )
         )
+    for title, text, (header, rows) in (
+        ("Predicted ms a step", PREDICTED, predictions_table(profile)),
+        ("Work of a step on a GPU", "By part of the step.", work_table(profile)),
+    ):
+        if rows:
+            sections.append(Section(title, text, table=grid(header, rows)))
     if "ratios" in pictures:
         text = (
             "What the student does not see and is not to predict costs it nothing; what the teacher sees is not kept."

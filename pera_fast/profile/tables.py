@@ -13,6 +13,7 @@ from rich.table import Table
 
 from pera_fast.profile.fits import (
     CARDS,
+    GB,
     Claim,
     Comparison,
     MemoryFit,
@@ -147,8 +148,21 @@ def predictions_table(profile: Profile) -> tuple[list[str], Rows]:
     rows = []
     for p in shown:
         times = [f"{p.predicted[name]['ms']:.1f}" if name in p.predicted else "" for name in cards]
-        rows.append([p.variant.name(), str(p.batch_size), f"{sum(p.launches.values()):.0f}", *times])
+        rows.append([p.variant.name(), str(p.batch_size), str(p.launches), *times])
     return header, rows
+
+
+def work_table(profile: Profile) -> tuple[list[str], Rows]:
+    """Launches, bytes and FLOPs of a step by part, of the points whose peak is broken down."""
+    shown = [p for p in breakdown_points(profile) if p.work]
+    header = ["launches / GB / TFLOP a step", *(f"{p.variant.name()}, batch {p.batch_size}" for p in shown)]
+    names = dict.fromkeys(part for p in shown for part in p.work)
+    rows = [[part, *(_work(**p.work[part]) if part in p.work else "" for p in shown)] for part in names]
+    return header, [*rows, ["all", *(_work(p.launches, p.bytes, p.flops) for p in shown)]] if shown else []
+
+
+def _work(launches: float, bytes: float, flops: float) -> str:
+    return f"{launches:.0f} / {bytes / GB:.1f} / {flops / 1e12:.1f}"
 
 
 def breakdown_points(profile: Profile) -> list[Point]:
@@ -184,6 +198,7 @@ def _yes(value: bool) -> str:
 def notes(profile: Profile) -> list[str]:
     """What did not run, and why; what the claim is."""
     lines = [f"{p.variant.name()}, batch {p.batch_size}: {p.status}: {p.note}" for p in profile.points if not p.ok]
+    lines += dict.fromkeys(p.note for p in profile.points if p.ok and p.note)
     if profile.device == "cuda" and (outside := max((p.outside for p in profile.points if p.ok), default=0)):
         lines.append(f"beside the allocator (CUDA context, libraries, other processes): {outside / GIB:.2f} GiB")
     return lines + [str(claim) for claim in profile.claims]
@@ -195,6 +210,7 @@ def show(profile: Profile, console: Console) -> None:
         "Points": points_table(profile),
         "Lines, and the largest batch predicted to fit": fits_table(profile),
         "Predicted ms a step, whether or not the card holds it": predictions_table(profile),
+        "Work of a step on a GPU": work_table(profile),
         "What the bytes are": breakdown_table(profile),
         "Simulated against measured": comparison_table(profile),
     }
@@ -215,11 +231,15 @@ def write_csv(profile: Profile, path: Path) -> None:
     parts = parts_of(profile.points)
     fields = ["recipe", "overrides", "purpose", "batch_size", "device", "status", "note", "peak", "reserved", "outside"]
     fields += ["between_steps", "images_per_s", "step_s", "step_s_min", "step_s_max", "mfu", "flops_per_image"]
+    cards = list(dict.fromkeys(card for p in profile.points for card in p.predicted))
+    fields += ["world_size", "launches", "bytes", "flops"] if cards else []
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([*fields, *(f"peak: {part}" for part in parts)])
+        writer.writerow([*fields, *(f"ms: {card}" for card in cards), *(f"peak: {part}" for part in parts)])
         for p in profile.points:
             seconds = p.step_seconds or [None] * 3
             row = [p.variant.recipe, " ".join(p.variant.overrides), p.variant.purpose, p.batch_size, p.device]
             row += [p.status, p.note, p.peak, p.reserved, p.outside, p.between_steps, p.images_per_s, *seconds, p.mfu]
-            writer.writerow([*row, p.flops_per_image, *(p.at_peak.get(part, 0) for part in parts)])
+            row += [p.flops_per_image, *([p.world_size, p.launches, p.bytes, p.flops] if cards else [])]
+            row += [p.predicted.get(card, {}).get("ms") for card in cards]
+            writer.writerow([*row, *(p.at_peak.get(part, 0) for part in parts)])

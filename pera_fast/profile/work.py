@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
     Attributes:
         part: one of PARTS.
-        kind: what bounds it: products, attention, passes or exchange.
+        kind: what bounds it, as in ``pera_kernels.cost.Cost``.
         dtype: of the products' operands.
         launches, bytes, flops: as in ``pera_kernels.cost.Cost``.
     """
@@ -70,6 +70,11 @@ class Work:
         for row, times in self.rows.items():
             sums[row.part] = sums.get(row.part, 0) + times * getattr(row, what)
         return {part: sums[part] for part in PARTS if part in sums}
+
+    def parts(self) -> dict[str, dict[str, float]]:
+        """Launches, bytes and flops by part."""
+        sums = {what: self.by_part(what) for what in ("launches", "bytes", "flops")}
+        return {part: {what: by_part[part] for what, by_part in sums.items()} for part in sums["launches"]}
 
 
 class Counting(TorchDispatchMode):
@@ -111,7 +116,7 @@ class Counting(TorchDispatchMode):
             return "update"
         if "loss" in self._spans or any(op.startswith(LOSS_OPS) for op in self._ops):
             return "losses"
-        return kind
+        return kind.rpartition(" ")[2]  # "cudnn attention" is attention
 
     def add(self, item: Cost) -> None:
         """Counts launches."""

@@ -11,10 +11,12 @@ from profile_support import SPARSE as VARIANT
 from rich.console import Console
 
 from pera_fast.errors import UserError
+from pera_fast.profile import count
 from pera_fast.profile import run as module
-from pera_fast.profile.points import RATIOS, Point
+from pera_fast.profile.measure import measure
+from pera_fast.profile.points import RATIOS, Point, Variant
 from pera_fast.profile.run import profile, write
-from pera_fast.profile.tables import PARTS, Profile, show
+from pera_fast.profile.tables import PARTS, Profile, notes, show
 
 PNG = b"\x89PNG\r\n"
 
@@ -129,20 +131,31 @@ def test_one_batch_size_gives_points_without_a_line(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "profile.json").read_text(encoding="utf-8"))["fits"] == []
 
 
-def test_a_simulated_profile_predicts_times_on_cards(tmp_path: Path) -> None:
+def test_a_simulated_profile_predicts_times_on_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work and times of each point in profile.json; GPUs that train together exchange gradients."""
     pytest.importorskip("triton")
-    found = {}
-    for ranks in (1, 2):
-        out = tmp_path / str(ranks)
-        profile(["tiny"], out, "simulate", "2", [], policies="none", dense=False, jobs=1, world_size=ranks)
-        found[ranks] = json.loads((out / "profile.json").read_text(encoding="utf-8"))["points"][0]
-    one, two = found[1], found[2]
+    monkeypatch.setattr(module, "FAR", ())
+    one = measure(Point(Variant("tiny", (*SMALL, "model.recompute=none")), 2, "simulate")).to_json()
+    profile(["tiny"], tmp_path, "simulate", "2", SMALL, policies="none", dense=False, jobs=1, world_size=2)
+    two = json.loads((tmp_path / "profile.json").read_text(encoding="utf-8"))["points"][0]
     for what in ("launches", "bytes", "flops"):
-        assert all(amount >= 0 for amount in one[what].values())
-        assert sum(one[what].values()) > 0
+        assert one[what] > 0
+        assert sum(part[what] for part in one["work"].values()) == pytest.approx(one[what])
     assert {"A100", "H100", "H200", "B200", "L40S", "RTX 4090"} == set(one["predicted"])
     assert one["predicted"]["H200"]["images_per_s"] == pytest.approx(2000 / one["predicted"]["H200"]["ms"])
-    assert "exchange" not in one["bytes"]
-    assert two["bytes"]["exchange"] > 0
+    assert "exchange" not in one["work"]
+    assert two["work"]["exchange"]["bytes"] > 0
     assert two["predicted"]["L40S"]["ms"] > one["predicted"]["L40S"]["ms"]
+    row = next(csv.DictReader((tmp_path / "profile.csv").open(encoding="utf-8")))
+    assert float(row["ms: H200"]) == two["predicted"]["H200"]["ms"]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"{two['predicted']['RTX 4090']['ms']:.1f}" in page
+    assert f"{two['launches']} / {two['bytes'] / 1e9:.1f} / {two['flops'] / 1e12:.1f}" in page
+
+
+def test_without_triton_the_profile_says_why_it_predicts_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(count, "why_not", lambda: "there is no Triton")
+    point = measure(Point(Variant("tiny", tuple(SMALL)), 2, "simulate"))
+    assert point.ok
+    assert point.predicted == {}
+    assert notes(Profile({"device": "simulate"}, [point], [2])) == ["no predicted times: there is no Triton"]

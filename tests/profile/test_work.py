@@ -22,8 +22,10 @@ from pera_fast.profile.work import Counting, Work
 from pera_fast.train.flops import flops_per_image
 from pera_kernels import backend, cost
 from pera_kernels.add_norm import add_norm
+from pera_kernels.attention import measured as attention
 from pera_kernels.gelu import gelu
 from pera_kernels.linear_gelu import linear_gelu, linear_gelu_backward
+from pera_kernels.linear_gelu import measured as gelus
 from pera_kernels.quantize_rows import quantize_rows
 from pera_kernels.sequence_add import sequence_add
 from pera_kernels.sequence_norm import sequence_norm
@@ -42,19 +44,25 @@ def vit_b16() -> Work:
     return count.count_step(load_config("vit_b16", [f"train.batch_size={BATCH}"]))
 
 
-def counted(*overrides: str, **options) -> tuple[Work, Counter[str]]:
-    """The work of a step of a small network, and the launches of each op."""
+def counted(*overrides: str, **options) -> tuple[Work, Counter[str], Counter[str]]:
+    """The work of a step of a small network, and the launches and bytes of each op."""
     patch, kept = pytest.MonkeyPatch(), []
 
     class Kept(Counting):
         def __init__(self, opened: bool = False) -> None:
             super().__init__(opened)
             kept.append(self)
+            self.bytes: Counter[str] = Counter()
+
+        def add(self, item: cost.Cost) -> None:
+            super().add(item)
+            if self._ops:
+                self.bytes[self._ops[0]] += item.bytes
 
     with patch.context() as p:
         p.setattr(count, "Counting", Kept)
         work = count.count_step(load_config("vit_b16", [*SMALL, *overrides]), **options)
-    return work, kept[0].by_op
+    return work, kept[0].by_op, kept[0].bytes
 
 
 def inside(run: Callable[[], None], opened: bool = False) -> Counting:
@@ -74,10 +82,13 @@ def inside(run: Callable[[], None], opened: bool = False) -> Counting:
     [("train.precision=bf16", "model.teacher_precision=fp8"), ("train.precision=fp32", "model.recompute=cheap")],
 )
 def test_stated_launches_are_those_that_ops_make(overrides: tuple[str, ...]) -> None:
+    """Bytes nearly: a kernel may read of a tensor what it needs, and read and write another."""
     stated, opened = (counted(*overrides, opened=opened) for opened in (False, True))
     assert len(stated[1]) > 15
     assert stated[1] == opened[1]
     assert stated[0].total("launches") == opened[0].total("launches")
+    assert {op: (said, opened[2][op]) for op, said in stated[2].items() if not 0.3 < said / opened[2][op] < 2.1} == {}
+    assert stated[0].total("bytes") == pytest.approx(opened[0].total("bytes"), rel=0.05)
 
 
 def others() -> None:
@@ -104,6 +115,18 @@ def test_stated_launches_of_other_ops() -> None:
     names = {"sequence_add_backward", "sequence_norm_backward", "gelu_backward_", "linear_gelu_backward"}
     assert names | {"quantize_rows", "add_norm_backward"} <= set(stated.by_op)
     assert stated.by_op == opened.by_op
+
+
+def test_one_capability_stands_for_those_that_nobody_measured() -> None:
+    """A measurement on another one needs a count of its own."""
+    rows = {*attention.MEASURED, *(capability for where in gelus.FASTER.values() for capability in where)}
+    assert rows == {count.HOPPER}
+    assert count.OTHERS != count.HOPPER
+    kinds = [
+        {row.kind for row in counted("views.global_size=160", capability=capability)[0].rows if row.flops}
+        for capability in (count.HOPPER, count.OTHERS)
+    ]
+    assert ["cudnn attention" in found for found in kinds] == [True, False]
 
 
 def test_every_op_states_its_cost() -> None:
@@ -139,8 +162,9 @@ def test_attention_is_two_products_forward_and_five_backward() -> None:
             q, q, q, q, y, lse, seed, seed, None, None, None, 64, 64, 0.0, False
         )
 
-    one = 2 * 3 * 2 * 64 * 64 * 32
-    assert inside(run).work.by_part("flops")["attention"] == (2 + 5) * one
+    one, work = 2 * 3 * 2 * 64 * 64 * 32, inside(run).work
+    assert work.by_part("flops")["attention"] == (2 + 5) * one
+    assert {row.kind for row in work.rows if row.flops} == {"cudnn attention"}
 
 
 def test_flops_are_those_of_the_method(vit_b16: Work) -> None:

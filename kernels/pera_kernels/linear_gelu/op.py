@@ -53,13 +53,13 @@ def _(grad, weight, hidden):
 @cost.of("pera::linear_gelu")
 def _(result, x, weight, bias, _with_hidden):
     flops = 2.0 * x.numel() * weight.shape[0]
-    return [cost.Cost(1, cost.size(x, weight, bias, result), flops, "products", x.dtype)]
+    return [cost.Cost(1, cost.size(x, weight, bias, result), flops, "gelu products", x.dtype)]
 
 
 @cost.of("pera::linear_gelu_backward")
 def _(result, grad, weight, hidden):
     flops = 2.0 * grad.numel() * weight.shape[1]
-    product = cost.Cost(1, cost.size(grad, weight, hidden, result[0]), flops, "products", grad.dtype)
+    product = cost.Cost(1, cost.size(grad, weight, hidden, result[0]), flops, "gelu products", grad.dtype)
     return [product, cost.Cost(bytes=cost.size(result[1]))]
 
 
