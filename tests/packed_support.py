@@ -48,6 +48,27 @@ def subset(groups: list[int], seed: int, share: float = 0.7) -> tuple[Tensor, li
     return torch.cat(keep).int(), kept
 
 
+def each_implementation(op: str, *names: str):
+    """A fixture: the device, while an implementation of the op is forced, each on a CPU and on a GPU in turn.
+
+    Skipped with the reason where it cannot run.
+    """
+    gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+    @pytest.fixture(params=[*names, *(pytest.param(f"{name}-cuda", marks=gpu) for name in names)])
+    def device(request: pytest.FixtureRequest):
+        name, _, kind = request.param.partition("-")
+        where = torch.device(kind or "cpu")
+        with backend.use(name):
+            try:
+                backend.choose(op, where)
+            except RuntimeError as reason:
+                pytest.skip(str(reason))
+            yield where
+
+    return device
+
+
 @pytest.fixture(params=["reference", "native", "triton"])
 def implementation(request):
     """Each implementation in turn; skipped with the reason where it cannot run."""

@@ -66,7 +66,7 @@ def teacher_rows(state: dict[str, Any], name: str, inputs: Sequence[StepInputs],
 
 
 def distributions(state: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    """What makes log-probabilities over the prototypes of rows: centred, at the final temperature, in float64."""
+    """A function from rows to log-probabilities over the prototypes: centred, at the last temperature, in float64."""
     weights = {name: state["model"][f"teacher.cls_head.last_layer.weight_{name}"].double() for name in ("g", "v")}
     prototypes = weights["g"] * weights["v"] / weights["v"].norm(dim=1, keepdim=True)
     center, temp = state["model"]["center"].double(), from_yaml(state["config"]).optim.teacher_temp

@@ -116,6 +116,7 @@ def quick_parts(device: str, recipe: str) -> list[Part]:
         Part("tests", [python, "-m", "pytest", *options, *tests], 90),
         quick("step-64", 45, "step", 64, *long),
         quick("step-16", 30, "step", 16, *long),
+        quick("step-64-fp8", 45, "step", 64, "--set", "model.teacher_precision=fp8", *long),
         published(64),
         published(16),
         quick("step-256", 40, "step", 256, "--rounds", "3"),

@@ -42,7 +42,7 @@ class Variant:
 
     @property
     def architectures(self) -> tuple[int, ...]:
-        """Of ``ARCHITECTURES``, those that the kernel compiles for."""
+        """The ``ARCHITECTURES`` that the kernel compiles for."""
         return tuple(architecture for architecture in ARCHITECTURES if architecture >= self.least)
 
 

@@ -1,4 +1,4 @@
-"""What an op costs a GPU: each op states its launches, bytes and FLOPs beside its definition.
+"""Launches, bytes and FLOPs of ops on a GPU: each op states its own beside its definition.
 
     @cost.of("pera::gelu")
     def _(result, x):

@@ -1,4 +1,6 @@
-"""What PyTorch's operators cost a GPU, by class: products, attention, several tensors in a launch, passes over memory.
+"""Launches, bytes and FLOPs of PyTorch's operators on a GPU.
+
+By class: products, attention, operators on lists of tensors, and passes over memory.
 
 A pass reads its arguments and writes its results; views and empty tensors cost nothing.
 """

@@ -104,7 +104,7 @@ def step_seconds(work: Work, card: Card, graph: bool, efficiency: Efficiency = M
 
 
 def predictions(hopper: Work, others: Work, cfg: Config, world_size: int = 1) -> dict[str, dict[str, float]]:
-    """What ``Prediction`` holds by the name of a card, for the cards that can run such a step.
+    """The prediction for each card that can run the step: {name: {ms, images_per_s, mfu}}.
 
     Args:
         hopper: work of one GPU of compute capability 9.0.

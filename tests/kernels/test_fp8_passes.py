@@ -1,21 +1,18 @@
 """add_norm_fp8 and gelu_fp8 against their definitions."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from packed_support import randn
+from packed_support import each_implementation, randn
 from torch import Tensor
 from torch.library import opcheck
 
-from pera_kernels import backend, fp8
+from pera_kernels import fp8
 from pera_kernels.add_norm_fp8 import add_norm_fp8_
 from pera_kernels.add_norm_fp8 import op as norm_op
 from pera_kernels.gelu.reference import gelu as gelu_definition
 from pera_kernels.gelu_fp8 import gelu_fp8
 from pera_kernels.gelu_fp8 import op as gelu_op
 
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 NAMES = ("reference", "composed", "triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # What "composed" rounds before e4m3 does, and where the kernels' arithmetic is not PyTorch's.
@@ -24,17 +21,7 @@ ROUNDED = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 TAIL = 1e-6  # absolute: the error of erf, where a GELU is next to nothing
 
 
-@pytest.fixture(params=[*NAMES, *(pytest.param(f"{name}-cuda", marks=GPU) for name in NAMES)])
-def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Each implementation in turn; skipped with the reason where it cannot run."""
-    name, _, kind = request.param.partition("-")
-    where = torch.device(kind or "cpu")
-    with backend.use(name):
-        try:
-            backend.choose("gelu_fp8", where)
-        except RuntimeError as reason:
-            pytest.skip(str(reason))
-        yield where
+device = each_implementation("gelu_fp8", *NAMES)
 
 
 def check(got: fp8.Rows, exact: Tensor, rounded: float) -> None:

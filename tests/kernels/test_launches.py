@@ -29,6 +29,7 @@ from pera_fast.train.optim import make_optimizer, make_scaler
 from pera_fast.train.schedules import StepValues
 from pera_kernels.aot import variants
 from pera_kernels.attention import attention
+from pera_kernels.attention.triton import ColumnSums
 from pera_kernels.column_sums import column_sums
 from pera_kernels.distillation_loss import weight_norm
 from pera_kernels.gelu import gelu
@@ -69,6 +70,8 @@ def others() -> None:
     sequence_add(x, y, [2, 5, 3, 2], keep, [1, 2]).sum().backward()
     sequence_norm(x, torch.ones(64), torch.zeros(64), 1e-6, [2, 5, 3, 2], keep, [1, 2]).sum().backward()
     quantize_rows(torch.randn(4, 64))
+    packed = torch.empty(2, 8, 3 * 64)
+    ColumnSums(1, packed.view(-1, 3 * 64)).pack([torch.randn(2, 8, 2, 32) for _ in range(3)], packed)
 
 
 @pytest.fixture(scope="module")

@@ -2,34 +2,18 @@
 
 import pytest
 import torch
-from packed_support import randn
+from packed_support import each_implementation, randn
 from torch import Tensor
 from torch.library import opcheck
 
-from pera_kernels import backend, fp8
+from pera_kernels import fp8
 from pera_kernels.quantize_rows import Slot, WeightQuantizer, op, quantize_parts, quantize_rows
 from pera_kernels.quantize_rows.reference import quantize_rows as definition
 
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(
-    params=[
-        *("reference", "pytorch", "triton"),
-        *(pytest.param(f"{name}-cuda", marks=GPU) for name in ("reference", "pytorch", "triton")),
-    ]
-)
-def device(request):
-    """Each implementation in turn; skipped with the reason where it cannot run."""
-    name, _, kind = request.param.partition("-")
-    where = torch.device(kind or "cpu")
-    with backend.use(name):
-        try:
-            backend.choose("quantize_rows", where)
-        except RuntimeError as reason:
-            pytest.skip(str(reason))
-        yield where
+device = each_implementation("quantize_rows", "reference", "pytorch", "triton")
 
 
 def steps(a: Tensor, b: Tensor) -> Tensor:

@@ -1,40 +1,22 @@
 """unit_rows and column_sums against their definitions: on a CPU, in the interpreter and on a GPU."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from packed_support import EPS, compare, error, outputs_and_grads, randn
+from packed_support import EPS, compare, each_implementation, error, outputs_and_grads, randn
 
-from pera_kernels import backend
 from pera_kernels.column_sums import column_sums
 from pera_kernels.unit_rows import unit_rows
 from pera_kernels.unit_rows.reference import unit_rows as definition
 
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 SHAPES = [(37, 24), (1, 7), (300, 256), (5, 1000)]
 LEAST = 0.5
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(("reference", "cpu"), id="reference"),
-        pytest.param(("triton", "cpu"), id="triton"),
-        pytest.param(("triton", "cuda"), marks=GPU, id="triton-cuda"),
-    ]
-)
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    name, kind = request.param
-    with backend.use(name):
-        try:
-            backend.choose("unit_rows", torch.device(kind))
-        except RuntimeError as reason:
-            pytest.skip(str(reason))
-        yield kind
+device = each_implementation("unit_rows", "reference", "triton")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_unit_rows(shape: tuple[int, int], device: str) -> None:
+def test_unit_rows(shape: tuple[int, int], device: torch.device) -> None:
     """Some rows are shorter than what divides at the least, one is zero."""
     x = randn(*shape)
     x[::3] *= 0.01 / shape[1] ** 0.5
@@ -43,7 +25,7 @@ def test_unit_rows(shape: tuple[int, int], device: str) -> None:
     compare(lambda x: unit_rows(x, LEAST), lambda x: definition(x, LEAST), {"x": x}, ("x",), half={"x"})
 
 
-def test_gradient_of_a_row_at_the_least_length(device: str) -> None:
+def test_gradient_of_a_row_at_the_least_length(device: torch.device) -> None:
     """As PyTorch's clamp: there the length still has its gradient."""
     x = torch.tensor([[LEAST, 0.0], [0.1, 0.0]], device=device)
     want = outputs_and_grads(lambda x: definition(x, LEAST), {"x": x}, ("x",))
@@ -54,7 +36,7 @@ def test_gradient_of_a_row_at_the_least_length(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [*SHAPES, (0, 5), (2000, 33)])
-def test_column_sums(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+def test_column_sums(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
     x = randn(*shape).to(dtype).to(device)
     got = column_sums(x)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

@@ -1,11 +1,7 @@
 """The recorded step: on a CPU with a recorder that runs the work again, on a GPU for real."""
 
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +14,7 @@ from pera_fast.errors import UserError
 from pera_fast.model.pera import PerA
 from pera_fast.profile.batches import blank_batch
 from pera_fast.train import step
-from pera_fast.train.distributed import World, world
+from pera_fast.train.distributed import World
 from pera_fast.train.fused_update import make_update
 from pera_fast.train.graph import StepGraph
 from pera_fast.train.inputs import make_inputs
@@ -99,85 +95,6 @@ def test_replays_give_what_steps_give(accumulate: int) -> None:
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_cuda_graph_gives_what_steps_give(accumulate: int) -> None:
     same(torch.device("cuda"), accumulate, make_graph)
-
-
-@contextmanager
-def copying(device: torch.device) -> Iterator[None]:
-    """A thread that allocates on the host and the device and copies, on a stream of its own, as the loader's does."""
-    done, rounds, failures = threading.Event(), [], []
-
-    def work() -> None:
-        try:
-            with torch.cuda.stream(torch.cuda.Stream(device)):
-                while not done.is_set():
-                    host = torch.ones(1 << (10 + len(rounds) % 12)).pin_memory()
-                    moved = host.to(device, non_blocking=True).mul_(2)
-                    copied = torch.cuda.Event()
-                    copied.record()
-                    copied.synchronize()
-                    rounds.append(moved[-1].item())
-        except RuntimeError as failure:
-            failures.append(failure)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-    assert not failures
-    assert rounds
-    assert set(rounds) == {2.0}
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_graph_is_recorded_while_another_thread_copies() -> None:
-    device = torch.device("cuda", 0)
-    with copying(device):
-        same(device, 1, make_graph)
-
-
-class Several(int):
-    """A number of processes that counts as several and is 1: their collectives are called, and change nothing."""
-
-    def __gt__(self, other: int) -> bool:
-        return True
-
-    def __eq__(self, other: object) -> bool:
-        return False
-
-    __hash__ = int.__hash__
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
-def one_of_several(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    """One rank of a process group: NCCL on a GPU, gloo on a CPU."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in names.items():
-        monkeypatch.setenv(name, value)
-    with world(request.param) as here:
-        assert torch.distributed.get_backend() == ("nccl" if request.param == "cuda" else "gloo")
-        yield replace(here, size=Several(1))
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("with_graph", [False, True], ids=["ddp", "graph"])
-def test_one_rank_of_a_group_gives_what_a_process_gives(
-    one_of_several: World, accumulate: int, with_graph: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    device, reduced = one_of_several.device, []
-    all_reduce = torch.distributed.all_reduce
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: (reduced.append(x.numel()), all_reduce(x)))
-    graph = (make_graph if device.type == "cuda" else rerun) if with_graph else None
-    same(device, accumulate, graph, one_of_several)
-    values = sum(p.numel() for p in PerA(load_config("tiny", SMALL)).parameters() if p.requires_grad)
-    assert len([n for n in reduced if n < 1000]) == 4  # losses and what belongs to them
-    assert sum(n for n in reduced if n >= 1000) == (4 * values if with_graph else 0)  # else DDP's own
 
 
 @pytest.mark.gpu

@@ -201,7 +201,7 @@ def _(grad, qkv, out, lse, num_heads, groups):
 
 
 def _column_sums(x: Tensor, parts: int) -> Any:
-    """What sums the columns of x while it is written, in so many parts at most; None: x is summed when it is there."""
+    """A sum of the columns of x that is taken while x is written, in so many parts at most; None without Triton."""
     if x.dtype == torch.float64 or backend.needs_triton(x.device) is not None:
         return None
     from .triton import ColumnSums

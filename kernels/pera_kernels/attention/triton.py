@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import Variant
-from ..launching import on_their_device
+from ..column_sums.triton import sum_shares
+from ..launching import device_of, on_their_device
 from ..packing import pairs
 from ..partial_sums.triton import add_up
 
@@ -187,18 +188,16 @@ def backward(
 
 @triton.jit
 def attention_pack_kernel(
-    q_ptr,  # (R, D), rows stride apart
+    q_ptr,  # (R, D)
     k_ptr,
     v_ptr,
     out_ptr,  # (R, 3, D)
     sums_ptr,  # (programs, 3, D) float32
     rows,
-    stride,
     programs,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    COPY: tl.constexpr,
 ):
     which = tl.program_id(1)
     program = tl.program_id(2)
@@ -207,15 +206,14 @@ def attention_pack_kernel(
     for first in range(program * BLOCK_R, rows, programs * BLOCK_R):
         row = first + tl.arange(0, BLOCK_R)
         mask = (row < rows)[:, None] & (col < D)[None, :]
-        place = row.to(tl.int64)[:, None] * stride + col[None, :]
+        place = row.to(tl.int64)[:, None] * D + col[None, :]
         if which == 0:
             x = tl.load(q_ptr + place, mask=mask, other=0.0)
         elif which == 1:
             x = tl.load(k_ptr + place, mask=mask, other=0.0)
         else:
             x = tl.load(v_ptr + place, mask=mask, other=0.0)
-        if COPY:
-            tl.store(out_ptr + row.to(tl.int64)[:, None] * (3 * D) + which * D + col[None, :], x, mask=mask)
+        tl.store(out_ptr + row.to(tl.int64)[:, None] * (3 * D) + which * D + col[None, :], x, mask=mask)
         total += x.to(tl.float32)
     tl.store(sums_ptr + (program * 3 + which) * D + col, tl.sum(total, 0), mask=col < D)
 
@@ -244,21 +242,17 @@ class ColumnSums:
         """Write the gradients of q, k and v (n, len, H, d) side by side into out (n, len, 3 * D), and sum it."""
         rows = out.shape[0] * out.shape[1]
         flat = [grad.reshape(rows, self.dim) for grad in grads]  # views: they lie as q does
-        self._launch(flat, out, rows, self.dim, copy=True)
+        programs = max(min(self.programs, triton.cdiv(rows, PACK_ROWS)), 1)
+        with device_of(out):
+            attention_pack_kernel[(self.blocks, 3, programs)](
+                *flat, out, self.partial[self.done :], rows, programs,
+                D=self.dim, BLOCK_R=PACK_ROWS, BLOCK_C=PACK_COLUMNS, num_warps=4,
+            )  # fmt: skip
+        self.done += programs
 
     def add(self, x: Tensor) -> None:
         """Sum contiguous rows (R, 3 * D) that something else wrote."""
-        parts = [x[:, i * self.dim :] for i in range(3)]
-        self._launch(parts, x, x.shape[0], 3 * self.dim, copy=False)
-
-    @on_their_device
-    def _launch(self, parts: Sequence[Tensor], out: Tensor, rows: int, stride: int, copy: bool) -> None:
-        programs = max(min(self.programs, triton.cdiv(rows, PACK_ROWS)), 1)
-        attention_pack_kernel[(self.blocks, 3, programs)](
-            *parts, out, self.partial[self.done :], rows, stride, programs,
-            D=self.dim, BLOCK_R=PACK_ROWS, BLOCK_C=PACK_COLUMNS, COPY=copy, num_warps=4,
-        )  # fmt: skip
-        self.done += programs
+        self.done += sum_shares(x, self.partial[self.done : self.done + self.programs])
 
     def total(self) -> Tensor:
         """The sums (3 * D,) float32 of what was packed and added so far."""
@@ -268,12 +262,10 @@ class ColumnSums:
 def _variants() -> list[Variant]:
     result = []
     pointers = {f"{name}_ptr": "*bf16" for name in ("q", "k", "v", "out")} | {"sums_ptr": "*fp32"}
-    sizes = dict.fromkeys(("rows", "stride", "programs"), "i32")
+    sizes = dict.fromkeys(("rows", "programs"), "i32")
     for recipe, dim in (("vit_s16", 384), ("vit_b16", 768), ("vit_g16", 1024)):
-        for copy in (True, False):
-            tile = {"D": dim, "BLOCK_R": PACK_ROWS, "BLOCK_C": PACK_COLUMNS, "COPY": copy}
-            name = f"{recipe} bf16{'' if copy else ', sums alone'}"
-            result.append(Variant(name, attention_pack_kernel, {**pointers, **sizes}, tile, num_warps=4))
+        tile = {"D": dim, "BLOCK_R": PACK_ROWS, "BLOCK_C": PACK_COLUMNS}
+        result.append(Variant(f"{recipe} bf16", attention_pack_kernel, {**pointers, **sizes}, tile, num_warps=4))
     scalars = {"lse_ptr": "*fp32", "num_rows": "i32", "scale": "fp32"}
     forward_args = {"qkv_ptr": "*bf16", "out_ptr": "*bf16", **scalars}
     backward_args = {"grad_ptr": "*bf16", "qkv_ptr": "*bf16", "grad_qkv_ptr": "*bf16", **scalars}

@@ -13,7 +13,7 @@ BLOCK_R, BLOCK_C = 16, 256  # of a tile: 32 values a thread
 PROGRAMS = 4  # per multiprocessor
 NUM_WARPS = 4
 
-__all__ = ["VARIANTS", "column_sums"]
+__all__ = ["VARIANTS", "column_sums", "sum_shares"]
 
 
 @triton.jit
@@ -36,17 +36,28 @@ def column_sums_kernel(
     tl.store(sums_ptr + program.to(tl.int64) * C + col, tl.sum(sums, 0), mask=col < C)
 
 
-@on_their_device
 def column_sums(x: Tensor) -> Tensor:
     """Sums (C,) float32 over the rows of x (R, C)."""
     x = x.contiguous()
     rows, width = x.shape
-    blocks = triton.cdiv(width, BLOCK_C)
     most = 4 if not x.is_cuda else PROGRAMS * torch.cuda.get_device_properties(x.device).multi_processor_count
-    count = max(min(triton.cdiv(rows, BLOCK_R), most // blocks), 1)
+    count = max(min(triton.cdiv(rows, BLOCK_R), most // triton.cdiv(width, BLOCK_C)), 1)
     sums = torch.empty(count, width, dtype=torch.float32, device=x.device)
-    column_sums_kernel[(blocks, count)](x, sums, rows, count, **_constants(width), num_warps=NUM_WARPS)
+    sum_shares(x, sums)
     return add_up(sums)
+
+
+@on_their_device
+def sum_shares(
+    x: Tensor,  # (R, C), contiguous
+    out: Tensor,  # (P, C) float32
+) -> int:
+    """Fill rows of out with the sums over shares of the rows of x; returns how many: P, or one for BLOCK_R rows."""
+    rows, width = x.shape
+    count = max(min(triton.cdiv(rows, BLOCK_R), out.shape[0]), 1)
+    grid = triton.cdiv(width, BLOCK_C), count
+    column_sums_kernel[grid](x, out, rows, count, **_constants(width), num_warps=NUM_WARPS)
+    return count
 
 
 def _constants(width: int) -> dict[str, int]:

@@ -11,12 +11,9 @@ from torch import Tensor
 
 from .. import fp8
 from ..aot import Variant
-from ..fp8_triton import row_scale
+from ..fp8_triton import VALUES, row_scale, why_not
 from ..gelu.triton import normal_cdf
 from ..launching import on_their_device
-
-MAX_COLUMNS = 16384  # a row has to fit one block's registers
-VALUES = 1024  # of a row, for each warp: 32 a thread
 
 __all__ = ["VARIANTS", "gelu_fp8", "why_not"]
 
@@ -51,13 +48,6 @@ def gelu_fp8_kernel(
     if REST > 0:
         tl.store(values_ptr + rest_place, (rest * factor).to(values_ptr.dtype.element_ty), mask=rest_mask)
     tl.store(scale_ptr + row, scale)
-
-
-def why_not(x: Tensor) -> str | None:
-    """Why this kernel cannot take a matrix, or None."""
-    if x.shape[1] > MAX_COLUMNS:
-        return f"a row of {x.shape[1]} values does not fit one block (at most {MAX_COLUMNS})"
-    return None
 
 
 @on_their_device

@@ -1,7 +1,7 @@
-"""Where one kernel for product and GELU was measured to beat cuBLAS's product and a GELU kernel by 5 % or more.
+"""GPUs on which one kernel for product and GELU was measured to be at least 5 % faster than two.
 
-By what is computed and compute capability, with the source. One without a row has no such measurement: there the
-product and the GELU are two kernels.
+The two are cuBLAS's product and the kernel of ``pera_kernels.gelu``. They run where this table has no row: by what is
+computed, and by compute capability.
 """
 
 H200 = "H200, torch 2.11.0+cu130, bfloat16, 2026-11-26, bench/results/gpu/linear_gelu/2-h200-2d9b0ae.json"

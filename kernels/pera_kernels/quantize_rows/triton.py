@@ -10,12 +10,10 @@ from torch import Tensor
 
 from .. import fp8
 from ..aot import Variant
-from ..fp8_triton import row_scale
+from ..fp8_triton import VALUES, row_scale, why_not
 from ..launching import device_of, on_their_device
 from .op import Slot
 
-MAX_COLUMNS = 16384  # a row has to fit one block's registers
-VALUES = 1024  # of a row, for each warp
 COPY_TYPES = {fp8.E4M3: tl.float8e4nv, torch.float32: tl.float32}
 
 __all__ = ["VARIANTS", "quantize_rows", "tables", "why_not"]
@@ -59,13 +57,6 @@ def quantize_weights_kernel(
     scale, factor = row_scale(tl.max(tl.abs(x), 0))
     tl.store(values_ptr + place, (x * factor).to(COPY), mask=col < C)
     tl.store(scale_ptr + row, scale)
-
-
-def why_not(x: Tensor) -> str | None:
-    """Why these kernels cannot take a matrix, or None."""
-    if x.shape[1] > MAX_COLUMNS:
-        return f"a row of {x.shape[1]} values does not fit one block (at most {MAX_COLUMNS})"
-    return None
 
 
 @on_their_device

@@ -25,7 +25,7 @@ def _asked(queries: Sequence[int], groups: Sequence[int]) -> list[int]:
 
 
 def _implementation(q: Tensor, num_heads: int, queries: int, length: int):
-    """What takes a group of so many queries a sequence, over so many tokens."""
+    """The implementation for a group, by the queries and the tokens of each sequence."""
     name = backend.choose("query_attention", q.device)
     # The checks read the width of packed projections, three times that of q.
     wide = q.new_empty(0, 3 * q.shape[1])
