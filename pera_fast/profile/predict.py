@@ -1,7 +1,7 @@
 """Predict a step's time on a card from its work: a launch takes as long as its FLOPs or its bytes, whichever is more.
 
-A class of work reaches a share of the card's rates, the same on every card. The shares are those of an H200. They stay
-as they are until a GPU measures them again: better kernels show as fewer launches, bytes and FLOPs.
+Each class of work reaches a share of the card's rates, the same on every card. The shares are those of an H200. They
+stay as they are until a GPU measures them again: better kernels show as fewer launches, bytes and FLOPs.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class Efficiency:
         }[row.kind]
 
 
-# An H200 and commit fce4329 (bench/results/gpu/1-h200-fce4329*): products (37.3 ms) and attention (10.69 ms) from the
-# kernels of a step at batch 64; passes and launch from two steps, 33.9 ms at batch 16 with a CUDA graph and 330.3 ms at
-# batch 256; host from 101.5 ms at batch 16 without a graph. What fce4329 did not run was timed alone on an H200 beside
-# what it stands for: products in e4m3, cuDNN's attention, and linear_gelu (bench/results/gpu/linear_gelu).
-# tests/profile/test_predict.py computes all of them again.
+# An H200 and commit 2d9b0ae (bench/results/gpu/2-h200-2d9b0ae*): products (35.9 ms) and cuDNN's attention (7.32 ms) from
+# the kernels of a step at batch 64; passes and launch from two steps, 19.5 ms at batch 16 and 246.1 ms at batch 256.
+# From fce4329 (1-h200-fce4329*): Flash-Attention 2 (10.69 ms at batch 64), and host from 101.5 ms at batch 16 without a
+# graph. What neither ran was timed alone on an H200 beside what it stands for: products in e4m3, and linear_gelu
+# (bench/results/gpu/linear_gelu). tests/profile/test_predict.py computes all of them again.
 MEASURED = Efficiency(
-    products=0.702, fp8_products=0.569, gelu_products=0.519, attention=0.166, cudnn_attention=0.242, passes=0.557,
-    launch=6.2e-6, host=35.9e-6,
+    products=0.684, fp8_products=0.554, gelu_products=0.506, attention=0.166, cudnn_attention=0.224, passes=0.627,
+    launch=3.06e-6, host=35.9e-6,
 )  # fmt: skip
 
 
