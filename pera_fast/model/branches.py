@@ -116,16 +116,6 @@ class _Branch(torch.autograd.Function):
         norm_gradients = sums[0].to(weight.dtype), sums[1].to(bias.dtype)
         return grad_x, grad_y if ctx.has_add else None, grad_bias, *norm_gradients, None, None, None, None
 
-    @staticmethod
-    def result(ctx, stream, z):
-        """Outputs of forward: without an addition the stream is the argument x, which the caller has."""
-        return (stream, z) if ctx.has_add else z
-
-    @staticmethod
-    def gradients(ctx, grads):
-        """(gradient of the stream or None, gradient of z) from the gradients of forward's outputs."""
-        return grads if ctx.has_add else (None, grads[0])
-
 
 def _column_sums(grad: Tensor, dtype: torch.dtype) -> Tensor:
     return column_sums(grad).to(dtype)
@@ -144,12 +134,11 @@ class _AttentionBranch(_Branch):
         out, lse = attention_with_lse(qkv, num_heads, ctx.plan.branch_groups)
         ctx.num_heads, ctx.adds_bias = num_heads, bias is not None
         ctx.save_for_backward(*saved, qkv, out, lse, qkv_weight, qkv_bias, weight)
-        return _Branch.result(ctx, stream, products.linear(out, weight, bias))
+        return stream, products.linear(out, weight, bias)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx, grad_stream, grad):
         *saved, qkv, out, lse, qkv_weight, qkv_bias, weight = ctx.saved_tensors
-        grad_stream, grad = _Branch.gradients(ctx, grads)
         grad_weight = products.weight_gradient(grad, out, weight.dtype)
         grad_bias = _bias_gradient(grad, ctx.adds_bias, weight.dtype)
         grad_out = products.matmul(grad, weight)
@@ -212,12 +201,11 @@ class _MlpBranch(_Branch):
         act, hidden = linear_gelu(normed, weight1, bias1, with_hidden=True)
         ctx.adds_bias = bias2 is not None
         ctx.save_for_backward(*saved, hidden, act if ctx.plan.keep_cheap else None, weight1, bias1, weight2)
-        return _Branch.result(ctx, stream, products.linear(act, weight2, bias2))
+        return stream, products.linear(act, weight2, bias2)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx, grad_stream, grad):
         *saved, hidden, act, weight1, bias1, weight2 = ctx.saved_tensors
-        grad_stream, grad = _Branch.gradients(ctx, grads)
         grad_bias2 = _bias_gradient(grad, ctx.adds_bias, weight2.dtype)
         grad_hidden, sums, again = linear_gelu_backward(grad, weight2, hidden, with_act=act is None)
         grad_weight2 = products.weight_gradient(grad, again if act is None else act, weight2.dtype)
@@ -331,8 +319,6 @@ def attention_branch(
         layers = qkv.weight, qkv.bias, proj.weight, added, num_heads
         if tails is not None:
             x, y = _LastAttentionBranch.apply(*beginning, *layers, tuple(tails))
-        elif pending is None:
-            y = _AttentionBranch.apply(*beginning, *layers)
         else:
             x, y = _AttentionBranch.apply(*beginning, *layers)
         return x, Pending(y, left, subset)

@@ -44,7 +44,7 @@ def _features(
     count = images.shape[0]
     index = torch.arange(grid * grid, dtype=torch.int32, device=images.device).expand(count, -1).contiguous()
     rows = visible_patches(images, index, None, None, None, list(mean), list(std), backbone.patch_size, dtype)
-    tokens = backbone.embed(rows, index, backbone.position(grid))
+    tokens = backbone.embed([rows], [index], [grid])
     tokens = backbone.forward_blocks(tokens, [count, 1 + grid * grid])
     tokens = backbone.final_norm(tokens).view(count, 1 + grid * grid, -1)
     return tokens[:, 0], tokens[:, 1:]

@@ -19,8 +19,7 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [R, in] -> [R, out]; for small layers, the prototypes go through their own operators."""
-        weight = self.weight_g * self.weight_v / self.weight_v.norm(dim=1, keepdim=True)
-        return linear(x, weight)
+        return linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))  # one kernel, as nn.utils.weight_norm
 
 
 def _mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:

@@ -45,6 +45,29 @@ class Branch(nn.Module):
         self.cls_head = ClsHead(model.embed_dim, model.head_hidden, model.bottleneck, model.prototypes)
 
 
+class _Total(torch.autograd.Function):
+    """The weighted sum of the losses, in a few launches rather than one for each number.
+
+    Arguments are the entropies [N], of which the first ``num_global`` are those of global crops, KoLeo's sum and the
+    pixel loss (scalars) with their weights. Returns the total and, without a gradient, the parts of the mean entropy.
+    """
+
+    @staticmethod
+    def forward(ctx, entropies, koleo, pixel, num_global, koleo_weight, pixel_weight):
+        rows = entropies.shape[0]
+        ctx.set_materialize_grads(False)  # no zeros for the parts
+        ctx.rows, ctx.weights = rows, (1 / rows, koleo_weight, pixel_weight)
+        sums = entropies[:num_global].sum(), entropies[num_global:].sum()
+        parts = torch._foreach_mul([*sums, koleo, pixel], [1 / rows, 1 / rows, koleo_weight, pixel_weight])
+        ctx.mark_non_differentiable(*parts[:2])
+        return torch.stack(parts).sum(), *parts[:2]
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        entropy, koleo, pixel = torch._foreach_mul([grad] * 3, ctx.weights)
+        return entropy.expand(ctx.rows), koleo, pixel, None, None, None
+
+
 class PerA(nn.Module):
     """The training model. Parameters carry the names of the published checkpoints.
 
@@ -119,44 +142,41 @@ class PerA(nn.Module):
         if spread == "bottleneck":
             koleo_sum = koleo_rows(student_rows[:num_global], cfg.views.num_global)
         # The sum over pairs of batch means, over the number of pairs, is the mean over all rows.
-        parts = entropies.split([num_global, entropies.shape[0] - num_global])
-        global_cls, local_cls = (part.sum() / entropies.shape[0] for part in parts)
-        total = global_cls + local_cls + cfg.loss.koleo_weight * koleo_sum + cfg.loss.pixel_weight * pixel
+        weights = cfg.loss.koleo_weight, cfg.loss.pixel_weight
+        total, global_cls, local_cls = _Total.apply(entropies, koleo_sum, pixel, num_global, *weights)
+        crops = cfg.views.num_global
+        koleo, pixel = torch._foreach_mul([koleo_sum.detach(), pixel.detach()], [1 / crops, 1 / (100 * crops)])
         return {
             "loss": total,
-            "global_cls_loss": global_cls.detach(),
-            "local_cls_loss": local_cls.detach(),
-            "koleo_loss": koleo_sum.detach() / cfg.views.num_global,
-            "pixel_loss": pixel.detach() / (100 * cfg.views.num_global),
-            "teacher_mean": teacher_rows.float().mean(0),
+            "global_cls_loss": global_cls,
+            "local_cls_loss": local_cls,
+            "koleo_loss": koleo,
+            "pixel_loss": pixel,
+            "teacher_mean": teacher_rows.mean(0, dtype=torch.promote_types(teacher_rows.dtype, torch.float32)),
         }
 
     @torch.no_grad()
     def teacher_rows(self, inputs: StepInputs) -> Tensor:
         """Unit bottleneck rows [crops * B, bottleneck] of the teacher, global crops first."""
         backbone = self.teacher.backbone
-        tokens, groups = [], []
-        for group in (inputs.global_, inputs.local):
-            crops = group.crops if group.teacher_crops is None else group.teacher_crops
-            with span("embed"):
-                rows = self._patches(crops, group.teacher_index, group.teacher_order, group.teacher_factors)[0]
-                tokens.append(self._embed(backbone, rows, group.teacher_index, crops))
-            groups += [group.teacher_index.shape[0], 1 + group.teacher_index.shape[1]]
-        rows = backbone.forward_rows(torch.cat(tokens), groups, [0, 0], fp8=self.fp8_teacher)
+        parts = inputs.global_, inputs.local
+        index = [part.teacher_index for part in parts]
+        with span("embed"):
+            rows = map(self._teacher_patches, parts)
+            tokens = backbone.embed(list(rows), index, [self._grid(part) for part in parts])
+        rows = backbone.forward_rows(tokens, _groups(index), [0, 0], fp8=self.fp8_teacher)
         with span("cls head"):
             return self.teacher.cls_head(rows)
 
     def student_rows(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """Unit bottleneck rows of the student [crops * B, bottleneck], and the pixel loss (scalar)."""
         backbone, recompute = self.student.backbone, self.recompute
-        tokens, groups, means = [], [], []
-        for group in (inputs.global_, inputs.local):
-            with span("embed"):
-                rows, mean = self._patches(group.crops, group.student_index, group.student_order, group.student_factors)
-                tokens.append(self._embed(backbone, rows, group.student_index, group.crops))
-            groups += [group.student_index.shape[0], 1 + group.student_index.shape[1]]
-            means.append(mean)
-        x = torch.cat(tokens)
+        parts = inputs.global_, inputs.local
+        index = [part.student_index for part in parts]
+        groups = _groups(index)
+        with span("embed"):
+            patches = [self._patches(p.crops, p.student_index, p.student_order, p.student_factors) for p in parts]
+            x = backbone.embed([rows for rows, _ in patches], index, [self._grid(part) for part in parts])
         drop_path = self.cfg.model.drop_path
         kept = [] if inputs.keep is None else [num_kept(groups[0], drop_path), num_kept(groups[2], drop_path)]
         subsets = None if inputs.keep is None else with_places(inputs.keep, groups, kept)
@@ -169,7 +189,7 @@ class PerA(nn.Module):
         with span("cls head"):
             cls = self.student.cls_head(cls)
         with span("pixel head"):
-            return cls, self._pixel_loss(predicted, inputs.global_, means[0])
+            return cls, self._pixel_loss(predicted, inputs.global_, patches[0][1])
 
     def _patches(
         self, crops: Tensor, index: Tensor, order: Tensor | None, factors: Tensor | None
@@ -180,18 +200,23 @@ class PerA(nn.Module):
         rows = visible_patches(crops, index, order, factors, gray, mean, std, patch, self.compute_dtype, self.rgb)
         return rows, gray
 
-    def _embed(self, backbone: VisionTransformer, rows: Tensor, index: Tensor, crops: Tensor) -> Tensor:
-        height = crops.shape[2]  # [N, H, W, C] and [N, C, H, W] are square in H, W: dimension 2 is a side in both
-        return backbone.embed(rows, index, backbone.position(height // self.cfg.model.patch_size))
+    def _teacher_patches(self, group: GroupInputs) -> Tensor:
+        crops = group.crops if group.teacher_crops is None else group.teacher_crops
+        return self._patches(crops, group.teacher_index, group.teacher_order, group.teacher_factors)[0]
+
+    def _grid(self, group: GroupInputs) -> int:
+        """Patches a side of a group's crops."""
+        return group.crops.shape[2] // self.cfg.model.patch_size  # [N, H, W, C] or [N, C, H, W], and square
 
     def _grow(self, x: Tensor, groups: Sequence[int], predicted: Tensor) -> tuple[Tensor, list[int]]:
         """Mid-depth: the global sequences get a mask token for each predicted patch."""
         if predicted.shape[1] == 0:
             return x, list(groups)
+        backbone = self.student.backbone
         num, length = groups[:2]
-        old, rest = x.split([num * length, x.shape[0] - num * length])
-        new = mask_tokens(old, self.s_mask_token[0, 0], self.student.backbone.pos_embed[0], predicted)
-        return torch.cat([new, rest]), [num, length + predicted.shape[1], *groups[2:]]
+        position = backbone.position(backbone.grid)
+        x = mask_tokens(x, self.s_mask_token.view(-1), position, predicted, rest=x.shape[0] - num * length)
+        return x, [num, length + predicted.shape[1], *groups[2:]]
 
     def _pixel_loss(self, predicted: Tensor, group: GroupInputs, gray: Tensor | None) -> Tensor:
         """The pixel loss (scalar) of the predicted tokens [n * predicted, D] after the final norm."""
@@ -229,11 +254,9 @@ class PerA(nn.Module):
         """
         layer = self.teacher.cls_head.last_layer
         logits = prototype_logits_mean(teacher_mean, layer.weight_v, layer.weight_g).to(self.center).unsqueeze(0)
-        if ok is None:
-            self.center.lerp_(logits, 1 - self.cfg.loss.center_momentum)
-        else:  # selected: a lerp of weight 0 keeps a NaN
-            moved = self.center.lerp(logits, 1 - self.cfg.loss.center_momentum)
-            self.center.copy_(torch.where(ok, moved, self.center))
+        if ok is not None:  # selected: a lerp of weight 0 would keep a NaN
+            logits = torch.where(ok, logits, self.center)
+        self.center.lerp_(logits, 1 - self.cfg.loss.center_momentum)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
@@ -251,6 +274,11 @@ class PerA(nn.Module):
         """Write the FP8 copies anew, if there are any; call it when the teacher's weights have changed."""
         if self.fp8_copies is not None:
             self.fp8_copies.refresh()
+
+
+def _groups(index: Sequence[Tensor]) -> list[int]:
+    """[n0, len0, n1, len1]: sequences and their tokens, cls among them, for patch numbers [N, n] of each group."""
+    return [size for part in index for size in (part.shape[0], 1 + part.shape[1])]
 
 
 def _all_ranks(rows: Tensor) -> Tensor:

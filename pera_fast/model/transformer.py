@@ -162,18 +162,25 @@ class VisionTransformer(nn.Module):
         The bicubic interpolation is linear in the embedding: a product with one small matrix, whose gradient is a
         matrix product too (deterministic on every device).
         """
-        pos = self.pos_embed[0]
+        pos = self.pos_embed.view(-1, self.embed_dim)  # the gradient of a view is a view: no launch
         if grid == self.grid:
             return pos
         matrix = getattr(self, f"_bicubic_{grid}", None)
         if matrix is None:
             matrix = bicubic_matrix(self.grid, grid)
-        return torch.cat([pos[:1], matrix.to(pos) @ pos[1:]])
+        first, patches = pos.split([1, pos.shape[0] - 1])
+        return torch.cat([first, matrix.to(pos) @ patches])
 
-    def embed(self, rows: Tensor, index: Tensor, position: Tensor) -> Tensor:
-        """Packed tokens [N * (1 + n), D], cls first in each sequence, of rows [N * n, C * P * P] at index [N, n]."""
-        proj = self.patch_embed.proj
-        return embed_tokens(rows, proj.weight.flatten(1), proj.bias, position, self.cls_token[0, 0], index)
+    def embed(self, rows: Sequence[Tensor], index: Sequence[Tensor], grids: Sequence[int]) -> Tensor:
+        """Packed tokens [sum(N * (1 + n)), D] of groups of sequences, cls first in each.
+
+        Args:
+            rows: patch rows [N * n, C * P * P] of each group.
+            index: int32 [N, n], their patch numbers.
+            grids: patches a side of each group's crops.
+        """
+        proj, positions = self.patch_embed.proj, [self.position(grid) for grid in grids]
+        return embed_tokens(rows, proj.weight.flatten(1), proj.bias, positions, self.cls_token.view(-1), index)
 
     def forward_blocks(
         self,

@@ -52,8 +52,8 @@ class Efficiency:
         }[row.kind]
 
 
-# An H200 and commit 2d9b0ae (bench/results/gpu/2-h200-2d9b0ae*): products (35.9 ms) and cuDNN's attention (7.32 ms) from
-# the kernels of a step at batch 64; passes and launch from two steps, 19.5 ms at batch 16 and 246.1 ms at batch 256.
+# An H200 and commit 2d9b0ae (bench/results/gpu/2-h200-2d9b0ae*): products (35.9 ms) and cuDNN's attention (7.32 ms)
+# from the kernels of a step at batch 64; passes and launch from two steps, 19.5 ms at batch 16, 246.1 at batch 256.
 # From fce4329 (1-h200-fce4329*): Flash-Attention 2 (10.69 ms at batch 64), and host from 101.5 ms at batch 16 without a
 # graph. What neither ran was timed alone on an H200 beside what it stands for: products in e4m3, and linear_gelu
 # (bench/results/gpu/linear_gelu). tests/profile/test_predict.py computes all of them again.

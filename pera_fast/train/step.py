@@ -176,6 +176,8 @@ def _backward(
     """Gradients of one micro-batch; returns its share of the step's means, f32 [5 + bottleneck]."""
     out = model(batch, teacher_temp)
     with span("backward"):
-        scaler.scale(out["loss"] / accumulate).backward()
+        loss = out["loss"] if accumulate == 1 else out["loss"] / accumulate
+        scaler.scale(loss).backward()
     losses = torch.stack([out[name].detach().float() for name in LOSSES])
-    return torch.cat([losses, out["teacher_mean"].detach().float().flatten()]) / accumulate
+    means = torch.cat([losses, out["teacher_mean"].detach().float().flatten()])
+    return means if accumulate == 1 else means / accumulate

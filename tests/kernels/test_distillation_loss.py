@@ -409,6 +409,8 @@ def test_prototypes_and_mean_logits():
     torch.testing.assert_close(prototypes(v, g), want)
     assert prototypes(v.float(), g.float(), torch.bfloat16).dtype == torch.bfloat16
     torch.testing.assert_close(prototype_logits_mean(rows.mean(0), v, g), (rows @ want.t()).mean(0))
+    single = prototype_logits_mean(rows.mean(0).float(), v.float(), g.float())  # a kernel's on a GPU
+    torch.testing.assert_close(single.double(), (rows @ want.t()).mean(0), rtol=1e-5, atol=1e-6)
     half = prototype_logits_mean(rows.mean(0).float(), v.bfloat16(), g.bfloat16())
     assert half.dtype == torch.float32
     torch.testing.assert_close(half.double(), (rows @ want.t()).mean(0), rtol=0.05, atol=0.02)

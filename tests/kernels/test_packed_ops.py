@@ -50,18 +50,39 @@ def test_embed_tokens(n_seq: int, n_visible: int) -> None:
     compare(fast, reference, tensors, names, half={"rows"})
 
 
+@pytest.mark.usefixtures("implementation")
+def test_embed_tokens_of_groups() -> None:
+    """Groups of sequences share weight, bias and cls, and each has its own position embedding."""
+    sizes, dim, width = [(3, 5, 9), (0, 2, 4), (4, 1, 4)], 6, 12  # sequences, patches that are seen, patches
+    index = [torch.rand(s, patches).argsort(1)[:, :n].int() for s, n, patches in sizes]
+    tensors = {"weight": randn(dim, width, seed=2), "bias": randn(dim, seed=3), "cls": randn(dim, seed=5)}
+    for i, (s, n, patches) in enumerate(sizes):
+        tensors |= {f"rows{i}": randn(s * n, width, seed=i), f"pos{i}": randn(1 + patches, dim, seed=9 + i)}
+
+    def grouped(function):
+        def call(weight, bias, cls, **parts):
+            rows, pos = ([parts[f"{name}{i}"] for i in range(3)] for name in ("rows", "pos"))
+            return function(rows, weight, bias, pos, cls, index)
+
+        return call
+
+    names = ("weight", "bias", "cls", "pos0", "pos2")
+    compare(grouped(embed_tokens), grouped(embed_reference), tensors, names, half={"rows0", "rows1", "rows2"})
+
+
+@pytest.mark.parametrize("rest", [0, 7])
 @pytest.mark.parametrize(("n_seq", "length", "n_new"), [(3, 4, 5), (1, 1, 1), (2, 3, 0)])
 @pytest.mark.usefixtures("implementation")
-def test_mask_tokens(n_seq: int, length: int, n_new: int) -> None:
+def test_mask_tokens(n_seq: int, length: int, n_new: int, rest: int) -> None:
     grid, dim = 9, 6
     index = torch.stack([torch.randperm(grid)[:n_new].sort().values for _ in range(n_seq)]).int()
     tensors = {
-        "tokens": randn(n_seq * length, dim, seed=1),
+        "tokens": randn(n_seq * length + rest, dim, seed=1),
         "mask_token": randn(dim, seed=2),
         "pos": randn(1 + grid, dim, seed=3),
     }
-    fast = lambda **t: mask_tokens(**t, index=index)  # noqa: E731
-    reference = lambda **t: mask_reference(**t, index=index)  # noqa: E731
+    fast = lambda **t: mask_tokens(**t, index=index, rest=rest)  # noqa: E731
+    reference = lambda **t: mask_reference(**t, index=index, rest=rest)  # noqa: E731
     compare(fast, reference, tensors, ("tokens", "mask_token", "pos"), half={"tokens"})
 
 
@@ -140,8 +161,12 @@ def _opcheck_cases():
     qkv = randn(16, 24, seed=5, dtype=torch.float32).requires_grad_()
     ops = torch.ops.pera
     return {
-        "embed_tokens": (ops.embed_tokens, (randn(6, 12, dtype=torch.float32), weight, w, pos, w, index)),
-        "mask_tokens": (ops.mask_tokens, (x[:9].detach().requires_grad_(), w, pos, index)),
+        "embed_tokens": (
+            ops.embed_tokens,
+            ([randn(r, 12, dtype=torch.float32) for r in (6, 3)], weight, w, [pos, pos], w, [index, index[:, 1:]]),
+        ),
+        "mask_tokens": (ops.mask_tokens, (x[:9].detach().requires_grad_(), w, pos, index, 0)),
+        "mask_tokens_rest": (ops.mask_tokens, (x[:13].detach().requires_grad_(), w, pos, index, 4)),
         "sequence_norm": (ops.sequence_norm, (x, w, w, 1e-6, keep, groups, kept)),
         "sequence_norm_all": (ops.sequence_norm, (x, w, w, 1e-6, None, groups, [])),
         "sequence_add": (ops.sequence_add, (x, y, keep, groups, kept)),
@@ -205,7 +230,11 @@ def test_gather_then_add_touches_kept_sequences_only(sizes: list[tuple[int, int]
         lambda: embed_tokens(
             randn(6, 4), randn(3, 5), randn(3), randn(9, 3), randn(3), torch.zeros(2, 3, dtype=torch.int32)
         ),
+        lambda: embed_tokens(
+            [randn(6, 5)], randn(3, 5), randn(3), randn(9, 3), randn(3), [torch.zeros(2, 3, dtype=torch.int32)] * 2
+        ),
         lambda: mask_tokens(randn(7, 4), randn(4), randn(9, 4), torch.zeros(2, 3, dtype=torch.int32)),
+        lambda: mask_tokens(randn(7, 4), randn(4), randn(9, 4), torch.zeros(2, 3, dtype=torch.int32), rest=2),
         lambda: packing.pairs([1, 2, 3]),
     ],
 )

@@ -87,6 +87,27 @@ def weight_norm_bwd_kernel(
 
 
 @triton.jit
+def prototype_logits_mean_kernel(
+    v_ptr,  # (K, D)
+    g_ptr,  # (K,)
+    mean_ptr,  # (D,) float32
+    out_ptr,  # (K,) float32
+    count,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    cols = tl.arange(0, BLOCK_D)
+    mask = (rows < count)[:, None] & (cols < D)[None, :]
+    v = tl.load(v_ptr + rows[:, None] * D + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr + rows, mask=rows < count, other=0.0).to(tl.float32)
+    mean = tl.load(mean_ptr + cols, mask=cols < D, other=0.0)
+    norm = tl.sqrt_rn(tl.where(rows < count, tl.sum(v * v, 1), 1.0))
+    tl.store(out_ptr + rows, tl.sum(v * mean[None, :], 1) * (g / norm), mask=rows < count)
+
+
+@triton.jit
 def distillation_loss_fwd_kernel(
     student_ptr,  # (N, c) float32 products
     teacher_ptr,  # (N, c) float32
@@ -206,6 +227,19 @@ def effective(v: Tensor, g: Tensor, out: Tensor, inverse_norms: Tensor) -> Tenso
     weight_norm_fwd_kernel[(triton.cdiv(count, height),)](
         v, g, out, inverse_norms, count, D=dim, BLOCK_K=height, BLOCK_D=width, num_warps=warps
     )
+    return out
+
+
+@on_their_device
+def prototype_logits_mean(mean: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """W mean (K,) float32 of mean (d,) float32, v (K, d) and g (K, 1), in one pass over v."""
+    count, dim = v.shape
+    height, width, warps = _tile(dim)
+    out = torch.empty(count, dtype=torch.float32, device=v.device)
+    prototype_logits_mean_kernel[(triton.cdiv(count, height),)](
+        v.contiguous(), g.contiguous(), mean.contiguous(), out, count,
+        D=dim, BLOCK_K=height, BLOCK_D=width, num_warps=warps,
+    )  # fmt: skip
     return out
 
 
@@ -409,6 +443,7 @@ def _variants() -> list[Variant]:
     results = {"loss_ptr": full, "student_ptr": full, "teacher_ptr": full, "parts": size}
     return [
         Variant(name, weight_norm_fwd_kernel, {**v, "w_ptr": half, "inverse_norm_ptr": full}, tile, warps),
+        Variant(name, prototype_logits_mean_kernel, {**v, "mean_ptr": full, "out_ptr": full}, tile, warps),
         Variant(name, weight_norm_bwd_kernel, {**v, **into}, {**tile, "HAS_OTHER": True}, warps),
         Variant(name, distillation_loss_fwd_kernel, {**logits, **parts}, {"BLOCK": BLOCK}, 8),
         Variant(name, distillation_loss_combine_kernel, {**parts, **results}, {"BLOCK": 32}, 1),

@@ -160,19 +160,18 @@ def embed_tokens_pack(
     pos: Tensor,  # (1 + L, D)
     cls: Tensor,  # (D,)
     index: Tensor,  # (N, n) int32
-) -> Tensor:
-    """The product's rows with bias and position, cls in front of each sequence: (N * (1 + n), D), rounded once."""
+    out: Tensor,  # (N * (1 + n), D)
+) -> None:
+    """Write the product's rows with bias and position, cls in front of each sequence, rounded once."""
     product, pos, index = product.contiguous(), pos.contiguous(), index.contiguous()
     sequences, n = index.shape
     dim, rows = product.shape[1], sequences * (1 + n)
-    out = torch.empty(rows, dim, dtype=product.dtype, device=product.device)
     block_rows, block = tile(dim)
     if rows:
         embed_tokens_fwd_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(dim, block))](
             product, bias.contiguous(), pos, cls.contiguous(), index, out, rows, n,
             D=dim, BLOCK_R=block_rows, BLOCK_D=block, num_warps=NUM_WARPS,
         )  # fmt: skip
-    return out
 
 
 def embed_tokens_sums(grad: Tensor, pos: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """pera::mask_tokens: schema, shapes, gradient."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ backend.register("mask_tokens", "triton", available=backend.needs_triton)
 backend.register("mask_tokens", "native", available=backend.needs_native("mask_tokens", "mask_tokens_backward"))
 
 
-def _kernels(tokens: Tensor):
+def _kernels(tokens: Tensor) -> Any:
     """What has the kernels that take the tokens, or None: then PyTorch does it."""
     name = backend.choose("mask_tokens", tokens.device)
     if name == "triton":
@@ -22,21 +24,34 @@ def _kernels(tokens: Tensor):
 
 
 @torch.library.custom_op("pera::mask_tokens", mutates_args=())
-def _mask_tokens(tokens: Tensor, mask_token: Tensor, pos: Tensor, index: Tensor) -> Tensor:
-    if (kernels := _kernels(tokens)) is not None:
-        return kernels.mask_tokens(tokens, mask_token, pos, index)
-    return _reference(tokens, mask_token, pos, index)
+def _mask_tokens(tokens: Tensor, mask_token: Tensor, pos: Tensor, index: Tensor, rest: int) -> Tensor:
+    kernels = _kernels(tokens)
+    if kernels is None:
+        return _reference(tokens, mask_token, pos, index, rest)
+    if kernels is not torch.ops.pera_native:
+        return kernels.mask_tokens(tokens, mask_token, pos, index, rest)
+    old, others = tokens.split([tokens.shape[0] - rest, rest])
+    new = kernels.mask_tokens(old, mask_token, pos, index)
+    return torch.cat([new, others]) if rest else new
 
 
 @_mask_tokens.register_fake
-def _(tokens: Tensor, mask_token: Tensor, pos: Tensor, index: Tensor) -> Tensor:
+def _(tokens: Tensor, mask_token: Tensor, pos: Tensor, index: Tensor, rest: int) -> Tensor:
     return tokens.new_empty(tokens.shape[0] + index.numel(), tokens.shape[1])
 
 
 @torch.library.custom_op("pera::mask_tokens_backward", mutates_args=())
-def _backward(grad: Tensor, pos: Tensor, index: Tensor) -> list[Tensor]:
-    if (kernels := _kernels(grad)) is not None:
-        return list(kernels.mask_tokens_backward(grad, pos, index))
+def _backward(grad: Tensor, pos: Tensor, index: Tensor, rest: int) -> list[Tensor]:
+    kernels = _kernels(grad)
+    if kernels is not None and kernels is not torch.ops.pera_native:
+        return list(kernels.mask_tokens_backward(grad, pos, index, rest))
+    grad, others = grad.split([grad.shape[0] - rest, rest])
+    gradients = _plain_backward(grad, pos, index) if kernels is None else kernels.mask_tokens_backward(grad, pos, index)
+    grad_tokens, *parameters = gradients
+    return [torch.cat([grad_tokens, others]) if rest else grad_tokens, *parameters]
+
+
+def _plain_backward(grad: Tensor, pos: Tensor, index: Tensor) -> list[Tensor]:
     n_seq, n_new = index.shape
     dim = grad.shape[1]
     grad = grad.view(n_seq, grad.shape[0] // n_seq, dim)
@@ -49,7 +64,7 @@ def _backward(grad: Tensor, pos: Tensor, index: Tensor) -> list[Tensor]:
 
 
 @_backward.register_fake
-def _(grad: Tensor, pos: Tensor, index: Tensor) -> list[Tensor]:
+def _(grad: Tensor, pos: Tensor, index: Tensor, rest: int) -> list[Tensor]:
     dim = grad.shape[1]
     return [grad.new_empty(grad.shape[0] - index.numel(), dim), pos.new_empty(dim), torch.empty_like(pos)]
 
@@ -58,43 +73,51 @@ cost.opened("pera::mask_tokens", "pera::mask_tokens_backward")
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, _, pos, index = inputs
+    _, _, pos, index, ctx.rest = inputs
     ctx.save_for_backward(pos, index)
 
 
 def _autograd(ctx, grad: Tensor):
     pos, index = ctx.saved_tensors
-    grad_tokens, grad_mask_token, grad_pos = _backward(grad.contiguous(), pos, index)
-    return grad_tokens, grad_mask_token, grad_pos, None
+    grad_tokens, grad_mask_token, grad_pos = _backward(grad.contiguous(), pos, index, ctx.rest)
+    return grad_tokens, grad_mask_token, grad_pos, None, None
 
 
 _mask_tokens.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def mask_tokens(tokens: Tensor, mask_token: Tensor, pos: Tensor, index: Tensor) -> Tensor:
+def mask_tokens(tokens: Tensor, mask_token: Tensor, pos: Tensor, index: Tensor, rest: int = 0) -> Tensor:
     """Grow each packed sequence by one mask token per predicted patch: ``mask_token + pos[1 + index]``.
 
     METHOD section 4, mid-depth. Attention does not care about token order, so the new tokens stand behind the old ones.
 
     Args:
-        tokens: N packed sequences of equal length [N * len, D].
+        tokens: N packed sequences of equal length [N * len + rest, D].
         mask_token: learned token [D], float32 or the dtype of pos.
         pos: position embedding [1 + L, D] of the crop's grid, row 0 for cls.
         index: int32 [N, n], predicted patches in raster order, each once in a sequence.
+        rest: last rows of tokens, of other sequences, which come back as they are.
 
     Returns:
-        Packed sequences [N * (len + n), D] in the dtype of tokens.
+        Packed sequences [N * (len + n) + rest, D] in the dtype of tokens.
 
     Raises:
         ValueError: shapes that do not fit together.
     """
-    if index.ndim != 2 or tokens.ndim != 2 or (tokens.shape[0] % index.shape[0] if index.shape[0] else tokens.shape[0]):
-        raise ValueError(f"tokens {tuple(tokens.shape)} are not {tuple(index.shape)[:1]} sequences of equal length")
+    if index.ndim != 2 or tokens.ndim != 2 or not _fits(tokens.shape[0] - rest, index.shape[0]):
+        others = f" and {rest} rows" if rest else ""
+        raise ValueError(
+            f"tokens {tuple(tokens.shape)} are not {tuple(index.shape)[:1]} sequences of equal length{others}"
+        )
     if mask_token.shape != tokens.shape[1:] or pos.ndim != 2 or pos.shape[1] != tokens.shape[1]:
         raise ValueError(
             f"mask_token {tuple(mask_token.shape)} and pos {tuple(pos.shape)} must be [D] and [1 + L, D] with"
             f" D = {tokens.shape[1]}"
         )
-    if tokens.shape[0] == 0:
+    if tokens.shape[0] == rest:
         return tokens.clone()
-    return _mask_tokens(tokens, mask_token, pos, index)
+    return _mask_tokens(tokens, mask_token, pos, index, rest)
+
+
+def _fits(rows: int, sequences: int) -> bool:
+    return rows >= 0 and (rows % sequences == 0 if sequences else rows == 0)

@@ -68,20 +68,24 @@ def mask_tokens_bwd_kernel(
 
 @on_their_device
 def mask_tokens(
-    tokens: Tensor,  # (N * length, D)
+    tokens: Tensor,  # (N * length + rest, D)
     mask_token: Tensor,  # (D,)
     pos: Tensor,  # (1 + L, D)
     index: Tensor,  # (N, n) int32
+    rest: int,
 ) -> Tensor:
-    """Forward: (N * (length + n), D) in the dtype of tokens."""
+    """Forward: (N * (length + n) + rest, D) in the dtype of tokens."""
     tokens, pos, index = tokens.contiguous(), pos.contiguous(), index.contiguous()
     (sequences, n), dim = index.shape, tokens.shape[1]
-    rows = tokens.shape[0] + sequences * n
-    out = torch.empty(rows, dim, dtype=tokens.dtype, device=tokens.device)
+    old = tokens.shape[0] - rest
+    rows = old + sequences * n
+    out = torch.empty(rows + rest, dim, dtype=tokens.dtype, device=tokens.device)
+    if rest:
+        out[rows:] = tokens[old:]
     block_rows, block = tile(dim)
     if rows:
         mask_tokens_fwd_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(dim, block))](
-            tokens, mask_token.contiguous(), pos, index, out, rows, tokens.shape[0] // sequences, n,
+            tokens, mask_token.contiguous(), pos, index, out, rows, old // sequences, n,
             D=dim, BLOCK_R=block_rows, BLOCK_D=block, num_warps=NUM_WARPS,
         )  # fmt: skip
     return out
@@ -89,22 +93,26 @@ def mask_tokens(
 
 @on_their_device
 def mask_tokens_backward(
-    grad: Tensor,  # (N * (length + n), D)
+    grad: Tensor,  # (N * (length + n) + rest, D)
     pos: Tensor,  # (1 + L, D)
     index: Tensor,  # (N, n) int32
+    rest: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of tokens (N * length, D), mask_token (D,) and pos (1 + L, D)."""
+    """Gradients of tokens (N * length + rest, D), mask_token (D,) and pos (1 + L, D)."""
     grad, dim = grad.contiguous(), grad.shape[1]
     sequences, n = index.shape
-    length = grad.shape[0] // sequences - n
+    grown = grad.shape[0] - rest
+    length = grown // sequences - n
     rows = sequences * length
-    grad_tokens = torch.empty(rows, dim, dtype=grad.dtype, device=grad.device)
+    grad_tokens = torch.empty(rows + rest, dim, dtype=grad.dtype, device=grad.device)
+    if rest:
+        grad_tokens[rows:] = grad[grown:]
     block_rows, block = tile(dim)
     if rows:
         mask_tokens_bwd_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(dim, block))](
             grad, grad_tokens, rows, length, n, D=dim, BLOCK_R=block_rows, BLOCK_D=block, num_warps=NUM_WARPS
         )
-    sums, _ = position_sums(grad, index, pos.shape[0], length, cls=False)
+    sums, _ = position_sums(grad[:grown], index, pos.shape[0], length, cls=False)
     return grad_tokens, add_up(sums).to(pos.dtype), sums.to(pos.dtype)
 
 
