@@ -64,13 +64,23 @@ def with_places(keep: Tensor, groups: Sequence[int], kept: Sequence[int]) -> Ten
         int32 [..., sum(kept) + sum(n)]: keep, then for every sequence its place among the kept ones of its group, or
         -1 if it is not kept.
     """
-    shapes = pairs(groups)
-    parts, places = keep.split(list(kept), dim=-1), []
-    for part, (n, _) in zip(parts, shapes, strict=True):
+    return torch.cat([keep, places(keep, [n for n, _ in pairs(groups)], kept)], dim=-1)
+
+
+def places(keep: Tensor, sequences: Sequence[int], kept: Sequence[int]) -> Tensor:
+    """Each sequence's place among the kept ones of its group, -1 if it is not kept: int32 [..., sum(sequences)].
+
+    Args:
+        keep: int32 [..., sum(kept)], kept sequence numbers of each group, without repetition.
+        sequences: sequences of each group.
+        kept: kept ones of each group.
+    """
+    found = []
+    for part, n in zip(keep.split(list(kept), dim=-1), sequences, strict=True):
         place = torch.full((*keep.shape[:-1], n), -1, dtype=torch.int32, device=keep.device)
         numbers = torch.arange(part.shape[-1], dtype=torch.int32, device=keep.device)
-        places.append(place.scatter_(-1, part.long(), numbers.expand(part.shape)))
-    return torch.cat([keep, *places], dim=-1)
+        found.append(place.scatter_(-1, part.long(), numbers.expand(part.shape)))
+    return torch.cat(found, dim=-1)
 
 
 def gather(x: Tensor, keep: Tensor | None, groups: Sequence[int], kept: Sequence[int]) -> Tensor:

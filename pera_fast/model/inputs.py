@@ -47,16 +47,19 @@ class StepInputs:
         local: the local crops; N may be 0.
         keep: int32 [depth, 2, kept global + kept local], the sequences that go through the attention (0) and the
             MLP branch (1) of each block, counted within their group; None without stochastic depth.
+        places: int32 [depth, 2, global + local sequences], each sequence's place in keep or -1, see
+            ``packing.places``; None: made from keep where it is needed, in several launches.
     """
 
     global_: GroupInputs
     local: GroupInputs
     keep: Tensor | None = None
+    places: Tensor | None = None
 
     def apply(self, fn) -> StepInputs:
         """fn on every tensor."""
-        keep = None if self.keep is None else fn(self.keep)
-        return StepInputs(self.global_.apply(fn), self.local.apply(fn), keep)
+        numbers = (None if tensor is None else fn(tensor) for tensor in (self.keep, self.places))
+        return StepInputs(self.global_.apply(fn), self.local.apply(fn), *numbers)
 
     def to(self, device: torch.device, non_blocking: bool = True) -> StepInputs:
         """All tensors on a device."""

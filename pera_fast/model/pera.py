@@ -179,7 +179,10 @@ class PerA(nn.Module):
             x = backbone.embed([rows for rows, _ in patches], index, [self._grid(part) for part in parts])
         drop_path = self.cfg.model.drop_path
         kept = [] if inputs.keep is None else [num_kept(groups[0], drop_path), num_kept(groups[2], drop_path)]
-        subsets = None if inputs.keep is None else with_places(inputs.keep, groups, kept)
+        subsets = inputs.keep
+        if subsets is not None:
+            known = inputs.places is not None
+            subsets = torch.cat([subsets, inputs.places], -1) if known else with_places(subsets, groups, kept)
         middle = len(backbone.blocks) // 2
         x = backbone.forward_blocks(x, groups, 0, middle, subsets, kept, recompute)
         x, groups = self._grow(x, groups, inputs.global_.predicted_index)

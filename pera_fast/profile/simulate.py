@@ -147,5 +147,4 @@ def copies(inputs: StepInputs, fake: FakeTensorMode) -> StepInputs:
     def copy(tensor: Tensor) -> Tensor:
         return torch.empty_like(fake.from_tensor(tensor))  # an op, so that it is counted
 
-    keep = None if inputs.keep is None else copy(inputs.keep)
-    return StepInputs(inputs.global_.apply(copy), inputs.local.apply(copy), keep)
+    return inputs.apply(copy)

@@ -11,6 +11,7 @@ from pera_fast.data.batch import Batch, CropGroup
 from pera_fast.keyed import Purpose, generator
 from pera_fast.model.inputs import GroupInputs, StepInputs, num_kept
 from pera_fast.model.masking import dense_indices, draw_ranks, indices_from_ranks
+from pera_kernels.packing import places
 
 
 def make_inputs(batch: Batch, cfg: Config, rank: int = 0) -> StepInputs:
@@ -34,10 +35,14 @@ def make_inputs(batch: Batch, cfg: Config, rank: int = 0) -> StepInputs:
         for ranks, grid in zip(_ranks(batch, cfg, crops, grids), grids, strict=True):
             student, predicted, _ = cfg.model.patch_counts(grid * grid)
             indices.append(indices_from_ranks(ranks, student, predicted))
-    groups = [_group(group, *index) for group, index in zip((batch.global_, batch.local), indices, strict=True)]
-    keep = kept_sequences(cfg, [index[0].shape[0] for index in indices], batch.micro_step, rank)
-    device = batch.global_.student.order.device
-    return StepInputs(*groups, keep=None if keep is None else torch.from_numpy(keep).to(device))
+    global_, local = (_group(*pair) for pair in zip((batch.global_, batch.local), indices, strict=True))
+    sequences = [index[0].shape[0] for index in indices]
+    numbers = kept_sequences(cfg, sequences, batch.micro_step, rank)
+    if numbers is None:
+        return StepInputs(global_, local)
+    keep, device = torch.from_numpy(numbers), batch.global_.student.order.device
+    where = places(keep, sequences, [num_kept(n, cfg.model.drop_path) for n in sequences])
+    return StepInputs(global_, local, keep.to(device), where.to(device))
 
 
 def _ranks(batch: Batch, cfg: Config, crops: list[int], grids: list[int]) -> list[np.ndarray]:
@@ -49,9 +54,10 @@ def _ranks(batch: Batch, cfg: Config, crops: list[int], grids: list[int]) -> lis
     return [np.stack(group, axis=1).reshape(-1, group[0].shape[1]) for group in zip(*drawn, strict=True)]
 
 
-def _group(group: CropGroup, student: np.ndarray, predicted: np.ndarray, teacher: np.ndarray) -> GroupInputs:
+def _group(group: CropGroup, indices: tuple[np.ndarray, np.ndarray, np.ndarray]) -> GroupInputs:
+    """Inputs of a group of crops, with the patches of the student, between, and of the teacher."""
     device = group.student.order.device
-    index = [torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (student, predicted, teacher)]
+    index = [torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in indices]
     colours = group.student.order, group.student.factors, group.teacher.order, group.teacher.factors
     return GroupInputs(group.pixels, *index, *(c.to(device) for c in colours))
 

@@ -1,5 +1,7 @@
 """The whole model on uint8 crops: options, recomputation, precision, token counts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -225,6 +227,15 @@ def test_kept_sequences() -> None:
     assert not (keep == kept_sequences(cfg, [8, 12], micro_step=6, rank=0)).all()
     assert not (keep == kept_sequences(cfg, [8, 12], micro_step=5, rank=1)).all()
     assert (keep == kept_sequences(cfg, [8, 12], micro_step=5, rank=0)).all()
+
+
+def test_places_from_the_host_are_those_that_the_model_would_make() -> None:
+    cfg = config()
+    model, inputs = PerA(cfg), make_inputs(batch_of(cfg), cfg)
+    sequences = [group.student_index.shape[0] for group in (inputs.global_, inputs.local)]
+    assert inputs.places.shape == (cfg.model.depth, 2, sum(sequences))
+    losses = [model(i, 0.04)["loss"] for i in (inputs, replace(inputs, places=None))]
+    assert losses[0] == losses[1]
 
 
 def test_masks_belong_to_samples_not_to_batches() -> None:

@@ -31,7 +31,7 @@ def implementation(student_rows: Tensor, student_v: Tensor, student_g: Tensor, t
 
 
 def forward_with_weights(*tensors: Tensor):
-    """The forward that also returns the student's effective prototypes, where it makes them all; None elsewhere."""
+    """The forward that also returns both networks' effective prototypes, where it makes them all; None elsewhere."""
     if backend.choose("distillation_loss", tensors[0].device) == "triton":
         from . import triton
 

@@ -334,8 +334,8 @@ def forward_with_weights(
     center: Tensor,
     student_temp: float,
     teacher_temp: float,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """What ``forward`` returns, and the student's W (K, d) for others who need it."""
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What ``forward`` returns, and W (K, d) of student and teacher, for who needs them again."""
     n, k = student_rows.shape[0], student_v.shape[0]
     walk = _Walk(student_rows, k, 8 * n)
     student, teacher, center = walk.rows(student_rows), walk.rows(teacher_rows), center.contiguous()
@@ -359,7 +359,7 @@ def forward_with_weights(
     distillation_loss_combine_kernel[(n,)](
         partial, loss, student_lse, teacher_lse, n, done, BLOCK=triton.next_power_of_2(done), num_warps=1
     )
-    return (loss, student_lse, teacher_lse, inverse_norms), student_weights
+    return (loss, student_lse, teacher_lse, inverse_norms), (student_weights, teacher_weights)
 
 
 @on_their_device
@@ -380,8 +380,12 @@ def backward(
     need_rows: bool = True,
     need_prototypes: bool = True,
     other: weight_norm.LowRank | Other | None = None,
+    weights: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of student rows, v and g, as ``chunked.backward``; without elements where not needed."""
+    """Gradients of student rows, v and g, as ``chunked.backward``; without elements where not needed.
+
+    weights: W (K, d) of student and teacher from ``forward_with_weights``; None: they are made again.
+    """
     n, k, dim = student_rows.shape[0], student_v.shape[0], student_rows.shape[1]
     half, device = _half(student_rows), student_rows.device
     walk = _Walk(student_rows, k, (8 + half) * n)
@@ -395,9 +399,10 @@ def backward(
     grad_w = torch.empty(walk.size if need_prototypes else 0, dim, dtype=torch.float32, device=device)
     grad_v = torch.empty(student_v.shape if need_prototypes else 0, dtype=student_v.dtype, device=device)
     grad_g = torch.empty(student_g.shape if need_prototypes else 0, dtype=student_g.dtype, device=device)
-    inverse_norms = torch.empty_like(inverse_norms)  # what was saved is not to be written
-    student_weights = walk.weights(student_v, student_g, inverse_norms[0])
-    teacher_weights = walk.weights(teacher_v, teacher_g, inverse_norms[1])
+    if weights is None:
+        norms = torch.empty_like(inverse_norms)  # what was saved is not to be written
+        weights = walk.weights(student_v, student_g, norms[0]), walk.weights(teacher_v, teacher_g, norms[1])
+    student_weights, teacher_weights = weights
     more = other if need_prototypes else None
     if isinstance(more, weight_norm.LowRank):
         more = other_of(more)

@@ -1,12 +1,13 @@
 """Op ``pera::prototype_losses``: schema, fake, autograd. It has no kernels of its own: README.md beside this."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pera_kernels import backend, cost
+from pera_kernels import backend, cost, products
 from pera_kernels.distillation_loss import op as distillation
 from pera_kernels.distillation_loss.weight_norm import NATIVE_NAMES, accumulation_dtype
 from pera_kernels.koleo import gram
@@ -18,7 +19,7 @@ backend.register("prototype_losses", "triton", available=backend.needs_triton)
 backend.register("prototype_losses", "native", available=backend.needs_native(*NATIVE_NAMES))
 backend.register("prototype_losses", "chunked")
 
-NUM_STATISTICS = 8  # what the forward keeps for the backward: student_lse .. gram_differences below
+NUM_STATISTICS = 10  # what the forward keeps for the backward: student_lse .. teacher_weights below
 
 
 @torch.library.custom_op("pera::prototype_losses", mutates_args=())
@@ -37,15 +38,18 @@ def _forward(
 ) -> list[Tensor]:
     student, teacher = (student_rows, student_v, student_g), (teacher_rows, teacher_v, teacher_g)
     forward, _ = distillation.implementation(*student, teacher_v, teacher_g)
-    arguments, weights = (*student, *teacher, center, student_temp, teacher_temp), None
+    arguments = *student, *teacher, center, student_temp, teacher_temp
     if with_weights := distillation.forward_with_weights(*student, teacher_v, teacher_g):
         statistics, weights = with_weights(*arguments)
     else:
-        statistics = forward(*arguments)
+        statistics, weights = forward(*arguments), None
     entropies, student_lse, teacher_lse, inverse_norms = statistics
     native = koleo.runs_in_native(*student)
-    spread = gram.forward(student_rows[:spread_rows], student_v, student_g, groups, native, inverse_norms[0], weights)
-    return [entropies, spread.loss, student_lse, teacher_lse, inverse_norms, *spread[1:-1]]
+    made = None if weights is None else weights[0]
+    spread = gram.forward(student_rows[:spread_rows], student_v, student_g, groups, native, inverse_norms[0], made)
+    # The backward pass comes next in a step: what it would make again is kept until then, at no cost at the peak.
+    kept = weights or (student_rows.new_empty(0), student_rows.new_empty(0))
+    return [entropies, spread.loss, student_lse, teacher_lse, inverse_norms, *spread[1:-1], *kept]
 
 
 @_forward.register_fake
@@ -71,7 +75,11 @@ def _(
     distances = new(spread_rows, dtype=torch.float64)
     statistics = [new(n, 2), new(n, 2), new(2, student_v.shape[0])]
     spread = [distances, new(spread_rows, dtype=torch.int64), torch.empty_like(distances)]
-    return [new(n), new(), *statistics, *spread, new(spread_rows, d), new(spread_rows, d)]
+    made = distillation.forward_with_weights(student_rows, student_v, student_g, teacher_v, teacher_g) is not None
+    half = products.product_dtype(student_rows.dtype, student_rows.device)
+    shape = student_v.shape if made else (0,)
+    weights = [new(*shape, dtype=half if made else student_rows.dtype) for _ in range(2)]
+    return [new(n), new(), *statistics, *spread, new(spread_rows, d), new(spread_rows, d), *weights]
 
 
 def _differentiate(
@@ -102,15 +110,17 @@ def _backward(
     need_prototypes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center = tensors
-    student_lse, teacher_lse, inverse_norms, norms, neighbours, distances, gram_rows, gram_differences = statistics
+    student_lse, teacher_lse, inverse_norms, norms, neighbours, distances, *grams, student_w, teacher_w = statistics
     _, backward = distillation.implementation(student_rows, student_v, student_g, teacher_v, teacher_g)
     grad_spread_rows, other = None, None
     if spread_rows:
         prototypes = student_v, student_g, teacher_v, teacher_g
         grad_spread_rows, other = _differentiate(student_rows, prototypes, spread_rows, groups)(
             *(grad_spread, student_rows[:spread_rows]),
-            *(norms, neighbours, distances, gram_rows, gram_differences, groups),
+            *(norms, neighbours, distances, *grams, groups),
         )
+    if student_w.numel():  # the forward made them, so this is the backward that takes them
+        backward = partial(backward, weights=(student_w, teacher_w))
     grad_rows, grad_v, grad_g = backward(
         *(grad_entropies, student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center),
         *(student_lse, teacher_lse, inverse_norms, student_temp, teacher_temp, True, need_prototypes),
