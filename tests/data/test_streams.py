@@ -94,7 +94,7 @@ def test_small_tensors_cross_together_and_pinned_ones_from_where_they_are(fake_c
     assert made["again"][1:] == [5, None]
     assert made["again"][0] is made["inputs"].keep
     pairs = list(zip(streams.tensors(item), streams.tensors(made), strict=True))
-    assert len(pairs) == 18
+    assert len(pairs) == 19
     for here, there in pairs:
         assert (there.dtype, there.shape) == (here.dtype, here.shape)
         assert torch.equal(here, there)

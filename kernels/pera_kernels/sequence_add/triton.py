@@ -19,6 +19,7 @@ from ..packing import kept_groups, num_tokens
 
 BLOCK = 2048  # values of a program: two 16-byte accesses a thread and tensor
 NUM_WARPS = 4
+FWD_WARPS = 8  # with 4 compilers spill a register on compute capability 10.0
 
 why_not = packed.why_not
 
@@ -98,7 +99,7 @@ def sequence_add(
             sequence_add_fwd_kernel[(programs,)](
                 x[pair.stream :], y[pair.row :], keep[pair.sequence :], out[pair.stream :],
                 pair.n[0], pair.length[0], pair.kept[0], scale0, pair.length[1], pair.kept[1], scale1,
-                D=dim, BLOCK=BLOCK, BLOCK_K=packed.KEEP_BLOCK, num_warps=NUM_WARPS,
+                D=dim, BLOCK=BLOCK, BLOCK_K=packed.KEEP_BLOCK, num_warps=FWD_WARPS,
             )  # fmt: skip
     return out
 
@@ -132,8 +133,9 @@ def _variants() -> list[Variant]:
         halves = dict.fromkeys(("x_ptr", "y_ptr", "out_ptr", "grad_ptr", "grad_y_ptr"), "*bf16")
         signature = {**halves, "keep_ptr": "*i32", **sizes, **scales}
         constants = {"D": dim, "BLOCK": BLOCK}
-        for kernel, more in ((sequence_add_fwd_kernel, {"BLOCK_K": packed.KEEP_BLOCK}), (sequence_add_bwd_kernel, {})):
-            result.append(Variant(f"{recipe} bf16", kernel, signature, {**constants, **more}, NUM_WARPS))
+        fwd = {**constants, "BLOCK_K": packed.KEEP_BLOCK}
+        result.append(Variant(f"{recipe} bf16", sequence_add_fwd_kernel, signature, fwd, FWD_WARPS))
+        result.append(Variant(f"{recipe} bf16", sequence_add_bwd_kernel, signature, constants, NUM_WARPS))
     return result
 
 
