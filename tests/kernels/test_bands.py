@@ -2,14 +2,15 @@
 
 import itertools
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementations import each_on_cpu, runs
 from torch import Tensor
 
 from pera_kernels import backend
@@ -28,21 +29,8 @@ if not INTERPRETED:
     BANDS += [(3, None), (3, ()), (6, (0, 1, 2)), (1, None)]
 
 
-def available(name: str) -> bool:
-    with backend.use(name):
-        try:
-            backend.choose("visible_patches", torch.device("cpu"))
-        except RuntimeError:
-            return False
-    return True
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    if not available(request.param):
-        pytest.skip(f"{request.param} does not run here")
-    with backend.use(request.param):
-        yield request.param
+available = partial(runs, "visible_patches")
+implementation = each_on_cpu("visible_patches", IMPLEMENTATIONS)
 
 
 @dataclass
