@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from implementations import each_on_cpu, runs
+from patches_support import PatchArguments
 from torch import Tensor
 
 from pera_kernels import backend
@@ -34,17 +35,9 @@ implementation = each_on_cpu("visible_patches", IMPLEMENTATIONS)
 
 
 @dataclass
-class Case:
-    """Arguments of the ops, under their names."""
+class Case(PatchArguments):
+    """The ops on any number of bands."""
 
-    crops: Tensor
-    index: Tensor
-    order: Tensor | None
-    factors: Tensor | None
-    gray_mean: Tensor | None
-    mean: list[float]
-    std: list[float]
-    patch_size: int
     rgb: tuple[int, ...] | None
 
     def where(self) -> tuple:

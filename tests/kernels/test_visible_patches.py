@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from implementations import each_on_cpu, runs
+from patches_support import PatchArguments
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,18 +29,8 @@ MEAN, STD = [0.485, 0.456, 0.406, 0.5], [0.229, 0.224, 0.225, 0.25]
 implementation = each_on_cpu("visible_patches", IMPLEMENTATIONS)
 
 
-@dataclass
-class Case:
-    """Arguments of the ops, under their names."""
-
-    crops: Tensor
-    index: Tensor
-    order: Tensor | None
-    factors: Tensor | None
-    gray_mean: Tensor | None
-    mean: list[float]
-    std: list[float]
-    patch_size: int
+class Case(PatchArguments):
+    """The ops on RGB."""
 
     def args(self, dtype: torch.dtype) -> tuple:
         return (*vars(self).values(), dtype)
