@@ -1,5 +1,6 @@
-"""The training step's loss in plain PyTorch (METHOD.md sections 3 to 5): dense sequences, all logits, autocast or not.
+"""The training step's loss in plain PyTorch: dense sequences, all logits, autocast or not.
 
+Source: docs/method.md sections 3 to 5.
 It reads the parameters of a ``PerA`` by name and uses none of its code but the interpolation of the position embedding
 and, for the patches, ``visible_patches``. Under autocast the residual stream stays in float32, as in the published
 implementation.
@@ -28,7 +29,7 @@ def plain_gradients(
 
 
 def plain_loss(model: PerA, inputs: StepInputs, teacher_temp: float) -> Tensor:
-    """The total of METHOD.md, section 5."""
+    """The total of docs/method.md section 5.5."""
     cfg, num_global = model.cfg, inputs.global_.crops.shape[0]
     with torch.no_grad():
         teacher = _logits(model.teacher, _teacher_cls(model, inputs)).float()

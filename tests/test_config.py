@@ -1,4 +1,4 @@
-"""Configuration: recipes against METHOD.md, every message about bad input, round trips."""
+"""Configuration: recipes against docs/method.md, every message about bad input, round trips."""
 
 import math
 import re
@@ -22,7 +22,7 @@ def message(*overrides: str, recipe: str = "vit_b16") -> str:
     return text
 
 
-# METHOD.md sections 2 to 6, written out again: a recipe that drifts from the paper must fail here.
+# docs/method.md sections 2 to 6, written out again: a recipe that drifts from it must fail here.
 PUBLISHED = {
     "model.patch_size": 16,
     "model.mlp_ratio": 4,

@@ -1,4 +1,4 @@
-"""The model against what the authors' published implementation computed (METHOD.md; numbers in tests/golden).
+"""The model against what the authors' published implementation computed (docs/method.md; numbers in tests/golden).
 
 PERA_GOLDEN_DIR names another folder of files of the same form; every size is read from the files.
 """

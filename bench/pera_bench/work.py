@@ -75,6 +75,14 @@ class Work:
     backward: Cost = field(default_factory=Cost)
     compiles: Callable[..., Tensor] | str | None = None
 
+    @classmethod
+    def quantizing(
+        cls, op: str, call: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor], x: Tensor
+    ) -> Work:
+        """An op that reads each value of x [rows, n] and writes a byte for it, and 4 bytes a row. No gradient."""
+        cost = Cost(moved=x.nbytes + x.numel() + 4 * x.shape[0])
+        return cls(op, call, reference, arguments=(x,), learned=(), forward=cost)
+
     def run(self, direction: str, implementation: str) -> Run:
         """The op as one implementation does it. Raises Unavailable."""
         fn, context, name = self._implementation(implementation)

@@ -1,7 +1,7 @@
 """The typed configuration tree. Attribute names are the keys of the command line; defaults are the published vit_b16.
 
-Numbers and their meaning: METHOD.md sections 2 to 6. Ranges that concern one key stand beside it, as field metadata,
-and are enforced by `check.py` together with the rules that tie several keys to each other.
+Numbers and their meaning: docs/method.md sections 2 to 6. Ranges that concern one key stand beside it, as field
+metadata, and are enforced by `check.py` together with the rules that tie several keys to each other.
 """
 # ruff: noqa: RUF009 - _key returns a dataclass field, with a factory where the default is a list
 
@@ -39,7 +39,7 @@ def _fraction(default: float) -> Any:
 
 @dataclass
 class ModelConfig:
-    """Networks and masks (METHOD.md sections 3 and 4)."""
+    """Networks and masks (docs/method.md sections 3 and 4)."""
 
     patch_size: int = _count(16)  # pixels a side
     embed_dim: int = _count(768)  # width of the transformer; num_heads must divide it
@@ -63,7 +63,7 @@ class ModelConfig:
     teacher_ratio: float = _key(0.6, above=0, high=1)  # fraction that the teacher sees; disjoint from the student's
 
     def patch_counts(self, num_patches: int) -> tuple[int, int, int]:
-        """(student, predicted, teacher) patches of a crop with `num_patches` (METHOD.md section 3).
+        """(student, predicted, teacher) patches of a crop with `num_patches` (docs/method.md section 3.1).
 
         Predicted counts only for global crops. With masking=none both see everything and nothing is predicted.
         """
@@ -77,7 +77,7 @@ class ModelConfig:
 
 @dataclass
 class ViewsConfig:
-    """Crops and the two differently coloured views of each (METHOD.md section 2)."""
+    """Crops and the two differently coloured views of each (docs/method.md section 2)."""
 
     num_global: int = _count(2)  # crops per image
     num_local: int = _count(8, low=0)  # crops per image
@@ -104,7 +104,7 @@ class ViewsConfig:
 
 @dataclass
 class LossConfig:
-    """Loss terms (METHOD.md section 5)."""
+    """Loss terms (docs/method.md section 5)."""
 
     student_temp: float = _key(0.1, above=0)
     center_momentum: float = _fraction(0.9)  # EMA of the mean teacher logits
@@ -116,7 +116,7 @@ class LossConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW, schedules and the teacher's EMA (METHOD.md section 6). Every schedule is per optimiser step."""
+    """AdamW, schedules and the teacher's EMA (docs/method.md section 6). Every schedule is per optimiser step."""
 
     lr: float = _key(1e-3, low=0)  # peak; not scaled by the batch size
     warmup_lr: float = _key(0.0, low=0)  # where the linear warm-up starts

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass
 class ColorParams:
-    """Colour operations of one view of N crops (METHOD.md section 2); drawn here, applied by the kernels.
+    """Colour operations of one view of N crops (docs/method.md section 2.2); drawn here, applied by the kernels.
 
     Op codes: 0 brightness, 1 contrast, 2 saturation, 3 hue, 4 grayscale, -1 nothing.
     """

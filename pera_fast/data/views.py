@@ -1,4 +1,4 @@
-"""Keyed draws of a sample: crop windows, flips and the colour jitter of both views (METHOD.md section 2).
+"""Keyed draws of a sample: crop windows, flips and the colour jitter of both views (docs/method.md section 2).
 
 Every draw is a pure function of (seed, epoch, sample), so it can be redrawn alone. Per sample a fixed number of
 uniforms is taken from its generator, global crops first; the rest is arithmetic on whole batches.

@@ -57,7 +57,9 @@ def _predictions(model: PerA, inputs: StepInputs) -> np.ndarray:
 
 
 def pairs(model: PerA, inputs: StepInputs, images: int) -> bytes:
-    """Student and teacher views of the same crops through their disjoint masks, as in the paper's figure.
+    """Student and teacher views of the same crops through their disjoint masks.
+
+    The same picture with more words: docs/method.md section 1.
 
     Args:
         model: the trained model, for what it predicts.

@@ -54,7 +54,7 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[
 
 
 def export_teacher(model: PerA, path: str | Path) -> None:
-    """Write the teacher's backbone with timm's names (METHOD.md section 8: the teacher is the model that is kept).
+    """Write the teacher's backbone with timm's names (docs/method.md section 8: the teacher is the model that is kept).
 
     Args:
         model: the training model.

@@ -1,4 +1,4 @@
-"""Heads: an MLP to an L2-normalised bottleneck, then a weight-normalised linear layer (METHOD.md section 4)."""
+"""Heads: an MLP to an L2-normalised bottleneck, then a weight-normalised linear layer (docs/method.md section 4.6)."""
 
 import torch
 from torch import Tensor, nn

@@ -67,5 +67,5 @@ class StepInputs:
 
 
 def num_kept(sequences: int, drop_path: float) -> int:
-    """Sequences of a group that go through a residual branch (METHOD.md section 4)."""
+    """Sequences of a group that go through a residual branch (docs/method.md section 4.4)."""
     return max(int(sequences * (1 - drop_path)), 1) if sequences else 0

@@ -1,5 +1,6 @@
-"""Disjoint masks: which patches the student sees, which it predicts, which the teacher sees (METHOD.md section 3).
+"""Disjoint masks: which patches the student sees, which it predicts, which the teacher sees.
 
+Source: docs/method.md section 3.1.
 A mask is a rank per patch: the student sees the lowest ranks, the teacher the highest, the ones between are predicted.
 The published pattern ranks patches in random order; ``block`` and ``grid`` rank them in spatial order instead, so that
 what is seen lies in contiguous blocks or spread evenly over the crop.
@@ -61,8 +62,8 @@ def indices_from_ranks(rank: np.ndarray, student: int, predicted: int) -> tuple[
     Args:
         rank: [crops, L], each row a permutation of 0 .. L - 1.
         student: the student sees ranks below this.
-        predicted: the ranks that follow are predicted; the teacher sees the rest. Both counts are those of METHOD.md
-            section 3, see ``ModelConfig.patch_counts``.
+        predicted: the ranks that follow are predicted; the teacher sees the rest. Both counts are those of
+            docs/method.md section 3.1, see ``ModelConfig.patch_counts``.
 
     Returns:
         Three disjoint int32 arrays [crops, n], each row ascending (raster order).

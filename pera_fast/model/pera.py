@@ -1,4 +1,4 @@
-"""Student and teacher on disjoint masks, and the loss between them (METHOD.md sections 3 to 5)."""
+"""Student and teacher on disjoint masks, and the loss between them (docs/method.md sections 3 to 5)."""
 
 from collections.abc import Sequence
 
@@ -109,7 +109,7 @@ class PerA(nn.Module):
                 are fixed (with centering=center only).
 
         Returns:
-            ``loss``, the differentiable total (METHOD.md section 5), and, detached: ``global_cls_loss``,
+            ``loss``, the differentiable total (docs/method.md section 5.5), and, detached: ``global_cls_loss``,
             ``local_cls_loss``, ``koleo_loss`` and ``pixel_loss`` (the logged values: koleo_sum / num_global and
             pixel / (100 * num_global)), ``teacher_mean`` (float32 [bottleneck], mean teacher row for the center).
         """

@@ -1,4 +1,4 @@
-"""Vision transformer on packed tokens (METHOD.md section 4).
+"""Vision transformer on packed tokens (docs/method.md section 4).
 
 Parameters carry the published checkpoint's names, which are timm's. Tokens are packed as ``pera_kernels.packing`` says;
 dense tensors of all patches never exist.
@@ -100,7 +100,7 @@ class Block(nn.Module):
 def bicubic_matrix(grid: int, target: int) -> Tensor:
     """float32 [target ** 2, grid ** 2]: position embeddings of a grid to those of a target grid.
 
-    METHOD.md section 4: bicubic with scale factor (target + 0.1) / grid, no antialias.
+    docs/method.md section 4.2: bicubic with scale factor (target + 0.1) / grid, no antialias.
     """
     basis = torch.eye(grid * grid, dtype=torch.float64).view(grid * grid, 1, grid, grid)
     scale = (target + 0.1) / grid
@@ -148,7 +148,7 @@ class VisionTransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initial weights of METHOD.md section 4."""
+        """Initial weights of docs/method.md section 4.3."""
         trunc_normal_(self.pos_embed, std=0.02)
         normal_(self.cls_token, std=1e-6)
         for module in self.modules():

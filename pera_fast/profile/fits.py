@@ -101,7 +101,7 @@ def by_variant(points: Sequence[Point]) -> dict[Variant, list[Point]]:
 
 @dataclass(frozen=True)
 class Claim:
-    """Sparse against dense masking, everything else equal: the paper's claim as numbers.
+    """Sparse against dense masking, everything else equal: the method's claim (docs/method.md section 1) as numbers.
 
     Attributes:
         sparse_slope, dense_slope: bytes per image.

@@ -3,7 +3,7 @@
 Counted: multiply-adds (as 2) of matrix products and attention, once for each token that a network sees; in the
 student's last block, keys and values of all tokens and the rest for the rows that are read; in the teacher's, what
 its cls tokens need. Not counted: recomputation, and what
-stochastic depth leaves out. METHOD.md section 4.
+stochastic depth leaves out. The networks: docs/method.md section 4.
 """
 
 import torch

@@ -65,7 +65,7 @@ def _group(group: CropGroup, indices: tuple[np.ndarray, np.ndarray, np.ndarray])
 def kept_sequences(cfg: Config, sequences: list[int], micro_step: int, rank: int) -> np.ndarray | None:
     """Stochastic depth's subsets: int32 [depth, 2, kept global + kept local], ascending; None if nothing is dropped.
 
-    METHOD.md section 4: two independent subsets per block (attention, MLP), for each group its own.
+    docs/method.md section 4.4: two independent subsets per block (attention, MLP), for each group its own.
     """
     if cfg.model.drop_path == 0:
         return None

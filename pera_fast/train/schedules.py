@@ -1,6 +1,6 @@
 """What changes from step to step, in closed form: learning rate, weight decay, teacher momentum, teacher temperature.
 
-METHOD.md section 6. Every value is a function of the step alone, so nothing of a schedule needs saving.
+docs/method.md section 6.3. Every value is a function of the step alone, so nothing of a schedule needs saving.
 """
 
 import math

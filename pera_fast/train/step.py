@@ -23,7 +23,7 @@ class StepResult:
     """What a step gave, on the host.
 
     Attributes:
-        losses: total and logged parts, means over micro-batches and ranks (METHOD.md section 5).
+        losses: total and logged parts, means over micro-batches and ranks (docs/method.md section 5.5).
         grad_norm: before clipping.
         applied: False if something was not finite: then parameters, teacher and center are as before.
         stop: over all ranks, whether (SIGINT, SIGTERM) came.

@@ -1,4 +1,4 @@
-"""Draws of windows, flips and colours: METHOD.md section 2."""
+"""Draws of windows, flips and colours: docs/method.md section 2."""
 
 import itertools
 import math

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from implementations import each_on_cpu
 from packed_support import compare, outputs_and_grads, randn, subset
 from torch import Tensor
 from torch.library import opcheck
 
-from pera_kernels import backend, packing
+from pera_kernels import packing
 from pera_kernels.add_norm import add_norm, add_norm_, add_norm_backward, op
 from pera_kernels.add_norm.reference import add_norm as definition
 
@@ -14,15 +15,7 @@ GROUPS = [[3, 5, 7, 2], [1, 1], [4, 9, 0, 3], [2, 17, 5, 8, 1, 1]]
 NAMES = ("x", "y", "y_bias", "weight", "bias")
 
 
-@pytest.fixture(params=["reference", "triton"])
-def implementation(request):
-    """Each implementation in turn; skipped with the reason where it cannot run."""
-    with backend.use(request.param):
-        try:
-            backend.choose("add_norm", torch.device("cpu"))
-        except RuntimeError as reason:
-            pytest.skip(str(reason))
-        yield request.param
+implementation = each_on_cpu("add_norm", ["reference", "triton"])
 
 
 def case(groups: list[int], subsets: bool, dim: int = 8, norm: bool = True):

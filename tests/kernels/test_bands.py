@@ -2,14 +2,16 @@
 
 import itertools
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementations import each_on_cpu, runs
+from patches_support import PatchArguments
 from torch import Tensor
 
 from pera_kernels import backend
@@ -28,35 +30,14 @@ if not INTERPRETED:
     BANDS += [(3, None), (3, ()), (6, (0, 1, 2)), (1, None)]
 
 
-def available(name: str) -> bool:
-    with backend.use(name):
-        try:
-            backend.choose("visible_patches", torch.device("cpu"))
-        except RuntimeError:
-            return False
-    return True
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    if not available(request.param):
-        pytest.skip(f"{request.param} does not run here")
-    with backend.use(request.param):
-        yield request.param
+available = partial(runs, "visible_patches")
+implementation = each_on_cpu("visible_patches", IMPLEMENTATIONS)
 
 
 @dataclass
-class Case:
-    """Arguments of the ops, under their names."""
+class Case(PatchArguments):
+    """The ops on any number of bands."""
 
-    crops: Tensor
-    index: Tensor
-    order: Tensor | None
-    factors: Tensor | None
-    gray_mean: Tensor | None
-    mean: list[float]
-    std: list[float]
-    patch_size: int
     rgb: tuple[int, ...] | None
 
     def where(self) -> tuple:

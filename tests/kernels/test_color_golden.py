@@ -7,26 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from implementations import each_on_cpu
 from safetensors import safe_open
 from torch import Tensor
 
-from pera_kernels import backend
 from pera_kernels.visible_patches import contrast_mean, visible_patches
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FOLDER = Path(os.environ.get("PERA_GOLDEN_DIR") or Path(__file__).parents[1] / "golden")
 
 
-@pytest.fixture(params=["reference", "eager", "native", *(["triton"] if INTERPRETED else [])])
-def implementation(request: pytest.FixtureRequest):
-    try:
-        with backend.use(request.param):
-            backend.choose("visible_patches", torch.device("cpu"))
-            yield request.param
-    except RuntimeError as error:
-        if "was asked for" not in str(error):
-            raise
-        pytest.skip(str(error))
+implementation = each_on_cpu("visible_patches", ["reference", "eager", "native", *(["triton"] if INTERPRETED else [])])
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest_tensor import Largest
 from safetensors import safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pera_kernels import backend, products
 from pera_kernels.distillation_loss import (
@@ -230,19 +230,6 @@ def test_nan_is_not_hidden():
         with torch.no_grad():
             args[position].view(-1)[5] = torch.nan
         assert distillation_loss(*args, *TEMPS).isnan().any(), position
-
-
-class Largest(TorchDispatchMode):
-    """Records the elements of the largest tensor that any call returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return out
 
 
 @pytest.mark.parametrize("native_products", [False, True])

@@ -2,23 +2,14 @@
 
 import pytest
 import torch
+from implementations import each_on_cpu
 from packed_support import DTYPES, EPS, compare, error, randn
 from torch.library import opcheck
 
-from pera_kernels import backend
 from pera_kernels.gelu import gelu, gelu_, gelu_backward_, op
 from pera_kernels.gelu.reference import gelu as definition
 
-
-@pytest.fixture(params=["reference", "triton"], autouse=True)
-def implementation(request):
-    """Each implementation in turn; skipped with the reason where it cannot run."""
-    with backend.use(request.param):
-        try:
-            backend.choose("gelu", torch.device("cpu"))
-        except RuntimeError as reason:
-            pytest.skip(str(reason))
-        yield request.param
+implementation = each_on_cpu("gelu", ["reference", "triton"], autouse=True)
 
 
 @pytest.mark.parametrize("shape", [(37, 300), (1, 41), (0, 5), (5, 0), (3, 1000)])

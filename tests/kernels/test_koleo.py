@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest_tensor import Largest
 from safetensors import safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pera_kernels import backend, products
 from pera_kernels.distillation_loss import weight_norm
@@ -208,19 +208,6 @@ def test_uninitialised_memory_does_not_matter(form, monkeypatch):
 
     monkeypatch.setattr(torch, "empty", poisoned)
     assert all(torch.equal(a, b) for a, b in zip(evaluate(koleo, args, 2), want, strict=True))
-
-
-class Largest(TorchDispatchMode):
-    """Records the elements of the largest tensor that any call returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return out
 
 
 def test_never_holds_all_logits(form):

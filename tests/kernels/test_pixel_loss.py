@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementations import each_on_cpu, runs
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,25 +25,12 @@ IMPLEMENTATIONS = ["reference", "eager", "native", *(["triton"] if INTERPRETED e
 ORDERS = [*permutations(range(4)), (4, -1, -1, -1), (-1, -1, -1, -1)]
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    with backend.use(request.param):
-        try:
-            backend.choose("pixel_loss", torch.device("cpu"))
-        except RuntimeError as error:
-            pytest.skip(str(error))
-        yield request.param
+implementation = each_on_cpu("pixel_loss", IMPLEMENTATIONS)
 
 
 def runnable() -> Iterator[str]:
     """Implementations that run here; the fixture's skips say why the others do not."""
-    for name in IMPLEMENTATIONS:
-        with backend.use(name):
-            try:
-                backend.choose("pixel_loss", torch.device("cpu"))
-            except RuntimeError:
-                continue
-        yield name
+    return (name for name in IMPLEMENTATIONS if runs("pixel_loss", name))
 
 
 def make_case(count: int = 6, seen: int = 4, size: int = 4, channels: int = 3, seed: int = 0) -> tuple[Tensor, tuple]:

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from implementations import each_on_cpu
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +14,6 @@ from pera_kernels.distillation_loss import distillation_loss, weight_norm
 from pera_kernels.koleo import koleo
 from pera_kernels.prototype_losses import prototype_losses, reference
 
-IMPLEMENTATIONS = ["triton", "native", "chunked"]
 TEMPS = 0.1, 0.05
 
 
@@ -25,14 +25,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_norm, "GPU_CHUNK_BYTES", 64)
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request: pytest.FixtureRequest):
-    with backend.use(request.param):
-        try:
-            backend.choose("prototype_losses", torch.device("cpu"))
-        except RuntimeError as error:
-            pytest.skip(str(error))
-        yield request.param
+implementation = each_on_cpu("prototype_losses", ["triton", "native", "chunked"])
 
 
 def make(n: int = 12, k: int = 200, d: int = 24, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:

@@ -2,14 +2,15 @@
 
 import itertools
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementations import each_on_cpu, runs
+from patches_support import PatchArguments
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,28 +26,11 @@ SOME = ORDERS[::8] if INTERPRETED else ORDERS  # the interpreter takes 30 ms for
 MEAN, STD = [0.485, 0.456, 0.406, 0.5], [0.229, 0.224, 0.225, 0.25]
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    with backend.use(request.param):
-        try:
-            backend.choose("visible_patches", torch.device("cpu"))
-        except RuntimeError as error:
-            pytest.skip(str(error))
-        yield request.param
+implementation = each_on_cpu("visible_patches", IMPLEMENTATIONS)
 
 
-@dataclass
-class Case:
-    """Arguments of the ops, under their names."""
-
-    crops: Tensor
-    index: Tensor
-    order: Tensor | None
-    factors: Tensor | None
-    gray_mean: Tensor | None
-    mean: list[float]
-    std: list[float]
-    patch_size: int
+class Case(PatchArguments):
+    """The ops on RGB."""
 
     def args(self, dtype: torch.dtype) -> tuple:
         return (*vars(self).values(), dtype)
@@ -197,12 +181,9 @@ def test_any_shape(data: st.DataObject) -> None:
         case = replace(case, index=case.index.long(), order=case.order.long())
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     for name in IMPLEMENTATIONS:
-        with backend.use(name):
-            try:
-                backend.choose("visible_patches", torch.device("cpu"))
-            except RuntimeError:  # the other tests' fixture says why
-                continue
-            check(visible_patches(*case.args(dtype)), case)
+        if runs("visible_patches", name):  # the other tests' fixture says why not
+            with backend.use(name):
+                check(visible_patches(*case.args(dtype)), case)
 
 
 def test_strides(implementation: str) -> None:

@@ -165,7 +165,7 @@ def test_vit_b16_memory(policy: str, slope: float) -> None:
 
 @pytest.mark.slow
 def test_masks_save_memory_at_vit_b16() -> None:
-    """The paper's claim: more than three times the batch fits, because neither network sees what is masked."""
+    """More than three times the batch fits, because neither network sees what is masked (docs/method.md section 1)."""
     slopes = []
     for masking in ("random", "none"):
         variant = Variant("vit_b16", ("model.recompute=cheap", f"model.masking={masking}"))

@@ -1,4 +1,4 @@
-"""AdamW as METHOD.md section 6 says: one group, clipped, and nothing at all where something is not finite."""
+"""AdamW as docs/method.md section 6.1 says: one group, clipped, and nothing at all where something is not finite."""
 
 import copy
 import math

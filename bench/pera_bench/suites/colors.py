@@ -36,7 +36,7 @@ class View:
 
 
 def make_view(point: Point, view: str, who: str = "student") -> View:
-    """The student's colours (METHOD.md section 2) on the patches that `who` sees."""
+    """The student's colours (docs/method.md section 2.2) on the patches that `who` sees."""
     draw, cfg = torch.Generator().manual_seed(0), point.cfg.views
     count, side = point.crops(view)
     crops = torch.randint(0, 256, (count, side, side, point.cfg.model.in_chans), dtype=torch.uint8, generator=draw)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from pera_bench.point import Point
-from pera_bench.work import FORWARD, Cost, Work
+from pera_bench.work import FORWARD, Work
 from pera_kernels.gelu_fp8 import gelu_fp8, reference
 from pera_kernels.packing import num_tokens
 
@@ -21,11 +21,4 @@ def make(point: Point, case: str) -> Work:
     def definition(x: Tensor) -> Tensor:
         return reference.gelu_fp8(x)[1]
 
-    return Work(
-        op="gelu_fp8",
-        call=call,
-        reference=definition,
-        arguments=(x,),
-        learned=(),
-        forward=Cost(moved=x.nbytes + x.numel() + 4 * x.shape[0]),
-    )
+    return Work.quantizing("gelu_fp8", call, definition, x)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from pera_bench.point import Point
-from pera_bench.work import FORWARD, Cost, Work
+from pera_bench.work import FORWARD, Work
 from pera_kernels.packing import num_tokens
 from pera_kernels.quantize_rows import quantize_rows, reference
 
@@ -21,11 +21,4 @@ def make(point: Point, case: str) -> Work:
     def definition(x: Tensor) -> Tensor:
         return reference.quantize_rows(x)[1]
 
-    return Work(
-        op="quantize_rows",
-        call=call,
-        reference=definition,
-        arguments=(x,),
-        learned=(),
-        forward=Cost(moved=x.nbytes + x.numel() + 4 * x.shape[0]),
-    )
+    return Work.quantizing("quantize_rows", call, definition, x)

@@ -192,7 +192,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Add a residual branch to a packed stream and apply the LayerNorm of the next branch.
 
-    METHOD section 4, batch-subset stochastic depth: the sum is ``x + n / kept * (y + y_bias)`` on the sequences that
+    docs/method.md section 4.4, stochastic depth: the sum is ``x + n / kept * (y + y_bias)`` on the sequences that
     the branch saw and x on the others; the norm takes the sequences that the next branch sees.
 
     Args:

@@ -143,7 +143,9 @@ def distillation_loss(
     student_temp: float,
     teacher_temp: float,
 ) -> Tensor:
-    """Cross entropy of each row's teacher distribution over prototypes against the student's (METHOD.md, section 5).
+    """Cross entropy of each row's teacher distribution over prototypes against the student's.
+
+    docs/method.md section 5.1.
 
         w_k = g_k v_k / ||v_k||,  s = rows_s . w_k / T_s,  t = (rows_t . w'_k - center_k) / T_t
         loss_n = -sum_k softmax(t_n)_k log_softmax(s_n)_k = lse(s_n) - E_{softmax(t_n)}[s_n]

@@ -1,4 +1,7 @@
-"""The definition of the distillation loss in plain PyTorch, with all logits in memory. METHOD.md, sections 4 and 5."""
+"""The definition of the distillation loss in plain PyTorch, with all logits in memory.
+
+Source: docs/method.md sections 4.6 and 5.1.
+"""
 
 import torch
 from torch import Tensor

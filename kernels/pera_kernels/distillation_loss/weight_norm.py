@@ -168,7 +168,7 @@ def write_grad_v(out: Tensor, dz: Tensor, rows: Tensor, v: Tensor, along: Tensor
 
 
 def prototypes(v: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The effective prototype matrix ``g * v / ||v||`` (METHOD.md, section 4), as a constant: no gradient.
+    """The effective prototype matrix ``g * v / ||v||`` (docs/method.md section 4.6), as a constant: no gradient.
 
     Args:
         v: [K, d].
@@ -189,7 +189,7 @@ def prototypes(v: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> Tensor
 def prototype_logits_mean(rows_mean: Tensor, v: Tensor, g: Tensor) -> Tensor:
     """Mean logits over a batch, from the mean of its rows: ``W @ mean(rows) = mean(W @ rows)``.
 
-    So the center's all-reduce carries d numbers, not K (METHOD.md, section 5).
+    So the center's all-reduce carries d numbers, not K (docs/method.md section 5.2).
 
     Args:
         rows_mean: [d] mean of the teacher's bottleneck rows, float32 or float64.

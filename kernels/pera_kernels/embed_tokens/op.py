@@ -124,7 +124,7 @@ def embed_tokens(
 ) -> Tensor:
     """Embed visible patches: ``rows @ weight.T + bias + pos[1 + index]``, and ``cls + pos[0]`` ahead of each sequence.
 
-    METHOD: only the patches that are seen are ever projected.
+    Only the patches that are seen are ever projected (docs/method.md section 7.1).
 
     Args:
         rows: patch rows [N * n, C * P * P] in the compute dtype, sequence by sequence. Data: takes no gradient.

@@ -105,7 +105,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def koleo(rows: Tensor, v: Tensor, g: Tensor, groups: int) -> Tensor:
-    """KoLeo of the prototype logits of each group, summed over groups (METHOD.md, section 5).
+    """KoLeo of the prototype logits of each group, summed over groups (docs/method.md section 5.3).
 
         y_i = W x_i / max(||W x_i||, 1e-8),   nn(i) = argmax_{j != i} y_i . y_j  within the group of B rows
         loss = sum over groups of -1/B sum_i log(||y_i - y_nn(i) + 1e-8|| + 1e-8)

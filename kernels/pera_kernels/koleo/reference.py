@@ -1,4 +1,7 @@
-"""The definition of KoLeo on prototype logits in plain PyTorch, with the logits in memory. METHOD.md, section 5."""
+"""The definition of KoLeo on prototype logits in plain PyTorch, with the logits in memory.
+
+Source: docs/method.md section 5.3.
+"""
 
 import torch
 import torch.nn.functional as F

@@ -89,7 +89,7 @@ _mask_tokens.register_autograd(_autograd, setup_context=_setup_context)
 def mask_tokens(tokens: Tensor, mask_token: Tensor, pos: Tensor, index: Tensor, rest: int = 0) -> Tensor:
     """Grow each packed sequence by one mask token per predicted patch: ``mask_token + pos[1 + index]``.
 
-    METHOD section 4, mid-depth. Attention does not care about token order, so the new tokens stand behind the old ones.
+    docs/method.md section 4.5. Attention does not care about token order, so the new tokens stand behind the old ones.
 
     Args:
         tokens: N packed sequences of equal length [N * len + rest, D].

@@ -4,7 +4,7 @@
     d loss / d pred = 2/R * (pred - target)
 
 The target is the normalised student view's own pixels, read from the integer crop chunk by chunk: neither the view nor
-the target is ever in memory, and the backward reads them again (METHOD.md, sections 4 and 5).
+the target is ever in memory, and the backward reads them again (docs/method.md sections 4.7 and 5.4).
 """
 
 from collections.abc import Sequence

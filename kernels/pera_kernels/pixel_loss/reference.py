@@ -1,4 +1,4 @@
-"""Definition of `pixel_loss` in plain PyTorch. Source: METHOD.md, section 4 (pixel head) and 5 (pixel loss)."""
+"""Definition of `pixel_loss` in plain PyTorch. Source: docs/method.md sections 4.7 and 5.4."""
 
 from collections.abc import Sequence
 

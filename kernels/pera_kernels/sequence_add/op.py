@@ -94,7 +94,7 @@ def sequence_add(
 ) -> Tensor:
     """Add a residual branch's result, scaled by n / kept, to the kept sequences of a packed stream.
 
-    METHOD section 4, batch-subset stochastic depth. Without a subset this is ``x + y``.
+    docs/method.md section 4.4, stochastic depth. Without a subset this is ``x + y``.
 
     Args:
         x: packed tokens [T, D].

@@ -149,7 +149,7 @@ def sequence_norm(
 ) -> Tensor:
     """LayerNorm of the kept sequences of a packed stream, without a copy of the stream.
 
-    METHOD section 4: with batch-subset stochastic depth a residual branch sees only a subset of the sequences.
+    docs/method.md section 4.4: with stochastic depth a residual branch sees only a subset of the sequences.
 
     Args:
         x: packed tokens [T, D], float dtype. Statistics are float32 (float64 for float64).

@@ -2,7 +2,8 @@
 
     rows = (color(crops / largest)[visible patches] - mean) / std       largest: 255 for uint8 crops, 65535 for uint16
 
-Colours are torchvision's `adjust_*` on float images in [0, 1], applied in each crop's own order (METHOD.md, section 2).
+Colours are torchvision's `adjust_*` on float images in [0, 1], applied in each crop's own order.
+Source: docs/method.md section 2.3.
 Only the pixels of visible patches are coloured; contrast needs one number of the whole crop: `contrast_mean`.
 
 Operation codes: 0 brightness, 1 contrast, 2 saturation, 3 hue, 4 grayscale; any other (-1) nothing. An order holds each

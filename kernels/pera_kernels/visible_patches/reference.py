@@ -1,7 +1,7 @@
 """Definition of `contrast_mean` and `visible_patches` in plain PyTorch: whole crops, one after the other.
 
 Nothing here is fast. Tests and benches compare every other implementation with this one; it runs in float64 when
-float64 rows are asked for, in float32 otherwise. Source: METHOD.md, section 2 (views) and 4 (patches).
+float64 rows are asked for, in float32 otherwise. Source: docs/method.md section 2.
 """
 
 from collections.abc import Sequence

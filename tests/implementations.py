@@ -1,0 +1,35 @@
+"""Which implementations of an op run on this CPU, and a fixture that forces each of them in turn."""
+
+from collections.abc import Iterable, Iterator
+
+import pytest
+import torch
+
+from pera_kernels import backend
+
+
+def why_not(op: str, name: str) -> str | None:
+    """The reason why an implementation of an op cannot run on this CPU; None: it can."""
+    with backend.use(name):
+        try:
+            backend.choose(op, torch.device("cpu"))
+        except RuntimeError as reason:
+            return str(reason)
+    return None
+
+
+def runs(op: str, name: str) -> bool:
+    return why_not(op, name) is None
+
+
+def each_on_cpu(op: str, names: Iterable[str], autouse: bool = False):
+    """A fixture: the name of an implementation, which is forced meanwhile; skipped with the reason if it cannot run."""
+
+    @pytest.fixture(params=list(names), autouse=autouse)
+    def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+        if reason := why_not(op, request.param):
+            pytest.skip(reason)
+        with backend.use(request.param):
+            yield request.param
+
+    return implementation
