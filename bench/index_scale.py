@@ -124,8 +124,8 @@ def main() -> None:
 
 _STARTUP = """
 import sys
-from pera_fast.data.manifest import Manifest
-from pera_fast.data.order import SampleOrder
+from pera_fast.data.files.manifest import Manifest
+from pera_fast.data.sampling.order import SampleOrder
 from pera_fast.train.api import _digest
 manifest = Manifest.load(sys.argv[1])
 order = SampleOrder(len(manifest.readable), seed=0, batch_size=64)

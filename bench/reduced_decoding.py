@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from pera_fast.config import load_config
-from pera_fast.data.dali import DaliDecoder
-from pera_fast.data.host_crops import HostCropper
-from pera_fast.data.reduced import FACTORS, decode_reduced
-from pera_fast.data.views import draw_windows
+from pera_fast.data.decoding.dali import DaliDecoder
+from pera_fast.data.loading.host_crops import HostCropper
+from pera_fast.data.reading.reduced import FACTORS, decode_reduced
+from pera_fast.data.sampling.views import draw_windows
 
 QUALITY = 90
 RANGES = (1, 1.25, 1.5, 2)  # of the windows' sides in the smaller image, over the crops' sides

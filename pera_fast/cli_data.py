@@ -25,7 +25,7 @@ def index(
 ) -> None:
     """Check every image below DIR and write what was found into a manifest that pretraining reuses."""
     from pera_fast.config import load_config
-    from pera_fast.data.index import index_for
+    from pera_fast.data.index.build import index_for
 
     short = [] if channels is None else [f"model.in_chans={channels}"]
     cfg = load_config("vit_b16", [*short, *(overrides or [])])
@@ -52,8 +52,8 @@ def pack(
     channels: Annotated[int, typer.Option(min=1, help="model.in_chans of the training that it is for.")] = 3,
 ) -> None:
     """Pack every readable image below DIR into tar files that pretraining and WebDataset read. Stopped, it goes on."""
-    from pera_fast.data.pack import pack as run
-    from pera_fast.data.pack_images import PackSettings
+    from pera_fast.data.tools.pack import pack as run
+    from pera_fast.data.tools.pack_images import PackSettings
 
     settings = PackSettings(size_mib, tile, resize, reencode.value if reencode else None, quality, channels)
     typer.echo(run(directory, out, settings, workers=workers))
@@ -79,8 +79,8 @@ def tile(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one per core")] = None,
 ) -> None:
     """Cut large georeferenced scenes into tiles, each with a JSON file that says where it lies. Stopped, it goes on."""
-    from pera_fast.data.tile import tile as run
-    from pera_fast.data.tile_grid import TileSettings
+    from pera_fast.data.tools.tile import tile as run
+    from pera_fast.data.tools.tile_grid import TileSettings
 
     settings = TileSettings(size, overlap, nodata_max, format_.value, nodata)
     typer.echo(run(scenes, out, settings, workers=workers))
@@ -98,7 +98,7 @@ def dedupe(
     channels: Annotated[int, typer.Option(min=1, help="model.in_chans of the training that it is for.")] = 3,
 ) -> None:
     """Report near-duplicate images. Of a group the one with the most pixels is kept; nothing is ever deleted."""
-    from pera_fast.data.dedupe import dedupe as run
+    from pera_fast.data.tools.dedupe import dedupe as run
 
     typer.echo(run(directory, bits=threshold, out=out, move_to=move, workers=workers, channels=channels))
 
@@ -119,7 +119,7 @@ def show(
     ] = None,
 ) -> None:
     """Draw what the networks see: crops, both colourings, masks; exactly as training draws them."""
-    from pera_fast.demo.show import show as draw
+    from pera_fast.show.run import show as draw
 
     typer.echo(
         draw(
@@ -148,7 +148,7 @@ def stats(
     workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="one per core")] = None,
 ) -> None:
     """Mean, deviation and percentiles of each band, and the settings for pretraining that follow."""
-    from pera_fast.data import measure
+    from pera_fast.data.tools import measure
 
     measured = measure.measure_data(data, sample=sample, seed=seed, overrides=overrides or [], workers=workers)
     measure.show(measured)

@@ -124,8 +124,8 @@ def _decoding(device: str) -> str:
     import torch
 
     from pera_fast.config import load_config
-    from pera_fast.data.cores import usable_cores
-    from pera_fast.data.decode_on import choose, cores_image_seconds, has_jpeg_hardware
+    from pera_fast.data.loading.cores import usable_cores
+    from pera_fast.data.loading.decode_on import choose, cores_image_seconds, has_jpeg_hardware
     from pera_fast.train.flops import fastest_rate
 
     where, cfg = torch.device(device), load_config("vit_b16")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from pera_fast.data import sandbox
-from pera_fast.data.worker_process import WorkerProcess
+from pera_fast.data.decoding import sandbox
+from pera_fast.data.decoding.worker_process import WorkerProcess
 
-KEPT = "pera_fast.data.worker"
+KEPT = "pera_fast.data.decoding.worker"
 MOST = 3  # that wait for the next sandbox
 _idle: list[WorkerProcess] = []
 

@@ -10,8 +10,8 @@ from kept_workers import kept_workers  # noqa: F401 a fixture
 from pera_fast.demo.figures import running_mean
 from pera_fast.demo.found import DemoResult, Probe, verdict
 from pera_fast.demo.run import run
-from pera_fast.demo.scenes import CLASSES, scene, write_scenes
 from pera_fast.errors import UserError
+from pera_fast.procedural.scenes import CLASSES, scene, write_scenes
 
 QUICK = ("train.batch_size=4", "model.depth=2", "model.embed_dim=48", "model.head_hidden=64", "model.prototypes=64")
 

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pera_fast.config import Config, load_config
+from pera_fast.data.sampling.masks import indices_from_ranks
 from pera_fast.model.inputs import GroupInputs, StepInputs, num_kept
-from pera_fast.model.masking import indices_from_ranks
 from pera_fast.model.pera import PerA
 from pera_fast.train.optim import apply_gradients, make_optimizer, make_scaler
 from pera_fast.train.schedules import StepValues, make_schedules

@@ -14,14 +14,14 @@ from kept_workers import kept_workers  # noqa: F401 a fixture
 
 from pera_fast import cli
 from pera_fast.config import to_yaml
-from pera_fast.data.index import build_index
-from pera_fast.data.loader import Loader
-from pera_fast.data.order import SampleOrder
-from pera_fast.data.skipped import SkippedFiles
-from pera_fast.demo.panels import HIDDEN, PREDICTED, STUDENT, TEACHER
-from pera_fast.demo.sheet import _FADED, _outline, _Sheet, draw_sheet
-from pera_fast.demo.show import show
+from pera_fast.data.files.skipped import SkippedFiles
+from pera_fast.data.index.build import build_index
+from pera_fast.data.loading.loader import Loader
+from pera_fast.data.sampling.order import SampleOrder
 from pera_fast.errors import UserError
+from pera_fast.show.panels import HIDDEN, PREDICTED, STUDENT, TEACHER
+from pera_fast.show.run import show
+from pera_fast.show.sheet import _FADED, _outline, _Sheet, draw_sheet
 from pera_fast.train.inputs import make_inputs
 from pera_fast.train.redraw import redraw
 

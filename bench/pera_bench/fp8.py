@@ -24,9 +24,9 @@ from torch import Tensor
 
 from pera_bench.quick import machine
 from pera_fast.config import Config, from_yaml
-from pera_fast.data.index import open_or_build
-from pera_fast.data.loader import Loader
-from pera_fast.data.skipped import SkippedFiles
+from pera_fast.data.files.skipped import SkippedFiles
+from pera_fast.data.index.build import open_or_build
+from pera_fast.data.loading.loader import Loader
 from pera_fast.demo.run import STEPS, TEST_SCENES, TRAIN_SCENES
 from pera_fast.demo.run import run as run_demo
 from pera_fast.errors import UserError

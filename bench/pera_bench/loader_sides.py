@@ -13,11 +13,11 @@ from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader, Dataset
 
 from pera_fast.config import Config
-from pera_fast.data.batch import Batch
-from pera_fast.data.decode_on import Decoding
-from pera_fast.data.index import build_index
-from pera_fast.data.loader import Loader
-from pera_fast.data.skipped import SkippedFiles
+from pera_fast.data.files.skipped import SkippedFiles
+from pera_fast.data.index.build import build_index
+from pera_fast.data.loading.batch import Batch
+from pera_fast.data.loading.decode_on import Decoding
+from pera_fast.data.loading.loader import Loader
 from pera_fast.model.inputs import StepInputs
 from pera_fast.train.inputs import make_inputs
 from pera_kernels.visible_patches import contrast_mean, visible_patches

@@ -30,10 +30,10 @@ from pera_bench.loader_sides import ours, pillow
 from pera_bench.machine import describe
 from pera_bench.show import make_console
 from pera_fast.config import load_config
-from pera_fast.data.formats import has_image_suffix
-from pera_fast.data.pack import pack
-from pera_fast.demo.scenes import CLASSES, write_scenes
+from pera_fast.data.decoding.formats import has_image_suffix
+from pera_fast.data.tools.pack import pack
 from pera_fast.errors import UserError
+from pera_fast.procedural.scenes import CLASSES, write_scenes
 
 SUFFIXES = {"jpeg": "jpg", "png": "png", "tiff": "tif"}
 SAVED: dict[str, dict[str, Any]] = {"jpeg": {"quality": 90}, "png": {}, "tiff": {"compression": "tiff_deflate"}}

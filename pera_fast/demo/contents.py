@@ -9,9 +9,9 @@ import torch
 
 from pera_fast import __version__
 from pera_fast.config import Config
-from pera_fast.data.index import load_index
-from pera_fast.data.loader import Loader
-from pera_fast.data.skipped import SkippedFiles
+from pera_fast.data.files.skipped import SkippedFiles
+from pera_fast.data.index.build import load_index
+from pera_fast.data.loading.loader import Loader
 from pera_fast.demo import figures
 from pera_fast.demo.found import DemoResult, Images, verdict
 from pera_fast.eval.images import SUFFIXES, load_images

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pera_fast.demo.panels import HIDDEN, PREDICTED, STUDENT, TEACHER, colored_view, keep_only, unpatch
 from pera_fast.model.inputs import GroupInputs, StepInputs
 from pera_fast.model.pera import PerA
 from pera_fast.page import png
+from pera_fast.show.panels import HIDDEN, PREDICTED, STUDENT, TEACHER, colored_view, keep_only, unpatch
 
 LOSSES = {
     "loss": "total",

@@ -93,7 +93,7 @@ def _claim(out: Path) -> None:
 
 
 def _procedural(out: Path, seed: int, count: tuple[int, int]) -> Images:
-    from pera_fast.demo.scenes import CLASSES, write_scenes
+    from pera_fast.procedural.scenes import CLASSES, write_scenes
 
     print(f"making {count[0]} + {count[1]} scenes of each of {len(CLASSES)} classes", flush=True)
     folder = out / f"scenes-{seed}-{count[0]}-{count[1]}"

@@ -13,11 +13,11 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from pera_fast.config import Config
-from pera_fast.data import decode
-from pera_fast.data.formats import HEAD_BYTES, sniff
-from pera_fast.data.probe import ProbeSettings
-from pera_fast.data.scaling import Raster
-from pera_fast.data.sensor import probe_settings, scaling_of
+from pera_fast.data.bands.sensor import probe_settings, scaling_of
+from pera_fast.data.decoding import decode
+from pera_fast.data.decoding.formats import HEAD_BYTES, sniff
+from pera_fast.data.decoding.probe import ProbeSettings
+from pera_fast.data.decoding.scaling import Raster
 from pera_fast.errors import UserError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp"})

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from pera_fast.config import Config
-from pera_fast.data.batch import Batch, ColorParams, CropGroup
+from pera_fast.data.loading.batch import Batch, ColorParams, CropGroup
 from pera_fast.model.inputs import StepInputs
 from pera_fast.train.inputs import make_inputs
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from pera_fast.config import Config
-from pera_fast.data.decode_on import plan as plan_decoding
-from pera_fast.data.index import open_or_build
-from pera_fast.data.loader import Loader
-from pera_fast.data.manifest import Manifest
-from pera_fast.data.sensor import adopt, describe
-from pera_fast.data.shards import file_of
-from pera_fast.data.skipped import SkippedFiles
-from pera_fast.data.streams import step_stream
+from pera_fast.data.bands.sensor import adopt, describe
+from pera_fast.data.files.manifest import Manifest
+from pera_fast.data.files.shards import file_of
+from pera_fast.data.files.skipped import SkippedFiles
+from pera_fast.data.index.build import open_or_build
+from pera_fast.data.loading.decode_on import plan as plan_decoding
+from pera_fast.data.loading.loader import Loader
+from pera_fast.data.loading.streams import step_stream
 from pera_fast.errors import UserError
 from pera_fast.model.export import export_teacher
 from pera_fast.model.pera import PerA

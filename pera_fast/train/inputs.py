@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from pera_fast.config import Config
-from pera_fast.data.batch import Batch, CropGroup
+from pera_fast.data.loading.batch import Batch, CropGroup
+from pera_fast.data.sampling.masks import dense_indices, draw_ranks, indices_from_ranks
 from pera_fast.keyed import Purpose, generator
 from pera_fast.model.inputs import GroupInputs, StepInputs, num_kept
-from pera_fast.model.masking import dense_indices, draw_ranks, indices_from_ranks
 from pera_kernels.packing import places
 
 

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from pera_fast.config import Config
-from pera_fast.data.batch import Batch
-from pera_fast.data.decode_on import plan
-from pera_fast.data.manifest import Manifest
-from pera_fast.data.order import SampleOrder
-from pera_fast.data.producer import Failure, Producer
-from pera_fast.data.skipped import SkippedFiles
+from pera_fast.data.files.manifest import Manifest
+from pera_fast.data.files.skipped import SkippedFiles
+from pera_fast.data.loading.batch import Batch
+from pera_fast.data.loading.decode_on import plan
+from pera_fast.data.loading.producer import Failure, Producer
+from pera_fast.data.sampling.order import SampleOrder
 from pera_fast.model.inputs import StepInputs
 from pera_fast.train.inputs import make_inputs
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pera_bench import fp8
-from pera_fast.demo.scenes import write_scenes
+from pera_fast.procedural.scenes import write_scenes
 from pera_fast.train.checkpoint import save_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))

@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 
-from pera_fast.data.tile_scene import cut
-from pera_fast.data.worker import serve
+from pera_fast.data.decoding.worker import serve
+from pera_fast.data.tools.tile_scene import cut
 
 
 def dying_cut(path, name, folder, settings, say):

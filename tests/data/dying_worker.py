@@ -5,8 +5,8 @@ import signal
 import sys
 import time
 
-from pera_fast.data.probe import Prober
-from pera_fast.data.worker import serve
+from pera_fast.data.decoding.probe import Prober
+from pera_fast.data.decoding.worker import serve
 
 
 class DyingProber(Prober):

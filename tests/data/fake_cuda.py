@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pera_fast.data import streams
+from pera_fast.data.loading import streams
 
 CUDA = torch.device("cuda", 0)
 
@@ -64,7 +64,7 @@ def fake_cuda(monkeypatch):
         def __exit__(self, *error):
             pass
 
-    monkeypatch.setattr("pera_fast.data.pipeline.host_empty", host_empty)
+    monkeypatch.setattr("pera_fast.data.loading.pipeline.host_empty", host_empty)
     monkeypatch.setattr(streams, "host_empty", host_empty)
     monkeypatch.setattr(streams, "upload", upload)
     monkeypatch.setattr(torch.Tensor, "is_pinned", is_pinned)

@@ -8,8 +8,8 @@ import torch
 from data_support import encoded, good_files, scene, small_config
 from PIL import Image, ImageOps
 
-from pera_fast.data.pipeline import CropPipeline
-from pera_fast.data.views import Windows, draw_windows
+from pera_fast.data.loading.pipeline import CropPipeline
+from pera_fast.data.sampling.views import Windows, draw_windows
 
 CPU = torch.device("cpu")
 

@@ -11,10 +11,10 @@ from tar_support import write_tar
 
 from pera_fast import cli
 from pera_fast.config import load_config
-from pera_fast.data.index import build_index, open_or_build
-from pera_fast.data.loader import Loader
-from pera_fast.data.measure import measure_data, write_json, write_plot
-from pera_fast.data.skipped import SkippedFiles
+from pera_fast.data.files.skipped import SkippedFiles
+from pera_fast.data.index.build import build_index, open_or_build
+from pera_fast.data.loading.loader import Loader
+from pera_fast.data.tools.measure import measure_data, write_json, write_plot
 from pera_fast.errors import UserError
 
 

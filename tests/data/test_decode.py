@@ -5,10 +5,10 @@ import pytest
 from data_support import encoded, raster, scene
 from PIL import Image
 
-from pera_fast.data.dali import DaliDecoder
-from pera_fast.data.decode import as_pnm, decode, read_header
-from pera_fast.data.formats import HEAD_BYTES, has_image_suffix, sniff
-from pera_fast.data.scaling import by_type
+from pera_fast.data.decoding.dali import DaliDecoder
+from pera_fast.data.decoding.decode import as_pnm, decode, read_header
+from pera_fast.data.decoding.formats import HEAD_BYTES, has_image_suffix, sniff
+from pera_fast.data.decoding.scaling import by_type
 
 
 @pytest.mark.parametrize(

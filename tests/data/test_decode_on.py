@@ -8,11 +8,11 @@ import torch
 from data_support import small_config
 
 from pera_fast.config import load_config
-from pera_fast.data import decode_on
-from pera_fast.data.cores import usable_cores
-from pera_fast.data.decode_on import choose, image_seconds, pixels, plan
-from pera_fast.data.manifest import Manifest
-from pera_fast.data.probe import ProbeResult, ProbeSettings
+from pera_fast.data.decoding.probe import ProbeResult, ProbeSettings
+from pera_fast.data.files.manifest import Manifest
+from pera_fast.data.loading import decode_on
+from pera_fast.data.loading.cores import usable_cores
+from pera_fast.data.loading.decode_on import choose, image_seconds, pixels, plan
 from pera_fast.errors import UserError
 from pera_fast.train.flops import fastest_rate, flops_per_image
 

@@ -10,8 +10,8 @@ from PIL import Image
 from tar_support import write_tar
 
 from pera_fast import cli
-from pera_fast.data import dedupe as module
-from pera_fast.data.dedupe import _Alike, dedupe, find_duplicates
+from pera_fast.data.tools import dedupe as module
+from pera_fast.data.tools.dedupe import _Alike, dedupe, find_duplicates
 from pera_fast.errors import UserError
 
 

@@ -16,9 +16,9 @@ from fuzz import mutate, mutate_tar, seed_tar, seeds
 from PIL import Image
 from tar_support import write_tar
 
-from pera_fast.data.index import build_index
-from pera_fast.data.loader import Loader
-from pera_fast.data.skipped import SkippedFiles
+from pera_fast.data.files.skipped import SkippedFiles
+from pera_fast.data.index.build import build_index
+from pera_fast.data.loading.loader import Loader
 
 FILES = int(os.environ.get("PERA_FUZZ", "150"))
 SEED = int(os.environ.get("PERA_FUZZ_SEED", "0"))

@@ -10,10 +10,10 @@ import threading
 import pytest
 from data_support import IGNORED, bad_files, good_files, shared_data, small_config, write_scenes
 
-from pera_fast.data import checks
-from pera_fast.data.index import build_index, default_index_path, load_index, open_or_build
-from pera_fast.data.manifest import SCHEMA
-from pera_fast.data.sandbox import Sandbox
+from pera_fast.data.decoding.sandbox import Sandbox
+from pera_fast.data.files.manifest import SCHEMA
+from pera_fast.data.index import checks
+from pera_fast.data.index.build import build_index, default_index_path, load_index, open_or_build
 from pera_fast.errors import UserError
 
 

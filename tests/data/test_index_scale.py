@@ -12,17 +12,17 @@ import pytest
 from data_support import encoded, write_scenes
 from PIL import Image
 
-from pera_fast.data import probe
-from pera_fast.data.index import build_index, load_index
-from pera_fast.data.journal import Journal
-from pera_fast.data.probe import ProbeSettings
-from pera_fast.data.sandbox import Sandbox
-from pera_fast.data.scan import scan
+from pera_fast.data.decoding import probe
+from pera_fast.data.decoding.probe import ProbeSettings
+from pera_fast.data.decoding.sandbox import Sandbox
+from pera_fast.data.files.scan import scan
+from pera_fast.data.index.build import build_index, load_index
+from pera_fast.data.index.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLED = """
 import os, signal, sys
-from pera_fast.data import checks, index, journal, sorted_parts
+from pera_fast.data.index import checks, build as index, journal, sorted_parts
 journal._SECONDS = 0.0
 checks.MAX_FILES = 4
 sorted_parts._WRITTEN_ROWS, sorted_parts._ROWS_AT_A_TIME = 8, 8

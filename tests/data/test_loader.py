@@ -14,12 +14,12 @@ import torch
 from data_support import bad_files, encoded, good_files, scene, shared_data, small_config, write_scenes
 from PIL import Image
 
-from pera_fast.data import decode
-from pera_fast.data.index import build_index
-from pera_fast.data.loader import Loader
-from pera_fast.data.order import SampleOrder
-from pera_fast.data.skipped import SkippedFiles
-from pera_fast.data.views import draw_colors
+from pera_fast.data.decoding import decode
+from pera_fast.data.files.skipped import SkippedFiles
+from pera_fast.data.index.build import build_index
+from pera_fast.data.loading.loader import Loader
+from pera_fast.data.sampling.order import SampleOrder
+from pera_fast.data.sampling.views import draw_colors
 from pera_fast.errors import UserError
 from pera_fast.keyed import Purpose, generator
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pera_fast.data.order import SampleOrder
+from pera_fast.data.sampling.order import SampleOrder
 from pera_fast.errors import UserError
 
 SHAPES = {

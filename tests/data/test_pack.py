@@ -19,13 +19,13 @@ from PIL import Image
 from test_loader import index, same, take
 
 from pera_fast import cli
-from pera_fast.data import pack as pack_module
-from pera_fast.data.dali import require_dali
-from pera_fast.data.loader import Loader
-from pera_fast.data.pack import pack
-from pera_fast.data.pack_images import ImagePacker, PackSettings, _starts
-from pera_fast.data.shard_writer import ShardWriter
-from pera_fast.data.skipped import SkippedFiles
+from pera_fast.data.decoding.dali import require_dali
+from pera_fast.data.files.shard_writer import ShardWriter
+from pera_fast.data.files.skipped import SkippedFiles
+from pera_fast.data.loading.loader import Loader
+from pera_fast.data.tools import pack as pack_module
+from pera_fast.data.tools.pack import pack
+from pera_fast.data.tools.pack_images import ImagePacker, PackSettings, _starts
 from pera_fast.errors import UserError
 
 COUNT = 24
@@ -156,8 +156,8 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(scenes, tmp_path, monkeypa
 
 KILLED = """
 import sys
-from pera_fast.data.pack import pack
-from pera_fast.data.pack_images import ImagePacker, PackSettings
+from pera_fast.data.tools.pack import pack
+from pera_fast.data.tools.pack_images import ImagePacker, PackSettings
 make, done = ImagePacker.__call__, []
 def slow(self, number, *rest):
     if number >= 16:

@@ -10,13 +10,13 @@ import torch
 from data_support import encoded, good_files, scene, small_config, write_scenes
 from PIL import Image, ImageOps, JpegImagePlugin
 
-from pera_fast.data import reduced as reduced_module
-from pera_fast.data.index import build_index
-from pera_fast.data.loader import Loader
-from pera_fast.data.pack import pack
-from pera_fast.data.reduced import ReducedDecoder
-from pera_fast.data.skipped import SkippedFiles
-from pera_fast.data.views import draw_windows
+from pera_fast.data.files.skipped import SkippedFiles
+from pera_fast.data.index.build import build_index
+from pera_fast.data.loading.loader import Loader
+from pera_fast.data.reading import reduced as reduced_module
+from pera_fast.data.reading.reduced import ReducedDecoder
+from pera_fast.data.sampling.views import draw_windows
+from pera_fast.data.tools.pack import pack
 
 CPU = torch.device("cpu")
 ORIENTATION = 0x0112

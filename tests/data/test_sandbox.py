@@ -7,10 +7,10 @@ import pytest
 from data_support import encoded, scene
 from PIL import Image
 
-from pera_fast.data import sandbox as sandbox_module
-from pera_fast.data.probe import ProbeSettings
-from pera_fast.data.sandbox import Sandbox
-from pera_fast.data.worker_process import WorkerProcess
+from pera_fast.data.decoding import sandbox as sandbox_module
+from pera_fast.data.decoding.probe import ProbeSettings
+from pera_fast.data.decoding.sandbox import Sandbox
+from pera_fast.data.decoding.worker_process import WorkerProcess
 
 
 @pytest.fixture(autouse=True)

@@ -12,14 +12,14 @@ from data_support import encoded, raster, shared_data, small_config, write_scene
 from PIL import Image
 from rasterio.io import MemoryFile
 
-from pera_fast.data import index as index_module
-from pera_fast.data.decode import band_numbers, read, read_header
-from pera_fast.data.index import open_or_build
-from pera_fast.data.loader import Loader
-from pera_fast.data.manifest import Manifest
-from pera_fast.data.scaling import Raster, Scaling
-from pera_fast.data.sensor import adopt, describe, is_deep, probe_settings, scaling_of
-from pera_fast.data.skipped import SkippedFiles
+from pera_fast.data.bands.sensor import adopt, describe, is_deep, probe_settings, scaling_of
+from pera_fast.data.decoding.decode import band_numbers, read, read_header
+from pera_fast.data.decoding.scaling import Raster, Scaling
+from pera_fast.data.files.manifest import Manifest
+from pera_fast.data.files.skipped import SkippedFiles
+from pera_fast.data.index import build as index_module
+from pera_fast.data.index.build import open_or_build
+from pera_fast.data.loading.loader import Loader
 from pera_fast.errors import UserError
 from pera_kernels.visible_patches import visible_patches
 
@@ -239,7 +239,7 @@ def test_no_data_is_not_measured(tmp_path):
 
 def test_given_and_divided_ranges_are_not_measured(folder, monkeypatch):
     monkeypatch.setattr(index_module, "measure", measure := index_module.measure)
-    monkeypatch.setattr("pera_fast.data.sensor.sample_bands", None)
+    monkeypatch.setattr("pera_fast.data.bands.sensor.sample_bands", None)
     open_or_build(folder, cfg := config("data.band_range=[[0,4095]]"))
     assert measure
     assert scaling_of(cfg) == Scaling(16, ((0, 4095),), keep_8_bit=False)

@@ -12,14 +12,14 @@ from data_support import bad_files, good_files, shared_data, small_config, write
 from tar_support import add, png, write_shards, write_tar
 from test_loader import check_against, index, same, skipped_rows, take
 
-from pera_fast.data import shards as shards_module
-from pera_fast.data.index import load_index
-from pera_fast.data.loader import Loader
-from pera_fast.data.pack import PackSettings, pack
-from pera_fast.data.shard_index import read_index
-from pera_fast.data.shards import list_shards
-from pera_fast.data.skipped import SkippedFiles
-from pera_fast.data.tar import list_members
+from pera_fast.data.decoding.tar import list_members
+from pera_fast.data.files import shards as shards_module
+from pera_fast.data.files.shard_index import read_index
+from pera_fast.data.files.shards import list_shards
+from pera_fast.data.files.skipped import SkippedFiles
+from pera_fast.data.index.build import load_index
+from pera_fast.data.loading.loader import Loader
+from pera_fast.data.tools.pack import PackSettings, pack
 
 CPU = torch.device("cpu")
 SHARDS, EACH = 4, 6

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pera_fast.data.order import SampleOrder
+from pera_fast.data.sampling.order import SampleOrder
 
 SHARDS, EACH, BATCH = 64, 500, 128
 COUNT = SHARDS * EACH

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pera_fast.data import similar
-from pera_fast.data.fingerprint import fingerprint, read_small
-from pera_fast.data.similar import MAX_BITS, distances, similar_pairs
+from pera_fast.data.tools import similar
+from pera_fast.data.tools.fingerprint import fingerprint, read_small
+from pera_fast.data.tools.similar import MAX_BITS, distances, similar_pairs
 
 
 def planted(seed, count, flips):

@@ -4,7 +4,7 @@ import csv
 import logging
 import threading
 
-from pera_fast.data.skipped import SkippedFiles
+from pera_fast.data.files.skipped import SkippedFiles
 
 
 def rows(path):

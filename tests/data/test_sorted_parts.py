@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pera_fast.data import sorted_parts
-from pera_fast.data.sorted_parts import SortedParts, side_by_side
+from pera_fast.data.index import sorted_parts
+from pera_fast.data.index.sorted_parts import SortedParts, side_by_side
 
 SCHEMA = pa.schema([("path", pa.string()), ("value", pa.int64())])
 NAMES = st.text(st.sampled_from("ab/-.é😀"), max_size=4)

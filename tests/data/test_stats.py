@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pera_fast.data.stats import BandStats
+from pera_fast.data.bands.stats import BandStats
 
 EXACT = ("uint8", "uint16", "int8", "int16", "bool", ">u2", ">i2")
 NUMBERS = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False)

@@ -10,11 +10,11 @@ from data_support import small_config, write_scenes
 from fake_cuda import CUDA
 
 from pera_fast.config import load_config
-from pera_fast.data import streams
-from pera_fast.data.decode_on import Decoding
-from pera_fast.data.index import build_index
-from pera_fast.data.loader import Loader
-from pera_fast.data.skipped import SkippedFiles
+from pera_fast.data.files.skipped import SkippedFiles
+from pera_fast.data.index.build import build_index
+from pera_fast.data.loading import streams
+from pera_fast.data.loading.decode_on import Decoding
+from pera_fast.data.loading.loader import Loader
 from pera_fast.model.inputs import StepInputs
 from pera_fast.profile.batches import blank_batch, random_inputs
 from pera_fast.train.inputs import make_inputs

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tar_support import add, write_tar
 
-from pera_fast.data.tar import BLOCK, Member, TarDamageError, list_members, read_member
+from pera_fast.data.decoding.tar import BLOCK, Member, TarDamageError, list_members, read_member
 
 LIMIT = 2**30
 CONTENT = {"a.jpg": b"one", "b/c d.png": bytes(range(256)) * 5, "empty.txt": b"", "d.tif": b"x" * BLOCK}

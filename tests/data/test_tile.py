@@ -17,12 +17,12 @@ from PIL import Image
 from rasterio.transform import from_origin
 
 from pera_fast import cli
-from pera_fast.data import tile as tile_module
-from pera_fast.data import tile_grid
-from pera_fast.data.index import build_index
-from pera_fast.data.tile import tile
-from pera_fast.data.tile_grid import TileSettings, reads, starts
-from pera_fast.data.tile_scene import TileCounts, cut
+from pera_fast.data.index.build import build_index
+from pera_fast.data.tools import tile as tile_module
+from pera_fast.data.tools import tile_grid
+from pera_fast.data.tools.tile import tile
+from pera_fast.data.tools.tile_grid import TileSettings, reads, starts
+from pera_fast.data.tools.tile_scene import TileCounts, cut
 from pera_fast.errors import UserError
 
 PLACE = {"crs": "EPSG:32618", "transform": from_origin(500_000, 4_000_000, 10, 20)}

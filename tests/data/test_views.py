@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from pera_fast.config.tree import ViewsConfig
-from pera_fast.data.views import GRAYSCALE, NOTHING, draw_colors, draw_windows
+from pera_fast.data.sampling.views import GRAYSCALE, NOTHING, draw_colors, draw_windows
 from pera_fast.keyed import Purpose, generator
 
 SEED, EPOCH = 11, 3

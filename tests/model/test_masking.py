@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pera_fast.config import load_config
+from pera_fast.data.sampling.masks import dense_indices, draw_ranks, indices_from_ranks
 from pera_fast.keyed import Purpose, generator
-from pera_fast.model.masking import dense_indices, draw_ranks, indices_from_ranks
 
 PATTERNS = ["random", "block", "grid"]
 

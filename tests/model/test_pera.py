@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pera_fast.config import Config, load_config
-from pera_fast.data.batch import Batch, ColorParams, CropGroup
+from pera_fast.data.loading.batch import Batch, ColorParams, CropGroup
 from pera_fast.model.pera import PerA
 from pera_fast.model.transformer import VisionTransformer, bicubic_matrix
 from pera_fast.train.inputs import kept_sequences, make_inputs

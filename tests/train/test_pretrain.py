@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from train_support import SMALL, environment
 
 from pera_fast import cli
-from pera_fast.data.pack import PackSettings, pack
+from pera_fast.data.tools.pack import PackSettings, pack
 from pera_fast.errors import UserError
 from pera_fast.train import api
 from pera_fast.train.checkpoint import checkpoint_path, find_checkpoints, load_checkpoint

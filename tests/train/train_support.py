@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from pera_fast.config import Config, load_config
-from pera_fast.data.batch import Batch, ColorParams, CropGroup
-from pera_fast.data.order import SampleOrder
+from pera_fast.data.loading.batch import Batch, ColorParams, CropGroup
+from pera_fast.data.sampling.order import SampleOrder
 from pera_fast.model.pera import PerA
 from pera_fast.train.checkpoint import FORMAT
 from pera_fast.train.distributed import World

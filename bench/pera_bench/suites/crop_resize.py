@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from pera_bench.point import Point, nbytes
 from pera_bench.work import Cost, Unavailable, Whole
-from pera_fast.data.views import draw_windows
+from pera_fast.data.sampling.views import draw_windows
 from pera_kernels.crop_resize import crop_resize
 
 IMPLEMENTATIONS = ("reference", "pera-fast")

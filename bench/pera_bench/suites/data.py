@@ -11,11 +11,11 @@ from typing import Any
 from pera_bench import CORES
 from pera_bench.point import Point
 from pera_bench.work import Cost, Unavailable, Whole
-from pera_fast.data.index import build_index
-from pera_fast.data.loader import Loader
-from pera_fast.data.skipped import SkippedFiles
-from pera_fast.demo.scenes import CLASSES, write_scenes
+from pera_fast.data.files.skipped import SkippedFiles
+from pera_fast.data.index.build import build_index
+from pera_fast.data.loading.loader import Loader
 from pera_fast.errors import UserError
+from pera_fast.procedural.scenes import CLASSES, write_scenes
 from pera_fast.train.inputs import make_inputs
 
 IMPLEMENTATIONS = ("pera-fast",)

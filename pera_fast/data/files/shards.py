@@ -1,0 +1,148 @@
+"""Folders of shards: tar files of images, as `data pack` and the webdataset tools write them.
+
+A folder is one of shards if there are tar files in it and no image files. Every member of a tar that is named like an
+image is a sample, also where several share a key; the other members (labels, JSON) are left alone.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+
+from pera_fast.data.decoding.formats import has_image_suffix
+from pera_fast.data.decoding.tar import Member, TarDamageError, list_members
+from pera_fast.data.files.scan import BATCH_ROWS, Listing, Rows, is_dir
+from pera_fast.data.files.shard_index import read_index
+
+_log = logging.getLogger("pera_fast")
+SUFFIX = ".tar"
+_THREADS = 8
+
+
+def locate(root: str, path: str, offset: int, size: int) -> str | Member:
+    """Where a manifest's row lies: a path, or the member of a shard (offset >= 0)."""
+    if offset < 0:
+        return os.path.join(root, path)
+    shard, name = split_path(path)
+    return Member(os.path.join(root, shard), name, offset, size)
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """(shard, member) of a sample's path in a manifest: SHARD.tar/MEMBER."""
+    shard, _, name = path.partition(f"{SUFFIX}/")
+    return shard + SUFFIX, name
+
+
+def file_of(path: str, offset: int) -> str:
+    """The file, relative to the data folder, that a manifest's row lies in."""
+    return path if offset < 0 else split_path(path)[0]
+
+
+def list_shards(
+    root: str, emit: Callable[[pa.RecordBatch], None], report: Callable[[int], None] = lambda found: None
+) -> Listing | None:
+    """All images in the shards below `root`; None if it is not a folder of shards.
+
+    What is wrong with a shard is an entry of its own, under the shard's name.
+
+    Args:
+        root: the folder.
+        emit: takes record batches (scan.LISTED), in no order; called by one thread at a time.
+        report: told now and then how many images there are so far.
+    """
+    listing = Listing()
+    shards = _find(root, listing.unreadable)
+    if not shards:
+        return None
+    lock = threading.Lock()
+
+    def take(rows: Rows) -> None:
+        if not len(rows):
+            return
+        with lock:
+            listing.files += len(rows)
+            emit(rows.batch())
+            report(listing.files)
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="pera-scan") as pool:  # on a network disk it is all waiting
+        listing.other_files = sum(pool.map(lambda shard: _list_shard(root, shard, take), shards))
+    return listing
+
+
+def _find(root: str, unreadable: list[tuple[str, str]]) -> list[str]:
+    """Paths of the tar files, relative to `root` and sorted; none if there is an image file."""
+    shards: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        try:
+            state = os.stat(os.path.join(root, folder))
+            if (state.st_dev, state.st_ino) in seen:  # links that lead in circles
+                continue
+            seen.add((state.st_dev, state.st_ino))
+            below, tars, images = _look(root, folder)
+        except OSError as error:
+            unreadable.append((folder or ".", error.strerror or str(error)))
+            continue
+        shards += tars
+        if images:
+            if shards:
+                _log.warning("%s holds image files and tar files: the tar files are left alone", root)
+            return []
+        folders += sorted(below, reverse=True)
+    return sorted(shards)
+
+
+def _look(root: str, folder: str) -> tuple[list[str], list[str], bool]:
+    """(folders, tar files, whether there is an image file) in a folder, of however many files."""
+    folders: list[str] = []
+    tars: list[str] = []
+    images = False
+    with os.scandir(os.path.join(root, folder)) as items:
+        for item in items:
+            tar = item.name.endswith(SUFFIX)
+            if is_dir(item):
+                folders += [] if tar else [os.path.join(folder, item.name)]
+            elif tar and not item.name.startswith("."):
+                tars.append(os.path.join(folder, item.name))
+            else:
+                images = images or has_image_suffix(item.name)
+    return folders, tars, images
+
+
+def _list_shard(root: str, shard: str, take: Callable[[Rows], None]) -> int:
+    """Hands on the images of one shard; returns the number of its other members."""
+    rows = Rows()
+    names: set[str] = set()
+    others = 0
+    where = os.path.join(root, shard)
+    try:
+        mtime_ns = os.stat(where).st_mtime_ns
+        for found in read_index(where) or list_members(where):
+            if not has_image_suffix(found.name):
+                others += 1
+                continue
+            path, reason = f"{shard}/{found.name}", found.reason
+            if (shown := _shown(path)) != path:
+                path, reason = shown, "name is not UTF-8"
+            if path in names:
+                path, reason = f"{path} (at byte {found.offset})", "the shard has this name twice: the first is used"
+            names.add(path)
+            rows.add(path, found.size, mtime_ns, reason, found.offset)
+            if len(rows) >= BATCH_ROWS:
+                take(rows)
+    except OSError as error:
+        rows.add(_shown(shard), reason=f"cannot read: {error.strerror or error}")
+    except TarDamageError as error:
+        rows.add(_shown(shard), reason=f"{error}; {len(names)} image(s) stand before that")
+    take(rows)
+    return others
+
+
+def _shown(path: str) -> str:
+    """The path as text, which a name that is not UTF-8 is not."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

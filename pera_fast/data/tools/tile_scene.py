@@ -1,0 +1,259 @@
+"""Cuts one scene into tiles in a process of its own (`python -m pera_fast.data.tools.tile_scene SOCKET`); no torch."""
+
+import contextlib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pera_fast.data.tools.tile_grid import Box, TileSettings, reads
+
+_GDAL_CACHE_MIB = 64
+_QUALITY = 95
+_PROGRESS = "progress.json"
+
+
+@dataclass
+class TileCounts:
+    """What became of a scene."""
+
+    written: int = 0
+    left_out: int = 0  # for want of data
+    next: int = 0  # read that comes next, where it was stopped
+
+
+class SceneError(Exception):
+    """The scene cannot be cut; the message says why."""
+
+
+class _FolderError(Exception):
+    """A tile cannot be written."""
+
+    def __init__(self, cause: OSError):
+        super().__init__(str(cause))
+        self.cause = OSError(cause.errno, cause.strerror)
+
+
+def cut(
+    path: str, name: str, folder: str, settings: TileSettings, say: Callable[[str], None] = lambda stage: None
+) -> TileCounts | str | OSError:
+    """Writes the tiles of a scene and a JSON file beside each; goes on where it was stopped.
+
+    Args:
+        path: the scene, anything that GDAL reads.
+        name: what the tiles' JSON calls the scene.
+        folder: where the tiles go; it exists, and is this scene's alone.
+        settings: how it is cut.
+        say: told the number of tiles that are done, now and then.
+
+    Returns:
+        The counts, or why the scene cannot be cut, or what keeps `folder` from being written.
+    """
+    import rasterio
+
+    try:
+        # Files beside the scene are not looked for in folders of thousands; the cache is for blocks across two reads.
+        with (
+            rasterio.Env(GDAL_CACHEMAX=_GDAL_CACHE_MIB, GDAL_TIFF_INTERNAL_MASK=True),
+            rasterio.open(path) as scene,
+        ):
+            return _Cutter(scene, name, Path(folder), settings).run(say)
+    except _FolderError as error:
+        return error.cause
+    except (SceneError, MemoryError) as error:
+        return str(error) or "out of memory"
+    except Exception as error:  # hostile bytes: a library may raise anything
+        while error.__cause__ is not None:  # "see previous exception for details"
+            error = error.__cause__
+        told = " ".join(str(error).replace(path, "").split()).strip(" :'")
+        return f"rasterio: {told[:200] or type(error).__name__}"
+
+
+class _Cutter:
+    def __init__(self, scene: Any, name: str, folder: Path, settings: TileSettings):
+        from rasterio.enums import ColorInterp
+
+        self._scene, self._name, self._folder, self._settings = scene, name, folder, settings
+        meanings = scene.colorinterp
+        self._indexes = [i for i, meaning in zip(scene.indexes, meanings, strict=True) if meaning != ColorInterp.alpha]
+        self._meanings = [meanings[i - 1] for i in self._indexes]
+        self._descriptions = [scene.descriptions[i - 1] for i in self._indexes]
+        self._colors = None
+        if self._meanings == [ColorInterp.palette]:  # becomes RGB
+            table = scene.colormap(self._indexes[0])
+            self._colors = np.array([table.get(i, (0, 0, 0))[:3] for i in range(max(table) + 1)], np.uint8)
+            self._meanings = [ColorInterp.red, ColorInterp.green, ColorInterp.blue]
+            self._descriptions = [None] * 3
+        self._dtype = np.result_type(*(scene.dtypes[i - 1] for i in self._indexes)) if self._indexes else None
+        self._check()
+        nodata = scene.nodata if scene.nodata is not None else settings.nodata
+        self._nodata = None if self._colors is not None or not _fits(nodata, self._dtype) else nodata
+
+    def _check(self) -> None:
+        if self._dtype is None:
+            raise SceneError("has no band")
+        if self._dtype.kind == "c":
+            raise SceneError("complex values")
+        if self._colors is not None:
+            self._dtype = self._colors.dtype
+        if self._settings.format == "tif":
+            return
+        kinds = ("uint8",) if self._settings.format == "jpg" else ("uint8", "uint16")
+        if len(self._meanings) not in (1, 3) or self._dtype.name not in kinds:
+            raise SceneError(
+                f"{len(self._meanings)} band(s) of {self._dtype.name} do not go into {self._settings.format}"
+                f" (1 or 3 of {' or '.join(kinds)} do): use --format tif"
+            )
+
+    def run(self, say: Callable[[str], None]) -> TileCounts:
+        assert self._dtype is not None
+        scene, progress = self._scene, self._folder / _PROGRESS
+        counts = TileCounts()
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            counts = TileCounts(**json.loads(progress.read_text()))
+        pixel_bytes = len(self._meanings) * (self._dtype.itemsize + 1)  # and its mask
+        for number, boxes in enumerate(reads(scene.width, scene.height, pixel_bytes, self._settings)):
+            if number < counts.next:
+                continue
+            self._read(boxes, counts)
+            counts.next = number + 1
+            _replace(progress, json.dumps(vars(counts)).encode())
+            say(str(counts.written + counts.left_out))
+        progress.unlink(missing_ok=True)
+        return counts
+
+    def _read(self, boxes: list[Box], counts: TileCounts) -> None:
+        from rasterio.windows import Window
+
+        left, top = min(box[0] for box in boxes), min(box[1] for box in boxes)
+        right, bottom = max(box[2] for box in boxes), max(box[3] for box in boxes)
+        window = Window.from_slices((top, bottom), (left, right))
+        pixels = self._scene.read(self._indexes, window=window)
+        valid = self._valid(pixels, window)
+        if self._colors is not None:
+            pixels = np.moveaxis(self._colors[pixels[0].clip(max=len(self._colors) - 1)], -1, 0)
+        for box in boxes:
+            at = np.s_[..., box[1] - top : box[3] - top, box[0] - left : box[2] - left]
+            missing = 1.0 - float(valid[at].mean())
+            if missing > self._settings.nodata_max:
+                counts.left_out += 1
+            else:
+                self._write(box, pixels[at], valid[at], missing)
+                counts.written += 1
+
+    def _valid(self, pixels: np.ndarray, window: Any) -> np.ndarray:
+        """bool [H, W]: where any band has data."""
+        valid = self._scene.read_masks(self._indexes, window=window).any(axis=0)
+        for alpha in set(self._scene.indexes) - set(self._indexes):  # GDAL does not take every alpha band for a mask
+            valid &= self._scene.read(alpha, window=window) != 0
+        if pixels.dtype.kind == "f":
+            valid &= np.isfinite(pixels).any(axis=0)
+        if self._scene.nodata is None and self._settings.nodata is not None:
+            valid &= (pixels != self._settings.nodata).any(axis=0)
+        return valid
+
+    def _write(self, box: Box, pixels: np.ndarray, valid: np.ndarray, missing: float) -> None:
+        from rasterio.windows import Window
+
+        left, top, right, bottom = box
+        window = Window.from_slices((top, bottom), (left, right))
+        stem = f"y{top:06d}_x{left:06d}"
+        about = self._about(box, window, missing)
+        _replace(self._folder / f"{stem}.{self._settings.format}", self._encoded(pixels, valid, window))
+        _replace(self._folder / f"{stem}.json", json.dumps(about, indent=1).encode() + b"\n")
+
+    def _about(self, box: Box, window: Any, missing: float) -> dict[str, Any]:
+        from rasterio.transform import array_bounds
+        from rasterio.warp import transform_bounds
+
+        left, top, right, bottom = box
+        scene, transform = self._scene, self._scene.window_transform(window)
+        about: dict[str, Any] = {
+            "scene": self._name,
+            "left": left,
+            "top": top,
+            "width": right - left,
+            "height": bottom - top,
+            "bands": self._descriptions,
+            "dtype": str(self._dtype),
+            "nodata": _json_number(self._nodata),
+            "nodata_fraction": round(missing, 6),
+            "crs": None,
+            "transform": list(transform)[:6],
+            "bounds": None,
+            "bounds_wgs84": None,
+        }
+        if scene.crs is not None:
+            code = scene.crs.to_epsg()
+            about["crs"] = f"EPSG:{code}" if code else scene.crs.to_wkt()
+            about["bounds"] = array_bounds(bottom - top, right - left, transform)
+            with contextlib.suppress(Exception):  # a local system, or one without a way to longitude and latitude
+                about["bounds_wgs84"] = transform_bounds(scene.crs, "EPSG:4326", *about["bounds"])
+        return about
+
+    def _encoded(self, pixels: np.ndarray, valid: np.ndarray, window: Any) -> bytes:
+        from rasterio.io import MemoryFile
+
+        bands, height, width = pixels.shape
+        if self._settings.format == "jpg":
+            buffer = io.BytesIO()
+            Image.fromarray(pixels[0] if bands == 1 else np.moveaxis(pixels, 0, -1)).save(
+                buffer, "JPEG", quality=_QUALITY
+            )
+            return buffer.getvalue()
+        shape = {"count": bands, "height": height, "width": width, "dtype": self._dtype}
+        if self._settings.format == "png":
+            with MemoryFile() as memory:
+                with memory.open(driver="PNG", **shape) as out:
+                    out.write(pixels)
+                return bytes(memory.read())
+        assert self._dtype is not None
+        place = {"crs": self._scene.crs, "transform": self._scene.window_transform(window), "nodata": self._nodata}
+        predictor = 3 if self._dtype.kind == "f" else 2
+        packing = {"compress": "deflate", "predictor": predictor if self._dtype.itemsize <= 4 else 1}
+        with MemoryFile() as memory:
+            with memory.open(driver="GTiff", interleave="pixel", **shape, **place, **packing) as out:
+                out.write(pixels)
+                out.colorinterp = self._meanings
+                for band, description in enumerate(self._descriptions, start=1):
+                    if description:
+                        out.set_band_description(band, description)
+                if self._nodata is None and not valid.all():
+                    out.write_mask(valid)
+            return bytes(memory.read())
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(f".{path.name}.partial")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as error:
+        raise _FolderError(error) from error
+
+
+def _fits(value: float | None, dtype: Any) -> bool:
+    """Whether a type has a value."""
+    if value is None or dtype.kind == "f":
+        return value is not None
+    info = np.iinfo(dtype)
+    return info.min <= value <= info.max and float(value).is_integer()
+
+
+def _json_number(value: float | None) -> float | str | None:
+    return value if value is None or np.isfinite(value) else str(value)
+
+
+if __name__ == "__main__":
+    from pera_fast.data.decoding.worker import serve
+    from pera_fast.data.tools import tile_scene  # under its own name, which the other end knows too
+
+    serve(int(sys.argv[1]), tile_scene.cut)
