@@ -1,6 +1,6 @@
 """Workers that outlive their sandbox: to import DALI anew takes longer than what most tests do with a worker.
 
-That a sandbox ends its own worker is tested in tests/data/test_sandbox.py, which takes none of these.
+That a sandbox ends its own worker is tested in tests/data/decoding/test_sandbox.py, which takes none of these.
 """
 
 from collections.abc import Callable, Iterator

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from train_support import make_run, small_config
 
 from pera_bench import fp8
 from pera_fast.procedural.scenes import write_scenes
 from pera_fast.train.checkpoint import save_checkpoint
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-from train_support import make_run, small_config
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "bench" / "results" / "fp8" / "demo-cpu.json"

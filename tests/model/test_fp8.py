@@ -1,12 +1,10 @@
 """The teacher in FP8: how far its rows move, what stays as it is, and its weights' copies."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from train_support import SMALL, RandomCrops
 
 from pera_fast.config import Config, load_config
 from pera_fast.errors import UserError
@@ -14,9 +12,6 @@ from pera_fast.model.features import features
 from pera_fast.model.inputs import StepInputs
 from pera_fast.model.pera import PerA
 from pera_kernels import fp8
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-from train_support import SMALL, RandomCrops
 
 DEPTH = 3
 FP8 = "model.teacher_precision=fp8"

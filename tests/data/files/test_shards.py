@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from data_support import bad_files, good_files, shared_data, small_config, write_scenes
+from loader_support import check_against, index, same, skipped_rows, take
 from tar_support import add, png, write_shards, write_tar
-from test_loader import check_against, index, same, skipped_rows, take
 
 from pera_fast.data.decoding.tar import list_members
 from pera_fast.data.files import shards as shards_module

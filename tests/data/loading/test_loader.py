@@ -1,6 +1,5 @@
 """The loader: the same bits whatever the threads, ranks and restarts, and files that go bad under it."""
 
-import csv
 import dataclasses
 import gc
 import os
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from data_support import bad_files, encoded, good_files, scene, shared_data, small_config, write_scenes
+from loader_support import COUNT, check_against, index, same, skipped_rows, take
 from PIL import Image
 
 from pera_fast.data.decoding import decode
@@ -21,10 +21,8 @@ from pera_fast.data.loading.loader import Loader
 from pera_fast.data.sampling.order import SampleOrder
 from pera_fast.data.sampling.views import draw_colors
 from pera_fast.errors import UserError
-from pera_fast.keyed import Purpose, generator
 
 CPU = torch.device("cpu")
-COUNT = 24
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +41,6 @@ def own(tmp_path, scenes):
     return dataclasses.replace(scenes, root=folder)
 
 
-def index(folder, out, **options):
-    return build_index(folder, out=out / "index.parquet", workers=1, progress=False, **options)
-
-
 @pytest.fixture
 def load(tmp_path):
     """Opens loaders and closes them at the end."""
@@ -61,35 +55,6 @@ def load(tmp_path):
     yield open_
     for loader in opened:
         loader.close()
-
-
-def tensors(batch):
-    for group in (batch.global_, batch.local):
-        yield group.pixels
-        for view in (group.student, group.teacher):
-            yield from (view.order, view.factors)
-
-
-def same(a, b):
-    return (
-        (a.micro_step, a.epoch) == (b.micro_step, b.epoch)
-        and np.array_equal(a.samples, b.samples)
-        and all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
-    )
-
-
-def take(loader, count):
-    return [next(loader) for _ in range(count)]
-
-
-def skipped_rows(tmp_path):
-    path = tmp_path / "skipped.csv"
-    if not path.exists():
-        return {}
-    with open(path, newline="") as file:
-        rows = list(csv.reader(file))[1:]
-    assert len({name for name, _ in rows}) == len(rows), "a file is listed once"
-    return dict(rows)
 
 
 def test_shapes_types_and_positions(scenes, load):
@@ -177,28 +142,6 @@ def test_a_fallback_decoder_feeds_the_same_pipeline(tmp_path, load):
         assert manifest.readable.decoder[0].as_py() == {"PNG": "dali", "GIF": "pillow"}[kind]
         crops.append(next(load(manifest, batch_size=1)).global_.pixels)
     assert torch.equal(*crops)
-
-
-def substitute(rows, epoch, sample, unusable):
-    """The keyed draws, restated."""
-    for row in [sample, *generator(0, Purpose.SUBSTITUTE, epoch, sample).integers(rows, size=64)]:
-        if row not in unusable:
-            return int(row)
-    raise AssertionError("64 draws hit unusable rows only")
-
-
-def check_against(reference, batches, unusable):
-    """Slots of usable samples are what they were; the others hold their substitutes."""
-    for before, after in zip(reference, batches, strict=True):
-        expected = [substitute(COUNT, before.epoch, int(sample), unusable) for sample in before.samples]
-        assert after.samples.tolist() == expected
-        keep = torch.tensor([sample not in unusable for sample in before.samples])
-        for one, other, crops in (
-            (before.global_.pixels, after.global_.pixels, 2),
-            (before.local.pixels, after.local.pixels, 3),
-        ):
-            assert torch.equal(one.unflatten(0, (crops, -1))[:, keep], other.unflatten(0, (crops, -1))[:, keep])
-    assert any(sample in unusable for batch in reference for sample in batch.samples)
 
 
 def spoil_garbage(path):

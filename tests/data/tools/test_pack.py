@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from data_support import bad_files, encoded, good_files, scene, small_config, write_scenes
+from loader_support import index, same, take
 from PIL import Image
-from test_loader import index, same, take
 
 from pera_fast import cli
 from pera_fast.data.decoding.dali import require_dali

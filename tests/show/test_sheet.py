@@ -1,16 +1,11 @@
 """The contact sheet shows what training sees: the same crops, colours and masks, for any sample of any epoch."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent / "data"))
 from data_support import small_config, write_scenes
 from kept_workers import kept_workers  # noqa: F401 a fixture
+from PIL import Image
 
 from pera_fast import cli
 from pera_fast.config import to_yaml

@@ -1,7 +1,7 @@
 """Mutated files through index and loader: no crash, no hang, every file either used or named with a reason.
 
-`pytest tests/data/test_fuzz.py` takes some; PERA_FUZZ=5000 takes that many image files, as many members of tars, and a
-tenth as many tars. PERA_FUZZ_SEED=1 takes others. -s shows the counts.
+`pytest tests/data/decoding/test_fuzz.py` takes some; PERA_FUZZ=5000 takes that many image files, as many members of
+tars, and a tenth as many tars. PERA_FUZZ_SEED=1 takes others. -s shows the counts.
 """
 
 import os

@@ -19,7 +19,7 @@ from pera_fast.data.files.scan import scan
 from pera_fast.data.index.build import build_index, load_index
 from pera_fast.data.index.journal import Journal
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 KILLED = """
 import os, signal, sys
 from pera_fast.data.index import checks, build as index, journal, sorted_parts
