@@ -10,6 +10,9 @@ from typing import Any
 
 from pera_fast.errors import UserError
 
+Value = bool | int | float | str | list[float] | list[int | str] | list[list[float]] | None
+"""What a key may hold."""
+
 
 def _key(
     default: Any,

@@ -83,6 +83,8 @@ class PerA(nn.Module):
             are read.
     """
 
+    center: Tensor  # a buffer, which a checker would take for Tensor | Module
+
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg = cfg
@@ -181,8 +183,8 @@ class PerA(nn.Module):
         kept = [] if inputs.keep is None else [num_kept(groups[0], drop_path), num_kept(groups[2], drop_path)]
         subsets = inputs.keep
         if subsets is not None:
-            known = inputs.places is not None
-            subsets = torch.cat([subsets, inputs.places], -1) if known else with_places(subsets, groups, kept)
+            places = inputs.places
+            subsets = with_places(subsets, groups, kept) if places is None else torch.cat([subsets, places], -1)
         middle = len(backbone.blocks) // 2
         x = backbone.forward_blocks(x, groups, 0, middle, subsets, kept, recompute)
         x, groups = self._grow(x, groups, inputs.global_.predicted_index)
@@ -264,7 +266,8 @@ class PerA(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, over backbone and cls head."""
-        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        teacher: list[Tensor] = list(self.teacher.parameters())
+        student: list[Tensor] = list(self.student.parameters())
         torch._foreach_lerp_(teacher, student, 1 - momentum)  # one pass
         self.refresh_fp8()
 

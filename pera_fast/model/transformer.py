@@ -180,6 +180,7 @@ class VisionTransformer(nn.Module):
             grids: patches a side of each group's crops.
         """
         proj, positions = self.patch_embed.proj, [self.position(grid) for grid in grids]
+        assert proj.bias is not None
         return embed_tokens(rows, proj.weight.flatten(1), proj.bias, positions, self.cls_token.view(-1), index)
 
     def forward_blocks(
@@ -254,7 +255,8 @@ class VisionTransformer(nn.Module):
 
     def _whole(self, i: int, x: Tensor, subsets: tuple[Tensor, Tensor] | tuple[None, None], plan: Plan) -> Tensor:
         """Block i with its last addition: one tensor to keep, the stream."""
-        return add_pending(*self.blocks[i](x, None, subsets, plan), plan)
+        x, pending = self.blocks[i](x, None, subsets, plan)
+        return add_pending(x, pending, plan)
 
     def final_norm(self, rows: Tensor) -> Tensor:
         """The final LayerNorm on some rows [R, D]: it acts on each row alone, so only rows that are used need it."""

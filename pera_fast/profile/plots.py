@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from pera_fast.page import png
@@ -17,6 +18,7 @@ from pera_fast.profile.fits import CARDS, GB, MemoryFit, by_variant
 from pera_fast.profile.points import Variant
 from pera_fast.profile.tables import GIB, MIB, Profile, breakdown_points, parts_of
 
+LineStyle = str | tuple[int, tuple[int, int]]  # a name, or (offset, (on, off))
 LINES = ("#2e6f95", "#d1495b", "#edae49", "#66a182", "#6a4c93", "#8d5524", "#1b998b", "#c44900", "#3d405b", "#b56576")
 CARD = "#9aa5b1"
 CLOSE = 1.25  # cards whose labels would lie on each other
@@ -29,14 +31,14 @@ PART_COLOURS = {
 }  # fmt: skip
 
 
-def _style(axes: Any) -> None:
+def _style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)
     axes.grid(True, which="major", color="#eef0f3", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _log_axis(axis: Any) -> None:
+def _log_axis(axis: Axis) -> None:
     """Powers of two, written as plain numbers."""
     axis.set_major_locator(LogLocator(base=2, numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -90,7 +92,7 @@ def memory(profile: Profile) -> bytes:
     return png(figure)
 
 
-def _draw_line(axes: Any, line: MemoryFit, low: float, high: float, colour: str, style: Any) -> None:
+def _draw_line(axes: Axes, line: MemoryFit, low: float, high: float, colour: str, style: LineStyle) -> None:
     x = _between(low, high)
     axes.plot(x, [line.at(b) / GIB for b in x], color=colour, linewidth=1.6, linestyle=style)
 
@@ -99,7 +101,7 @@ def _between(low: float, high: float) -> np.ndarray:
     return np.geomspace(low, max(low, high), 200)
 
 
-def _draw_cards(axes: Any) -> None:
+def _draw_cards(axes: Axes) -> None:
     for card in CARDS:
         y = card * GB / GIB
         near = [other for other in CARDS if other != card and max(card, other) < CLOSE * min(card, other)]
