@@ -11,7 +11,6 @@ writes JSON.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -55,8 +54,8 @@ def batches(cfg: Config, data: Path, count: int, skipped: Path) -> list[StepInpu
 
 def teacher_rows(state: CheckpointState, name: str, inputs: Sequence[StepInputs], device: torch.device) -> Tensor:
     """The teacher's unit rows [crops, bottleneck] in float64, as a run in that precision makes them."""
-    cfg = copy.deepcopy(from_yaml(state["config"]))
-    cfg.train.precision, cfg.model.teacher_precision = PRECISIONS[name]
+    precision, teacher = PRECISIONS[name]
+    cfg = from_yaml(state["config"]).with_values({"train.precision": precision, "model.teacher_precision": teacher})
     check_teacher_precision(cfg, device)
     model = make_model(cfg)
     model.load_state_dict(state["model"])

@@ -186,9 +186,6 @@ def _following(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
 
 
 def _build(recipe: str, values: Mapping[str, Value]) -> Config:
-    cfg = Config(recipe=recipe)
-    for key, value in values.items():
-        section, _, name = key.partition(".")
-        setattr(getattr(cfg, section), name, value)
+    cfg = Config(recipe=recipe).with_values(values)
     check(cfg)
     return cfg

@@ -94,6 +94,7 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
     if start.checkpoint:
         check_resumed_batch(start.checkpoint, plan.total, here.size)
     manifest = _open_data(data, folder, start, here)
+    start.cfg = cfg = adopt(cfg, manifest)
     position = 0
     if start.checkpoint:
         position, note = resumed_position(start.checkpoint, plan.total, here.size, len(manifest.readable))
@@ -196,9 +197,7 @@ def _open_data(data: Path, folder: RunFolder, start: Start, here: World) -> Mani
         manifest.save(folder.index)
         return manifest
 
-    manifest = here.on_main(open_on_main) or _known_data(data, folder)
-    adopt(start.cfg, manifest)
-    return manifest
+    return here.on_main(open_on_main) or _known_data(data, folder)
 
 
 def _known_data(data: Path, folder: RunFolder) -> Manifest:

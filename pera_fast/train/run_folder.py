@@ -4,7 +4,6 @@ Resuming continues the run as it was: its own configuration holds. Overrides giv
 keeps the run exact; a few that do not are noted in the log; the rest is refused.
 """
 
-import copy
 import fcntl
 import json
 import logging
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pera_fast.config import Config, Differences, differences, from_yaml, load_config, to_yaml
+from pera_fast.config.keys import flatten
 from pera_fast.errors import UserError
 from pera_fast.train.checkpoint import CheckpointState, find_checkpoints, load_newest
 
@@ -166,11 +166,9 @@ def continue_config(
             f" give --recipe {saved.recipe}, or another --out"
         )
     given = {text.partition("=")[0].strip() for text in overrides}
-    cfg = copy.deepcopy(saved)
-    for key in given | (BATCH if given & BATCH else set()):
-        section, name = key.split(".")
-        setattr(getattr(cfg, section), name, getattr(getattr(requested, section), name))
-    cfg = from_yaml(to_yaml(cfg))  # checks the mixture
+    taken = given | (BATCH if given & BATCH else set())
+    mixture = saved.with_values({key: value for key, value in flatten(requested).items() if key in taken})
+    cfg = from_yaml(to_yaml(mixture))  # checks it
     refused = _refused(saved, cfg)
     if refused:
         raise UserError(f"{source}: cannot be continued with {_list(refused)}; leave that out, or give another --out")
