@@ -14,15 +14,6 @@ backend.register("add_norm", "triton", available=backend.needs_triton)
 backend.register("add_norm", "composed")  # of sequence_add and sequence_norm
 
 
-def _kernels(x: Tensor):
-    """The module with the kernels that take x, or None: then sequence_add and sequence_norm do it, each as it runs."""
-    if backend.choose("add_norm", x.device) != "triton":
-        return None
-    from . import triton
-
-    return triton if triton.takes(x) else None
-
-
 def _keep(subset: Tensor | None, kept: Sequence[int]) -> Tensor | None:
     """The kept sequence numbers of a subset with places."""
     return None if subset is None else subset[: sum(kept)]
@@ -47,7 +38,7 @@ def _add_norm(
     norm_kept: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = groups, add_subset, add_kept, norm_subset, norm_kept
-    if (kernels := _kernels(x)) is not None:
+    if (kernels := backend.kernels("add_norm", x)) is not None:
         return kernels.add_norm(x, y, y_bias, weight, bias, eps, *arguments)
     if y_bias is not None:
         y = y + y_bias.to(y.dtype)
@@ -71,7 +62,7 @@ def _(x, y, y_bias, weight, bias, eps, groups, add_subset, add_kept, norm_subset
 def _add_norm_inplace(
     x: Tensor, y: Tensor, y_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float, groups: Sequence[int]
 ) -> Tensor:
-    if (kernels := _kernels(x)) is not None and x.is_contiguous():
+    if (kernels := backend.kernels("add_norm", x)) is not None and x.is_contiguous():
         return kernels.add_norm(x, y, y_bias, weight, bias, eps, groups, None, (), None, (), inplace=True)[1]
     x.add_(y)
     if y_bias is not None:
@@ -100,7 +91,7 @@ def _backward(
     has_add: bool,
     has_bias: bool,
 ) -> list[Tensor]:
-    if (kernels := _kernels(x)) is not None:
+    if (kernels := backend.kernels("add_norm", x)) is not None:
         arguments = groups, add_subset, add_kept, norm_subset, norm_kept, has_add, has_bias
         return kernels.add_norm_backward(grad, grad_normed, x, weight, mean, rstd, *arguments)
     sums = x.new_zeros(3, x.shape[1], dtype=_stats_dtype(x))

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import packed_triton as packed
 from ..aot import Variant
 from ..launching import on_their_device
-from ..packed_triton import Pair, group_pairs, why_not
+from ..packed_triton import Pair, group_pairs
 from ..packing import kept_groups, num_tokens
 from ..partial_sums.triton import add_up
 from ..sequence_norm.triton import MAX_DIM
@@ -26,7 +27,7 @@ BACKWARD_ROWS, BACKWARD_WARPS = 1, 2
 BACKWARD_PROGRAMS = 6  # per multiprocessor: what its registers hold at once; more would run one after the other
 STAGES = 1  # of the backward loop: other programs' loads are on their way while one sums
 
-__all__ = ["VARIANTS", "add_norm", "add_norm_backward", "takes"]
+__all__ = ["VARIANTS", "add_norm", "add_norm_backward", "why_not"]
 
 
 @triton.jit
@@ -188,9 +189,11 @@ def add_norm_bwd_kernel(
         tl.store(out + 2 * sums_stride, tl.sum(sum_branch, 0), mask=written)
 
 
-def takes(x: Tensor) -> bool:
-    """Whether these kernels take a stream."""
-    return why_not(x) is None and x.shape[1] <= MAX_DIM
+def why_not(x: Tensor) -> str | None:
+    """Why these kernels cannot take a stream, or None."""
+    if x.shape[1] > MAX_DIM:
+        return f"a row of {x.shape[1]} values does not fit one block (at most {MAX_DIM})"
+    return packed.why_not(x)
 
 
 @dataclass(frozen=True)

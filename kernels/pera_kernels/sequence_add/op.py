@@ -6,20 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import backend, cost
-from ..packing import HALF_OR_SINGLE, check, kept_groups, kept_parts, num_tokens, pairs, split
+from ..packing import check, kept_groups, kept_parts, num_tokens, pairs, split
 
 backend.register("sequence_add", "triton", available=backend.needs_triton)
 backend.register("sequence_add", "native", available=backend.needs_native("sequence_add", "sequence_add_backward"))
-
-
-def _kernels(x: Tensor):
-    """What has the kernels that take x, or None: then PyTorch does it."""
-    name = backend.choose("sequence_add", x.device)
-    if name == "triton":
-        from . import triton
-
-        return triton if triton.why_not(x) is None else None
-    return torch.ops.pera_native if name == "native" and x.dtype in HALF_OR_SINGLE else None
 
 
 def _scales(groups: Sequence[int], kept: Sequence[int]) -> list[float]:
@@ -29,7 +19,7 @@ def _scales(groups: Sequence[int], kept: Sequence[int]) -> list[float]:
 
 @torch.library.custom_op("pera::sequence_add", mutates_args=())
 def _sequence_add(x: Tensor, y: Tensor, keep: Tensor, groups: Sequence[int], kept: Sequence[int]) -> Tensor:
-    if (kernels := _kernels(x)) is not None:
+    if (kernels := backend.kernels("sequence_add", x)) is not None:
         return kernels.sequence_add(x, y, keep, groups, kept)
     out = x.clone(memory_format=torch.contiguous_format)
     branches = split(y, kept_groups(groups, kept))
@@ -47,7 +37,7 @@ def _(x, y, keep, groups, kept):
 
 @torch.library.custom_op("pera::sequence_add_backward", mutates_args=())
 def _backward(grad: Tensor, keep: Tensor, groups: Sequence[int], kept: Sequence[int]) -> Tensor:
-    if (kernels := _kernels(grad)) is not None:
+    if (kernels := backend.kernels("sequence_add", grad)) is not None:
         return kernels.sequence_add_backward(grad, keep, groups, kept)
     parts = [
         part.index_select(0, k).mul_(scale).flatten(0, 1)

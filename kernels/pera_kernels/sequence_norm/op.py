@@ -6,20 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import backend, cost
-from ..packing import HALF_OR_SINGLE, check, gather, kept_groups, kept_parts, num_tokens, split
+from ..packing import check, gather, kept_groups, kept_parts, num_tokens, split
 
 backend.register("sequence_norm", "triton", available=backend.needs_triton)
 backend.register("sequence_norm", "native", available=backend.needs_native("sequence_norm", "sequence_norm_backward"))
-
-
-def _kernels(x: Tensor):
-    """What has the kernels that take x, or None: then PyTorch does it."""
-    name = backend.choose("sequence_norm", x.device)
-    if name == "triton":
-        from . import triton
-
-        return triton if triton.why_not(x) is None else None
-    return torch.ops.pera_native if name == "native" and x.dtype in HALF_OR_SINGLE else None
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -37,7 +27,7 @@ def _sequence_norm(
     groups: Sequence[int],
     kept: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if (kernels := _kernels(x)) is not None:
+    if (kernels := backend.kernels("sequence_norm", x)) is not None:
         return kernels.sequence_norm(x, weight, bias, eps, keep, groups, kept)
     rows = gather(x, keep, groups, kept)
     # The CPU kernel pairs half rows with float32 parameters by itself; elsewhere the rows are widened here.
@@ -68,7 +58,7 @@ def _backward(
     groups: Sequence[int],
     kept: Sequence[int],
 ) -> list[Tensor]:
-    if (kernels := _kernels(x)) is not None:
+    if (kernels := backend.kernels("sequence_norm", x)) is not None:
         return list(kernels.sequence_norm_backward(grad, x, weight, mean, rstd, keep, groups, kept))
     rows = gather(x, keep, groups, kept)
     wide = _wide(rows)
