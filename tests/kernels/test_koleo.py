@@ -165,7 +165,7 @@ def test_no_rows():
 def test_neighbours_stay_in_their_group(form):
     rows, v, g = make(6, 100, 5, requires_grad=False)
     rows = torch.cat([rows, rows + 1e-9])  # the nearest of all is in the other group
-    neighbours = gram.forward(rows, v, g, 2).neighbours
+    neighbours = gram.forward(rows, v, g, 2).pairs.neighbours
     assert (neighbours[:6] < 6).all()
     assert (neighbours[6:] >= 6).all()
     assert (neighbours != torch.arange(12)).all()
@@ -217,10 +217,10 @@ def test_never_holds_all_logits(form):
         reference.koleo(*args, 2)
     assert dense.elements >= rows // 2 * k
     with Largest() as seen:
-        _, *kept = gram.forward(*args, 2)
-        gram.backward(torch.ones(()), *args, *kept, 2)
+        _, pairs, inverse_norms = gram.forward(*args, 2)
+        gram.backward(torch.ones(()), *args, pairs, inverse_norms, 2)
     assert seen.elements == k * d  # the gradient of v
-    assert max(t.numel() for t in kept) <= max(rows * d, k)
+    assert max(t.numel() for t in (*pairs, inverse_norms)) <= max(rows * d, k)
 
 
 def test_opcheck(form):

@@ -26,15 +26,21 @@ EPS = 1e-8
 TINY = 1e-300  # of float64
 
 
-class Forward(NamedTuple):
-    """What the forward gives: the loss and what the backward needs, all with rows and none with prototypes."""
+class Pairs(NamedTuple):
+    """What the backward needs of each row and its nearest neighbour."""
 
-    loss: Tensor  # [] float32 (float64 for float64 rows)
     norms: Tensor  # [R] float64, ||W x|| before it is clamped
     neighbours: Tensor  # [R] int64, into all rows
     distances: Tensor  # [R] float64
     gram_rows: Tensor  # [R, d] float32 (or 64): G x
     gram_differences: Tensor  # [R, d] the same: G D + eps s, D = x/n - x_nn/n_nn
+
+
+class Forward(NamedTuple):
+    """What the forward gives: the loss and what the backward needs."""
+
+    loss: Tensor  # [] float32 (float64 for float64 rows)
+    pairs: Pairs
     inverse_norms: Tensor  # [K] float32 (or 64): 1 / ||v||
 
 
@@ -78,7 +84,8 @@ def forward(
 def _empty(rows: Tensor, inverse_norms: Tensor) -> Forward:
     dtype = accumulation_dtype(rows.dtype)
     wide, row = rows.new_empty(0, dtype=torch.float64), rows.new_empty(rows.shape, dtype=dtype)
-    return Forward(rows.new_zeros((), dtype=dtype), wide, wide.long(), wide.clone(), row, row.clone(), inverse_norms)
+    pairs = Pairs(wide, wide.long(), wide.clone(), row, row.clone())
+    return Forward(rows.new_zeros((), dtype=dtype), pairs, inverse_norms)
 
 
 def _walk(rows: Tensor, v: Tensor, g: Tensor, width: int, inverse_norms: Tensor, known: bool, native: bool):
@@ -182,7 +189,7 @@ def _finish(norms, neighbours, squares, gram_rows, gram_differences, inverse_nor
     distances = squares.clamp_min(0).sqrt()
     loss = -(distances + EPS).log().sum() / (norms.shape[0] // groups)
     kept = gram_rows.to(accumulate), gram_differences.to(accumulate)
-    return Forward(loss.to(accumulate), norms, neighbours, distances, *kept, inverse_norms)
+    return Forward(loss.to(accumulate), Pairs(norms, neighbours, distances, *kept), inverse_norms)
 
 
 def backward(
@@ -190,44 +197,31 @@ def backward(
     rows: Tensor,
     v: Tensor,
     g: Tensor,
-    norms: Tensor,
-    neighbours: Tensor,
-    distances: Tensor,
-    gram_rows: Tensor,
-    gram_differences: Tensor,
+    pairs: Pairs,
     inverse_norms: Tensor,
     groups: int,
     need_prototypes: bool = True,
     native: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows, v and g for the loss's gradient ``grad`` []; the last six tensors are the forward's.
+    """Gradients of rows, v and g for the loss's gradient ``grad`` []; pairs and norms are the forward's.
 
     Those of v and g, the only ones that cost a walk over the prototypes, have no elements if they are not needed.
     """
     none = v.new_empty(0), g.new_empty(0)
     if rows.shape[0] == 0:
         return torch.zeros_like(rows), *((torch.zeros_like(v), torch.zeros_like(g)) if need_prototypes else none)
-    saved = norms, neighbours, distances, gram_rows, gram_differences
-    grad_rows, low_rank = differentiate(grad, rows, *saved, groups)
+    grad_rows, low_rank = differentiate(grad, rows, pairs, groups)
     grads = _grad_prototypes(low_rank, rows, v, g, inverse_norms, native) if need_prototypes else none
     return grad_rows.to(rows.dtype), *grads
 
 
-def differentiate(
-    grad: Tensor,
-    rows: Tensor,
-    norms: Tensor,
-    neighbours: Tensor,
-    distances: Tensor,
-    gram_rows: Tensor,
-    gram_differences: Tensor,
-    groups: int,
-) -> tuple[Tensor, LowRank]:
+def differentiate(grad: Tensor, rows: Tensor, pairs: Pairs, groups: int) -> tuple[Tensor, LowRank]:
     """Gradients of rows [R, d], float64, and of the effective prototypes W, for the loss's gradient ``grad`` []; R > 0.
 
     dW = W Z' diag(a) Z + 1 t' for Z = [D; x], a = [pull; turn], t = eps sum pull D; returned with about sqrt(|a|) Z for
     Z and a number of the size of 1 for a.
     """
+    norms, neighbours, distances, gram_rows, gram_differences = pairs
     x = rows.double()
     clamped = norms.clamp_min(EPS)
     differences = normalised_differences(x, norms, neighbours)

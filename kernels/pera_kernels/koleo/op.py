@@ -26,7 +26,9 @@ def runs_in_native(rows: Tensor, v: Tensor, g: Tensor) -> bool:
 def _forward(
     rows: Tensor, v: Tensor, g: Tensor, groups: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return gram.forward(rows, v, g, groups, runs_in_native(rows, v, g))
+    loss, pairs, inverse_norms = gram.forward(rows, v, g, groups, runs_in_native(rows, v, g))
+    norms, neighbours, distances, gram_rows, gram_differences = pairs
+    return loss, norms, neighbours, distances, gram_rows, gram_differences, inverse_norms
 
 
 @_forward.register_fake
@@ -60,25 +62,13 @@ def _backward(
     groups: int,
     need_prototypes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    saved = norms, neighbours, distances, gram_rows, gram_differences, inverse_norms
-    return gram.backward(grad, rows, v, g, *saved, groups, need_prototypes, runs_in_native(rows, v, g))
+    pairs, native = gram.Pairs(norms, neighbours, distances, gram_rows, gram_differences), runs_in_native(rows, v, g)
+    return gram.backward(grad, rows, v, g, pairs, inverse_norms, groups, need_prototypes, native)
 
 
 @_backward.register_fake
-def _(
-    grad,
-    rows,
-    v,
-    g,
-    norms,
-    neighbours,
-    distances,
-    gram_rows,
-    gram_differences,
-    inverse_norms,
-    groups,
-    need_prototypes,
-):
+def _(_grad, rows, v, g, *rest):
+    need_prototypes = rest[-1]
     return (
         rows.new_empty(rows.shape),
         v.new_empty(v.shape if need_prototypes else 0),

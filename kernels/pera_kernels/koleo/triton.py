@@ -219,27 +219,20 @@ def forward(
         prototypes, **_columns(dim), num_warps=NUM_WARPS,
     )  # fmt: skip
     loss = terms.sum().to(kept_rows.dtype)
-    return plain.Forward(loss, norms, neighbours, distances, kept_rows, kept_differences, inverse_norms)
+    pairs = plain.Pairs(norms, neighbours, distances, kept_rows, kept_differences)
+    return plain.Forward(loss, pairs, inverse_norms)
 
 
 @on_their_device
-def differentiate(
-    grad: Tensor,
-    rows: Tensor,
-    norms: Tensor,
-    neighbours: Tensor,
-    distances: Tensor,
-    gram_rows: Tensor,
-    gram_differences: Tensor,
-    groups: int,
-) -> tuple[Tensor, Other]:
+def differentiate(grad: Tensor, rows: Tensor, pairs: plain.Pairs, groups: int) -> tuple[Tensor, Other]:
     """As ``gram.differentiate``: the gradient of rows (R, d), in their dtype, and that of W."""
+    gram_rows = pairs.gram_rows
     rows, (count, dim) = rows.contiguous(), rows.shape
     grad_rows = torch.empty_like(rows)
     factor, weighted = (gram_rows.new_empty(2 * count, dim) for _ in range(2))
     koleo_bwd_kernel[(count,)](
-        grad, rows, norms, neighbours, distances, gram_rows, gram_differences, grad_rows, factor, weighted, count,
-        count // groups, **_columns(dim), TILE=TILE, num_warps=NUM_WARPS,
+        grad, rows, *pairs, grad_rows, factor, weighted, count, count // groups,
+        **_columns(dim), TILE=TILE, num_warps=NUM_WARPS,
     )  # fmt: skip
     matrix = weighted.t() @ factor
     narrow = torch.empty_like(matrix, dtype=products.product_dtype(rows.dtype, rows.device))
