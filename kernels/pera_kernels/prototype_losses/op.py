@@ -36,7 +36,7 @@ def _forward(
     student_temp: float,
     teacher_temp: float,
     spread_rows: int,
-    groups: int,
+    num_crops: int,
 ) -> list[Tensor]:
     arguments = Arguments.of(
         student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp
@@ -49,7 +49,7 @@ def _forward(
         entropies, statistics = forward(arguments)
     native = koleo.runs_in_native(*arguments.student)
     norms, made = statistics.inverse_norms[0], None if weights is None else weights.student
-    spread = gram.forward(student_rows[:spread_rows], student_v, student_g, groups, native, norms, made)
+    spread = gram.forward(student_rows[:spread_rows], student_v, student_g, num_crops, native, norms, made)
     # The backward pass comes next in a step: what it would make again is kept until then, at no cost at the peak.
     kept = weights or (student_rows.new_empty(0), student_rows.new_empty(0))
     return [entropies, spread.loss, *statistics, *spread.pairs, *kept]
@@ -75,7 +75,7 @@ def _(*inputs):
     return [new(n), new(), *statistics, *spread, new(spread_rows, d), new(spread_rows, d), *weights]
 
 
-def _differentiate(arguments: Arguments, count: int, groups: int) -> Callable[..., tuple[Tensor, Any]]:
+def _differentiate(arguments: Arguments, count: int, num_crops: int) -> Callable[..., tuple[Tensor, Any]]:
     """KoLeo's backward up to the prototypes: kernels where the walk over them is made by kernels, else PyTorch's.
 
     Its second result is what the distillation's backward that runs there takes as ``other``.
@@ -83,7 +83,7 @@ def _differentiate(arguments: Arguments, count: int, groups: int) -> Callable[..
     if distillation.forward_with_weights(arguments):
         from pera_kernels.koleo import triton
 
-        if triton.why_not(arguments.student.rows[:count], groups) is None:
+        if triton.why_not(arguments.student.rows[:count], num_crops) is None:
             return triton.differentiate
     return gram.differentiate
 
@@ -97,7 +97,7 @@ def _backward(
     student_temp: float,
     teacher_temp: float,
     spread_rows: int,
-    groups: int,
+    num_crops: int,
     need_prototypes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     student, teacher = Network(*tensors[:3]), Network(*tensors[3:6])
@@ -108,8 +108,8 @@ def _backward(
     _, backward = distillation.implementation(arguments)
     grad_spread_rows, other = None, None
     if spread_rows:
-        differentiate = _differentiate(arguments, spread_rows, groups)
-        grad_spread_rows, other = differentiate(grad_spread, student.rows[:spread_rows], pairs, groups)
+        differentiate = _differentiate(arguments, spread_rows, num_crops)
+        grad_spread_rows, other = differentiate(grad_spread, student.rows[:spread_rows], pairs, num_crops)
     if weights.student.numel():  # the forward made them, so this is the backward that takes them
         backward = partial(backward, weights=weights)
     grad_rows, grad_v, grad_g = backward(grad_entropies, arguments, kept, True, need_prototypes, other=other)
@@ -129,7 +129,7 @@ cost.opened("pera::prototype_losses", "pera::prototype_losses_backward")
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.student_temp, ctx.teacher_temp, ctx.spread_rows, ctx.groups = inputs
+    *tensors, ctx.student_temp, ctx.teacher_temp, ctx.spread_rows, ctx.num_crops = inputs
     ctx.set_materialize_grads(False)  # no zeros for the results without a gradient
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(*tensors, *output[2:])
@@ -142,7 +142,7 @@ def _autograd(ctx, grads: list[Tensor | None]):
     wide = accumulation_dtype(rows.dtype)
     entropies = rows.new_zeros(rows.shape[0], dtype=wide) if entropies is None else entropies
     spread = rows.new_zeros((), dtype=wide) if spread is None else spread
-    constants = ctx.student_temp, ctx.teacher_temp, ctx.spread_rows, ctx.groups
+    constants = ctx.student_temp, ctx.teacher_temp, ctx.spread_rows, ctx.num_crops
     result = _backward(
         *(entropies, spread, saved[:-NUM_STATISTICS], saved[-NUM_STATISTICS:]), *constants, needs[1] or needs[2]
     )
@@ -163,7 +163,7 @@ def prototype_losses(
     student_temp: float,
     teacher_temp: float,
     spread_rows: int,
-    groups: int,
+    num_crops: int,
 ) -> tuple[Tensor, Tensor]:
     """``distillation_loss`` of all rows and ``koleo`` of the first ``spread_rows``, in one op.
 
@@ -174,7 +174,7 @@ def prototype_losses(
         student_rows: [N, d], as all tensors here: see ``pera_kernels.distillation_loss``.
         student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp: as there.
         spread_rows: the leading rows of the student (its global crops) that KoLeo spreads.
-        groups: equal groups that those are in, see ``pera_kernels.koleo``.
+        num_crops: global crops that those come from, see ``pera_kernels.koleo``.
 
     Returns:
         (cross entropy [N], KoLeo []), both float32 (float64 for float64 rows); gradients for student_rows, student_v
@@ -187,8 +187,8 @@ def prototype_losses(
     distillation.check(Arguments.of(*arguments, student_temp, teacher_temp))
     if not 0 <= spread_rows <= student_rows.shape[0]:
         raise ValueError(f"spread_rows must be 0 to {student_rows.shape[0]} (the rows), got {spread_rows}")
-    koleo.check_rows(student_rows[:spread_rows], groups)
-    constants = student_temp, teacher_temp, spread_rows, groups
+    koleo.check_rows(student_rows[:spread_rows], num_crops)
+    constants = student_temp, teacher_temp, spread_rows, num_crops
     if not torch.compiler.is_compiling() and backend.choose("prototype_losses", student_rows.device) == "reference":
         return reference.prototype_losses(*arguments, *constants)
     entropies, spread, *_ = _forward(*arguments, *constants)
