@@ -180,16 +180,16 @@ class PerA(nn.Module):
             patches = [self._patches(p.crops, p.student_index, p.student_order, p.student_factors) for p in parts]
             x = backbone.embed([rows for rows, _ in patches], index, [self._grid(part) for part in parts])
         drop_path = self.cfg.model.drop_path
-        kept = [] if inputs.keep is None else [num_kept(groups[0], drop_path), num_kept(groups[2], drop_path)]
+        kept_counts = [] if inputs.keep is None else [num_kept(groups[0], drop_path), num_kept(groups[2], drop_path)]
         subsets = inputs.keep
         if subsets is not None:
             places = inputs.places
-            subsets = with_places(subsets, groups, kept) if places is None else torch.cat([subsets, places], -1)
+            subsets = with_places(subsets, groups, kept_counts) if places is None else torch.cat([subsets, places], -1)
         middle = len(backbone.blocks) // 2
-        x = backbone.forward_blocks(x, groups, 0, middle, subsets, kept, recompute)
+        x = backbone.forward_blocks(x, groups, 0, middle, subsets, kept_counts, recompute)
         x, groups = self._grow(x, groups, inputs.global_.predicted_index)
         tails = [inputs.global_.predicted_index.shape[1], 0]
-        rows = backbone.forward_rows(x, groups, tails, middle, subsets, kept, recompute)
+        rows = backbone.forward_rows(x, groups, tails, middle, subsets, kept_counts, recompute)
         cls, predicted = split_rows(rows, row_groups(groups, tails))
         with span("cls head"):
             cls = self.student.cls_head(cls)
