@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any
+
+from pera_fast.run_result import RunResult
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "pretrain"]
+__all__ = ["RunResult", "__version__", "pretrain"]
 
 
 def pretrain(
@@ -14,7 +15,7 @@ def pretrain(
     recipe: str | None = None,
     resume: bool = False,
     overrides: Sequence[str] = (),
-) -> Any:
+) -> RunResult:
     """Pretrains on the images in `data` and leaves everything in the run folder `out`; the twin of the command line.
 
     Args:
@@ -25,7 +26,7 @@ def pretrain(
         overrides: settings such as `["train.steps=60", "train.batch_size=8"]`.
 
     Returns:
-        `pera_fast.train.api.RunResult`; its `exit_code` is 0 where the run is done.
+        Its `exit_code` is 0 where the run is done.
 
     Raises:
         pera_fast.errors.UserError: usage, configuration or data that cannot be run; one line says why.

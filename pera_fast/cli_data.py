@@ -29,8 +29,10 @@ def index(
 
     short = [] if channels is None else [f"model.in_chans={channels}"]
     cfg = load_config("vit_b16", [*short, *(overrides or [])])
-    cfg.data.verify &= verify
-    cfg.data.index = cfg.data.index if out is None else str(out)
+    cfg = cfg.with_values({
+        "data.verify": cfg.data.verify and verify,
+        "data.index": cfg.data.index if out is None else str(out),
+    })  # fmt: skip
     typer.echo(index_for(directory, cfg, workers=workers).summary)
 
 

@@ -5,7 +5,10 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STYLE = """
 :root { color-scheme: light; }
@@ -49,7 +52,7 @@ class Section:
     table: str = ""
 
 
-def png(figure: Any) -> bytes:
+def png(figure: "Figure") -> bytes:
     """A Matplotlib figure as PNG; closes it."""
     import matplotlib.pyplot as plt
 

@@ -2,19 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch.profiler import record_function
 
 PREFIX = "pera: "  # of the names in a trace, so that they are told from the ops' own
-Listener = Callable[[str], AbstractContextManager[Any]]
+Listener = Callable[[str], AbstractContextManager[object]]
 
 _listener: Listener | None = None
 _NOTHING = nullcontext()
 
 
-def span(name: str) -> AbstractContextManager[Any]:
+def span(name: str) -> AbstractContextManager[object]:
     """Around a part of a step: a named range while torch's profiler runs, else nothing, in less than a microsecond.
 
     Ranges of torch's profiler become NVTX ranges under ``torch.autograd.profiler.emit_nvtx``, for Nsight. Where

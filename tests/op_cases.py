@@ -91,15 +91,16 @@ def stream_case(op: str, dim: int, groups: list[int], subsets: bool = True) -> C
         tensors = {"x": randn(tokens, dim, seed=1) * 3 + 1, "weight": randn(dim, seed=2), "bias": randn(dim, seed=3)}
 
         def norm(function: Function) -> Function:
+            chosen = {"kept_counts": kept if subsets else []}
             return lambda x, weight, bias, keep: function(
-                x, weight, bias, eps=1e-6, groups=groups, keep=keep if subsets else None, kept=kept if subsets else []
+                x, weight, bias, eps=1e-6, groups=groups, keep=keep if subsets else None, **chosen
             )
 
         return Case(norm(sequence_norm), norm(norm_definition), tensors, tensors, ("x",), numbers)
     tensors = {"x": randn(tokens, dim, seed=1), "y": randn(branch, dim, seed=2)}
 
     def add(function: Function) -> Function:
-        return lambda x, y, keep: function(x, y, groups=groups, keep=keep, kept=kept)
+        return lambda x, y, keep: function(x, y, groups=groups, keep=keep, kept_counts=kept)
 
     return Case(add(sequence_add), add(add_definition), tensors, ("x", "y"), ("x", "y"), numbers)
 

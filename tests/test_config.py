@@ -2,14 +2,25 @@
 
 import math
 import re
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import FrozenInstanceError, asdict, fields, is_dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pera_fast.config import BatchPlan, Config, check, differences, from_yaml, load_config, recipe_names, to_yaml
-from pera_fast.config.keys import KEYS, kind, show
+from pera_fast.config import (
+    BatchPlan,
+    Config,
+    ModelConfig,
+    TrainConfig,
+    check,
+    differences,
+    from_yaml,
+    load_config,
+    recipe_names,
+    to_yaml,
+)
+from pera_fast.config.keys import KEYS, SECTIONS, kind, show
 from pera_fast.errors import UserError
 
 
@@ -104,8 +115,7 @@ def test_patch_counts_are_the_published_ones():
 
 @given(st.integers(1, 900), st.floats(0.001, 0.999), st.floats(0, 1))
 def test_patch_counts_partition_the_crop(patches, student_ratio, rest):
-    model = Config().model
-    model.student_ratio, model.teacher_ratio = student_ratio, max((1 - student_ratio) * rest, 1e-6)
+    model = ModelConfig(student_ratio=student_ratio, teacher_ratio=max((1 - student_ratio) * rest, 1e-6))
     counts = model.patch_counts(patches)
     assert sum(counts) == patches
     assert min(counts) >= 0
@@ -113,8 +123,7 @@ def test_patch_counts_partition_the_crop(patches, student_ratio, rest):
 
 def test_ratios_that_sum_to_one_leave_nothing_between():
     for tenths in range(1, 10):
-        model = Config().model
-        model.student_ratio, model.teacher_ratio = tenths / 10, 1 - tenths / 10
+        model = ModelConfig(student_ratio=tenths / 10, teacher_ratio=1 - tenths / 10)
         for patches in range(1, 300):
             assert model.patch_counts(patches)[1] <= 1  # the two roundings may differ by one, never overlap
 
@@ -396,10 +405,24 @@ def test_differences_name_key_and_both_values():
     assert "recipe" in differences(a, load_config("vit_b16"))
 
 
+def test_a_configuration_never_changes():
+    cfg = load_config("tiny")
+    with pytest.raises(FrozenInstanceError):
+        cfg.train = TrainConfig()
+    for section in SECTIONS:
+        for f in fields(SECTIONS[section]):
+            with pytest.raises(FrozenInstanceError):
+                setattr(getattr(cfg, section), f.name, None)
+    other = cfg.with_values({"model.depth": 6, "model.num_heads": 1, "optim.lr": 0.5})
+    assert differences(cfg, other).keys() == {"model.depth", "model.num_heads", "optim.lr"}
+    assert (other.model.depth, other.model.num_heads, other.optim.lr) == (6, 1, 0.5)
+    assert cfg == load_config("tiny")
+
+
 def test_check_is_for_configurations_made_by_hand_too():
     cfg = Config()
     check(cfg)
-    cfg.model.num_heads = 7
+    cfg = cfg.with_values({"model.num_heads": 7})
     with pytest.raises(UserError, match=re.escape("model.num_heads=7: must divide model.embed_dim=768")):
         check(cfg)
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,8 +96,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 
 def model_of(golden: Golden, recompute: str = "none") -> PerA:
-    cfg = golden.config()
-    cfg.model.recompute = recompute
+    cfg = golden.config().with_values({"model.recompute": recompute})
     model = PerA(cfg)
     missing, unexpected = model.load_state_dict(golden.under("init."), strict=False)
     assert missing == ["center"], "every parameter has the published checkpoint's name"
@@ -230,7 +230,7 @@ def test_masks_are_disjoint_and_complete(golden: Golden) -> None:
 
 def test_pixel_loss_is_zero_without_predicted_patches(golden: Golden) -> None:
     model, inputs = model_of(golden), golden.inputs(0)
-    model.cfg.model.student_ratio = 0.4
+    model.cfg = model.cfg.with_values({"model.student_ratio": 0.4})
     ranks = golden.tensors["step0.rank.global"].numpy()
     n_student, n_predicted, _ = model.cfg.model.patch_counts(ranks.shape[1])
     student, _, teacher = indices_from_ranks(ranks, n_student + n_predicted, 0)
@@ -265,14 +265,17 @@ def _numbers(text: str) -> list[float]:
 
 def schedule_config(metadata: dict[str, str]) -> Config:
     """The configuration that the file's metadata describes in words."""
-    cfg = Config()
-    o = cfg.optim
-    cfg.train.epochs = int(metadata["epochs"])
-    o.lr, o.final_lr, o.warmup_epochs, o.warmup_lr = _numbers(metadata["lr"])
-    o.weight_decay, o.final_weight_decay = _numbers(metadata["wd"])
-    o.teacher_momentum, o.final_teacher_momentum = _numbers(metadata["tm"])
-    o.warmup_teacher_temp, _, o.teacher_temp_warmup_epochs, o.teacher_temp = _numbers(metadata["tt"])
-    return cfg
+    names = {
+        "lr": ("lr", "final_lr", "warmup_epochs", "warmup_lr"),
+        "wd": ("weight_decay", "final_weight_decay"),
+        "tm": ("teacher_momentum", "final_teacher_momentum"),
+        "tt": ("warmup_teacher_temp", "", "teacher_temp_warmup_epochs", "teacher_temp"),
+    }
+    values: dict[str, Any] = {"train.epochs": int(metadata["epochs"])}
+    for key, wanted in names.items():
+        numbers = zip(wanted, _numbers(metadata[key]), strict=True)
+        values |= {f"optim.{name}": number for name, number in numbers if name}
+    return Config().with_values(values)
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +289,7 @@ def test_schedules(schedule_numbers: tuple[dict[str, str], dict[str, np.ndarray]
     metadata, want = schedule_numbers
     cfg, per_epoch = schedule_config(metadata), int(metadata["iters_per_epoch"])
     if as_steps:  # the same length given in steps: the warm-ups keep their fractions
-        cfg.train.steps, per_epoch_given = cfg.train.epochs * per_epoch, 1
+        cfg, per_epoch_given = cfg.with_values({"train.steps": cfg.train.epochs * per_epoch}), 1
     else:
         per_epoch_given = per_epoch
     schedules = make_schedules(cfg, per_epoch_given)

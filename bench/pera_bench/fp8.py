@@ -11,7 +11,6 @@ writes JSON.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from pera_fast.demo.run import run as run_demo
 from pera_fast.errors import UserError
 from pera_fast.model.inputs import StepInputs
 from pera_fast.train.api import make_model
-from pera_fast.train.checkpoint import find_checkpoints, load_checkpoint
+from pera_fast.train.checkpoint import CheckpointState, find_checkpoints, load_checkpoint
 from pera_fast.train.compute_copies import make_copies
 from pera_fast.train.inputs import make_inputs
 from pera_fast.train.teacher_precision import check_teacher_precision
@@ -53,10 +52,10 @@ def batches(cfg: Config, data: Path, count: int, skipped: Path) -> list[StepInpu
         return list(islice(loader, count))
 
 
-def teacher_rows(state: dict[str, Any], name: str, inputs: Sequence[StepInputs], device: torch.device) -> Tensor:
+def teacher_rows(state: CheckpointState, name: str, inputs: Sequence[StepInputs], device: torch.device) -> Tensor:
     """The teacher's unit rows [crops, bottleneck] in float64, as a run in that precision makes them."""
-    cfg = copy.deepcopy(from_yaml(state["config"]))
-    cfg.train.precision, cfg.model.teacher_precision = PRECISIONS[name]
+    precision, teacher = PRECISIONS[name]
+    cfg = from_yaml(state["config"]).with_values({"train.precision": precision, "model.teacher_precision": teacher})
     check_teacher_precision(cfg, device)
     model = make_model(cfg)
     model.load_state_dict(state["model"])
@@ -65,7 +64,7 @@ def teacher_rows(state: dict[str, Any], name: str, inputs: Sequence[StepInputs],
     return torch.cat([model.teacher_rows(batch.to(device)).cpu().double() for batch in inputs])
 
 
-def distributions(state: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+def distributions(state: CheckpointState) -> Callable[[Tensor], Tensor]:
     """A function from rows to log-probabilities over the prototypes: centred, at the last temperature, in float64."""
     weights = {name: state["model"][f"teacher.cls_head.last_layer.weight_{name}"].double() for name in ("g", "v")}
     prototypes = weights["g"] * weights["v"] / weights["v"].norm(dim=1, keepdim=True)
@@ -73,7 +72,7 @@ def distributions(state: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     return lambda rows: ((rows @ prototypes.t() - center) / temp).log_softmax(1)
 
 
-def compare(state: dict[str, Any], inputs: Sequence[StepInputs], device: torch.device) -> dict[str, Any]:
+def compare(state: CheckpointState, inputs: Sequence[StepInputs], device: torch.device) -> dict[str, Any]:
     """For each pair of precisions: divergences in nats, how often the most probable prototype stays, error of rows."""
     rows, log_probability = {n: teacher_rows(state, n, inputs, device) for n in PRECISIONS}, distributions(state)
     found: dict[str, Any] = {"rows": len(rows["fp32"]), "prototypes": state["model"]["center"].shape[1]}

@@ -23,14 +23,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from .packing import HALF_OR_SINGLE
 
 __all__ = [
     "Row",
     "choose",
+    "kernels",
     "native",
     "needs_native",
     "needs_triton",
@@ -159,6 +164,18 @@ def choose(op: str, device: torch.device) -> str:
     if asked in missing and asked != name:
         raise RuntimeError(f"{op}: the {asked} implementation was asked for, but {missing[asked]}")
     return name
+
+
+def kernels(op: str, x: Tensor) -> Any | None:
+    """What has an op's kernels for x: its Triton module, or the native library; None: PyTorch does it.
+
+    For ops whose Triton module and whose part of the library have functions of the same names.
+    """
+    name = choose(op, x.device)
+    if name == "triton":
+        module = import_module(f"pera_kernels.{op}.triton")
+        return module if module.why_not(x) is None else None
+    return torch.ops.pera_native if name == "native" and x.dtype in HALF_OR_SINGLE else None
 
 
 @contextmanager

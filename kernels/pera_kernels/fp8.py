@@ -15,7 +15,6 @@ from . import backend, products
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3's numbers
 SMALLEST = 1e-30  # taken for a row's largest magnitude if that is less: the scale of a row of zeros divides
-MULTIPLE = 16  # both sizes of a weight have to be multiples of it
 CAPABILITY = (8, 9)
 
 

@@ -1,6 +1,6 @@
 """Launches of Triton kernels on the device of their tensors, which need not be the current one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -20,7 +20,7 @@ def device_of(tensor: Tensor | None) -> AbstractContextManager[object]:
 
 
 def on_their_device(launch: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a function that launches kernels: they run on the device of its first tensor argument.
+    """Decorates a function that launches kernels: they run on the device of the first tensor among its arguments.
 
     Triton launches on the current device, whatever the tensors' own: on a machine with several GPUs a kernel would get
     addresses of another one's memory.
@@ -28,7 +28,16 @@ def on_their_device(launch: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(launch)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        with device_of(next((x for x in args if isinstance(x, Tensor)), None)):
+        with device_of(_first_tensor(args)):
             return launch(*args, **kwargs)
 
     return call
+
+
+def _first_tensor(values: Iterable[object]) -> Tensor | None:
+    """The first tensor of some arguments, which may be tuples of tensors."""
+    for value in values:
+        found = _first_tensor(value) if isinstance(value, tuple) else value
+        if isinstance(found, Tensor):
+            return found
+    return None

@@ -22,7 +22,7 @@ constexpr int64_t kDropped = -1;
 
 struct Packing {
   // groups: n0, len0, n1, len1, ...; keep: kept sequences, group by group, or none: all are kept.
-  Packing(Ints groups, const std::optional<Tensor>& keep, Ints kept) {
+  Packing(Ints groups, const std::optional<Tensor>& keep, Ints kept_counts) {
     check_value(groups.size() % 2 == 0, "groups must hold pairs (sequences, length), got ", groups);
     const size_t num_groups = groups.size() / 2;
     for (size_t g = 0; g < num_groups; ++g) {
@@ -38,11 +38,12 @@ struct Packing {
     const Tensor names = as_contiguous(*keep, ScalarType::Long);
     const int64_t* name = names.const_data_ptr<int64_t>();
     int64_t total = 0;
-    for (const int64_t k : kept) {
+    for (const int64_t k : kept_counts) {
       total += k;
     }
     check_value(
-        kept.size() == num_groups && names.numel() == total, "kept ", kept, " does not fit groups ", groups, " and keep");
+        kept_counts.size() == num_groups && names.numel() == total, "kept_counts ", kept_counts,
+        " does not fit groups ", groups, " and keep");
     int64_t stream = 0;
     for (size_t g = 0; g < num_groups; ++g) {
       const int64_t n = groups[2 * g], length = groups[2 * g + 1];
@@ -51,12 +52,13 @@ struct Packing {
         starts.push_back(stream + s * length);
         spans.push_back({stream + s * length, kDropped, length});
       }
-      for (int64_t k = 0; k < kept[g]; ++k, ++name, kept_tokens += length) {
+      for (int64_t k = 0; k < kept_counts[g]; ++k, ++name, kept_tokens += length) {
         check_index(*name >= 0 && *name < n, "keep must be in [0, ", n, "), got ", *name);
         check_value(spans[first + *name].packed == kDropped, "keep names a sequence twice: ", *name);
         spans[first + *name].packed = kept_tokens;
       }
-      scales[g] = kept[g] ? static_cast<float>(static_cast<double>(n) / static_cast<double>(kept[g])) : 0.0f;
+      const auto count = static_cast<double>(kept_counts[g]);
+      scales[g] = count ? static_cast<float>(static_cast<double>(n) / count) : 0.0f;
       group_ends.push_back(stream + n * length);
       stream += n * length;
     }

@@ -51,8 +51,8 @@ def find_kept(seq, keep_ptr, count, BLOCK: tl.constexpr):
     found = tl.full((BLOCK,), -1, tl.int32)
     for start in range(0, count, BLOCK):
         i = start + lanes
-        kept = tl.load(keep_ptr + i, mask=i < count, other=-1)
-        found = tl.maximum(found, tl.where(kept == seq, i, -1))
+        numbers = tl.load(keep_ptr + i, mask=i < count, other=-1)
+        found = tl.maximum(found, tl.where(numbers == seq, i, -1))
     return tl.max(found, 0)
 
 
@@ -62,7 +62,7 @@ class Pair:
 
     Attributes:
         stream, sequence, row: where the pair begins in the stream, in keep, in the branch's rows.
-        n, length, kept: of both groups; all 0 where there is no second one.
+        n, length, kept_counts: of both groups; all 0 where there is no second one.
     """
 
     stream: int
@@ -70,12 +70,12 @@ class Pair:
     row: int
     n: tuple[int, int]
     length: tuple[int, int]
-    kept: tuple[int, int]
+    kept_counts: tuple[int, int]
 
     @property
     def rows(self) -> int:
         """Rows of the branch."""
-        return self.kept[0] * self.length[0] + self.kept[1] * self.length[1]
+        return self.kept_counts[0] * self.length[0] + self.kept_counts[1] * self.length[1]
 
     @property
     def tokens(self) -> int:
@@ -87,9 +87,9 @@ class Pair:
         return sum(count * -(-length * dim // block) for count, length in zip(counts, self.length, strict=True))
 
 
-def group_pairs(groups: Sequence[int], kept: Sequence[int] | None) -> Iterator[Pair]:
+def group_pairs(groups: Sequence[int], kept_counts: Sequence[int] | None) -> Iterator[Pair]:
     """The launches for groups and their kept sequences (None: all)."""
-    shapes, counts = pairs(groups), [n for n, _ in pairs(kept_groups(groups, kept))]
+    shapes, counts = pairs(groups), [n for n, _ in pairs(kept_groups(groups, kept_counts))]
     stream = sequence = row = 0
     for i in range(0, len(shapes), 2):
         (n0, len0), kept0 = shapes[i], counts[i]

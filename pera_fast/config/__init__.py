@@ -4,7 +4,7 @@ A leaf that every part may import; imports neither torch nor (before a configura
 """
 
 from pera_fast.config.check import check
-from pera_fast.config.load import differences, from_yaml, load_config, recipe_names, to_yaml
+from pera_fast.config.load import Differences, differences, from_yaml, load_config, recipe_names, to_yaml
 from pera_fast.config.tree import (
     BatchPlan,
     Config,
@@ -20,6 +20,7 @@ __all__ = [
     "BatchPlan",
     "Config",
     "DataConfig",
+    "Differences",
     "LossConfig",
     "ModelConfig",
     "OptimConfig",

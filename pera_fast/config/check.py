@@ -1,6 +1,7 @@
 """What makes a configuration impossible, each rule with the one line that says so."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from pera_fast.config.keys import KEYS, flatten, nearest, show, wants
@@ -23,13 +24,13 @@ def check(cfg: Config) -> None:
         raise fail("train.cuda_graph", True, "goes with loss.centering=center only, not with sinkhorn")
 
 
-def fail(key: str, value: Any, why: str) -> UserError:
+def fail(key: str, value: object, why: str) -> UserError:
     """The error about one key, for raising."""
     return UserError(f"{key}={show(value)}: {why}")
 
 
 def check_value(key: str, value: Any) -> None:
-    """The rules that stand beside a key in the tree."""
+    """Check the rules that stand beside a key in the tree, on a value of the key's type."""
     rule = KEYS[key].metadata
     if value is None:
         return  # whether null is allowed is a matter of type
@@ -46,7 +47,7 @@ def check_value(key: str, value: Any) -> None:
         raise fail(key, value, "wants two numbers [smallest,largest]")
 
 
-def _within(v: float, rule: Any) -> bool:
+def _within(v: float, rule: Mapping[str, float]) -> bool:
     return (
         v >= rule.get("low", -math.inf)
         and v <= rule.get("high", math.inf)

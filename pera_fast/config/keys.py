@@ -2,10 +2,10 @@
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import Field, fields
 from typing import Any
 
-from pera_fast.config.tree import Config
+from pera_fast.config.tree import Config, Value
 
 SECTIONS: dict[str, type] = {f.name: type(getattr(Config(), f.name)) for f in fields(Config) if f.name != "recipe"}
 KEYS: dict[str, Field[Any]] = {f"{name}.{f.name}": f for name, section in SECTIONS.items() for f in fields(section)}
@@ -45,7 +45,7 @@ def wants(key: str) -> str:
     return text + (f" ({', '.join(ends)})" if ends else "") + (" or null" if optional else "")
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """A value as it would be typed."""
     if value is None:
         return "null"
@@ -77,15 +77,12 @@ def nearest_key(key: str) -> str | None:
     return leaves[found[0]] if found else nearest(key, KEYS)
 
 
-def flatten(tree: Any) -> dict[str, Any]:
-    """{dotted key: value} of a Config."""
-    flat: dict[str, Any] = {}
-    for f in fields(tree):
-        value = getattr(tree, f.name)
-        if is_dataclass(value):
-            flat.update({f"{f.name}.{k}": v for k, v in flatten(value).items()})
-        else:
-            flat[f.name] = value
+def flatten(cfg: Config) -> dict[str, Value]:
+    """{dotted key: value} of a Config, and its recipe."""
+    flat: dict[str, Value] = {"recipe": cfg.recipe}
+    for key in KEYS:
+        section, _, name = key.partition(".")
+        flat[key] = getattr(getattr(cfg, section), name)
     return flat
 
 

@@ -7,9 +7,10 @@ from typing import Any, TypeGuard
 
 from pera_fast.config.check import check, fail
 from pera_fast.config.keys import KEYS, SECTIONS, flatten, kind, nearest, nearest_key, show, wants
-from pera_fast.config.tree import Config
+from pera_fast.config.tree import Config, Value
 from pera_fast.errors import UserError
 
+Differences = dict[str, tuple[Value, Value]]
 _RECIPES = Path(__file__).parent.parent / "recipes"
 
 
@@ -52,13 +53,13 @@ def to_yaml(cfg: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(asdict(cfg)))
 
 
-def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+def differences(a: Config, b: Config) -> Differences:
     """{dotted key: (value in a, value in b)} of the keys in which two configurations differ."""
     left, right = flatten(a), flatten(b)
     return {key: (left[key], right[key]) for key in left if left[key] != right[key]}
 
 
-def _parse(text: str) -> tuple[str, Any]:
+def _parse(text: str) -> tuple[str, Value]:
     """`section.key=value` as (key, value of the key's type)."""
     key, equals, raw = text.partition("=")
     key = show(key.strip())
@@ -99,7 +100,7 @@ def _yaml_value(key: str, raw: str) -> Any:
         raise fail(key, raw, f"wants {wants(key)}") from None
 
 
-def _typed(key: str, value: Any) -> Any:
+def _typed(key: str, value: Any) -> Value:
     """The value, if it has the key's type; whole floats are not taken for integers, nor booleans for numbers."""
     base, optional = kind(key)
     if value is None and optional:
@@ -123,15 +124,15 @@ def _typed(key: str, value: Any) -> Any:
     raise fail(key, value, f"wants {wants(key)}")
 
 
-def _number(value: Any) -> TypeGuard[int | float]:
+def _number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _is_pair(value: Any) -> bool:
+def _is_pair(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(_number(v) for v in value)
 
 
-def _is_band(value: Any) -> bool:
+def _is_band(value: object) -> bool:
     """A number from 1, or a name."""
     return (isinstance(value, int) and not isinstance(value, bool) and value > 0) or (
         isinstance(value, str) and bool(value.strip())
@@ -152,9 +153,9 @@ def _read_yaml(text: str, name: str) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
-def _leaves(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _leaves(tree: Mapping[str, Any], name: str) -> dict[str, Value]:
     """{dotted key: typed value} of sections read from YAML."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, Value] = {}
     for section, values in tree.items():
         if section not in SECTIONS or not isinstance(values, Mapping):
             near = nearest(section, SECTIONS)
@@ -166,9 +167,9 @@ def _leaves(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
     return flat
 
 
-def _following(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _following(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Value]:
     """Keys that follow what was given, unless they were given themselves (their entries are then overwritten)."""
-    follow: dict[str, Any] = {}
+    follow: dict[str, Value] = {}
     bands = given.get("data.bands")
     channels = given.get("model.in_chans", len(bands) if bands else 3)
     if bands:
@@ -184,10 +185,7 @@ def _following(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     return follow
 
 
-def _build(recipe: str, values: Mapping[str, Any]) -> Config:
-    cfg = Config(recipe=recipe)
-    for key, value in values.items():
-        section, _, name = key.partition(".")
-        setattr(getattr(cfg, section), name, value)
+def _build(recipe: str, values: Mapping[str, Value]) -> Config:
+    cfg = Config(recipe=recipe).with_values(values)
     check(cfg)
     return cfg

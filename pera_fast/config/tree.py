@@ -5,10 +5,14 @@ metadata, and are enforced by `check.py` together with the rules that tie severa
 """
 # ruff: noqa: RUF009 - _key returns a dataclass field, with a factory where the default is a list
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pera_fast.errors import UserError
+
+Value = bool | int | float | str | list[float] | list[int | str] | list[list[float]] | None
+"""What a key may hold."""
 
 
 def _key(
@@ -37,7 +41,7 @@ def _fraction(default: float) -> Any:
     return _key(default, low=0, high=1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
     """Networks and masks (docs/method.md sections 3 and 4)."""
 
@@ -75,7 +79,7 @@ class ModelConfig:
         return student, before_teacher - student, num_patches - before_teacher
 
 
-@dataclass
+@dataclass(frozen=True)
 class ViewsConfig:
     """Crops and the two differently coloured views of each (docs/method.md section 2)."""
 
@@ -102,7 +106,7 @@ class ViewsConfig:
     std: list[float] = _key([0.229, 0.224, 0.225], above=0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class LossConfig:
     """Loss terms (docs/method.md section 5)."""
 
@@ -114,7 +118,7 @@ class LossConfig:
     pixel_weight: float = _key(0.01, low=0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimConfig:
     """AdamW, schedules and the teacher's EMA (docs/method.md section 6). Every schedule is per optimiser step."""
 
@@ -148,7 +152,7 @@ class BatchPlan:
         return f"batch {self.total} in total = {self.per_device} per device x {self.world_size} device(s){steps}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig:
     """Length, batch, precision and checkpoints. Read the batch through `resolve_batch`, never from the keys."""
 
@@ -198,7 +202,7 @@ def _share(total: int, parts: int, what: str) -> int:
     return total // parts
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataConfig:
     """Reading and decoding."""
 
@@ -226,9 +230,9 @@ class DataConfig:
     band_range: list[list[float]] | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
-    """Everything that defines a run. Made by `load_config`; saved as config.yaml in the run folder."""
+    """Everything that defines a run. Made by `load_config`; saved as config.yaml in the run folder. Never changed."""
 
     recipe: str = "vit_b16"
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -237,6 +241,15 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
+
+    def with_values(self, values: Mapping[str, Value]) -> "Config":
+        """A configuration with other values for some dotted keys; `check` says whether it can be run."""
+        sections: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            section, _, name = key.partition(".")
+            sections.setdefault(section, {})[name] = value
+        changed: dict[str, Any] = {name: replace(getattr(self, name), **given) for name, given in sections.items()}
+        return replace(self, **changed)
 
     def rgb_channels(self) -> list[int] | None:
         """Which channels are red, green and blue, as the kernels take it; []: none; None: three of three, else none.

@@ -32,20 +32,20 @@ class Plan(NamedTuple):
 
     Attributes:
         groups: [n0, len0, n1, len1, ...], see ``pera_kernels.packing``.
-        kept: sequences of each group that a branch sees; None: all of them.
+        kept_counts: sequences of each group that a branch sees; None: all of them.
         keep_cheap: whether to keep what is cheap to compute again.
         fp8: whether products run in FP8 (``fp8.py``): without gradients and subsets only.
     """
 
     groups: tuple[int, ...]
-    kept: tuple[int, ...] | None
+    kept_counts: tuple[int, ...] | None
     keep_cheap: bool
     fp8: bool = False
 
     @property
     def branch_groups(self) -> list[int]:
         """The groups of the tokens that a branch sees."""
-        return kept_groups(self.groups, self.kept)
+        return kept_groups(self.groups, self.kept_counts)
 
 
 class Pending(NamedTuple):
@@ -54,7 +54,7 @@ class Pending(NamedTuple):
     Attributes:
         y: [rows of its sequences, D].
         bias: [D], of its last layer; None: y has it.
-        subset: int32 [sum(kept) + sum(n)], its sequences and their places (``packing.with_places``); None: all.
+        subset: int32 [sum(kept_counts) + sum(n)], its sequences and their places (``packing.with_places``); None: all.
     """
 
     y: Tensor
@@ -68,7 +68,7 @@ def output_bias(layer: nn.Linear, x: Tensor) -> tuple[Tensor | None, Tensor | No
 
 
 def _keep(subset: Tensor | None, plan: Plan) -> Tensor | None:
-    return None if subset is None or plan.kept is None else subset[: sum(plan.kept)]
+    return None if subset is None or plan.kept_counts is None else subset[: sum(plan.kept_counts)]
 
 
 def _norm(
@@ -76,10 +76,10 @@ def _norm(
     before: Tensor | None, subset: Tensor | None, plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The stream with y added, the normalised rows of the subset, their means and reciprocal deviations."""
-    kept = plan.kept or ()
+    kept_counts = plan.kept_counts or ()
     if y is None:
-        return x, *sequence_norm_with_stats(x, weight, bias, eps, plan.groups, _keep(subset, plan), kept)
-    return add_norm(x, y, y_bias, weight, bias, eps, plan.groups, before, kept, subset, kept)
+        return x, *sequence_norm_with_stats(x, weight, bias, eps, plan.groups, _keep(subset, plan), kept_counts)
+    return add_norm(x, y, y_bias, weight, bias, eps, plan.groups, before, kept_counts, subset, kept_counts)
 
 
 class _Branch(torch.autograd.Function):
@@ -91,26 +91,28 @@ class _Branch(torch.autograd.Function):
         stream, normed, mean, rstd = _norm(x, y, y_bias, norm_weight, norm_bias, eps, before, subset, plan)
         ctx.eps, ctx.plan, ctx.has_add, ctx.has_bias = eps, plan, y is not None, y_bias is not None
         ctx.bias_dtype = None if y_bias is None else y_bias.dtype
-        kept = normed if plan.keep_cheap else None
-        return stream, normed, (stream, mean, rstd, norm_weight, norm_bias, before, subset, kept)
+        saved_normed = normed if plan.keep_cheap else None
+        return stream, normed, (stream, mean, rstd, norm_weight, norm_bias, before, subset, saved_normed)
 
     @staticmethod
     def normed(ctx, saved) -> Tensor:
         """The normalised rows, kept or made again."""
-        stream, _, _, weight, bias, _, subset, kept = saved
-        if kept is not None:
-            return kept
+        stream, _, _, weight, bias, _, subset, saved_normed = saved
+        if saved_normed is not None:
+            return saved_normed
         keep = _keep(subset, ctx.plan)
-        return sequence_norm_with_stats(stream, weight, bias, ctx.eps, ctx.plan.groups, keep, ctx.plan.kept or ())[0]
+        return sequence_norm_with_stats(
+            stream, weight, bias, ctx.eps, ctx.plan.groups, keep, ctx.plan.kept_counts or ()
+        )[0]
 
     @staticmethod
     def end(ctx, saved, grad_stream, grad_normed):
         """Gradients of (x, y, y_bias, norm_weight, norm_bias), then None for what has none."""
         stream, mean, rstd, weight, bias, before, subset, _ = saved
-        kept = ctx.plan.kept or ()
+        kept_counts = ctx.plan.kept_counts or ()
         grad_x, grad_y, sums = add_norm_backward(
-            grad_stream, grad_normed, stream, weight, mean, rstd, ctx.plan.groups, before, kept, subset, kept,
-            has_add=ctx.has_add, has_bias=ctx.has_bias,
+            grad_stream, grad_normed, stream, weight, mean, rstd, ctx.plan.groups, before, kept_counts, subset,
+            kept_counts, has_add=ctx.has_add, has_bias=ctx.has_bias,
         )  # fmt: skip
         grad_bias = sums[2].to(ctx.bias_dtype) if ctx.has_bias else None
         norm_gradients = sums[0].to(weight.dtype), sums[1].to(bias.dtype)
@@ -224,13 +226,13 @@ class _Add(torch.autograd.Function):
     def forward(ctx, x, y, y_bias, subset, plan):
         ctx.save_for_backward(subset)
         ctx.plan, ctx.bias_dtype = plan, None if y_bias is None else y_bias.dtype
-        return add_norm(x, y, y_bias, None, None, 0.0, plan.groups, subset, plan.kept or ())[0]
+        return add_norm(x, y, y_bias, None, None, 0.0, plan.groups, subset, plan.kept_counts or ())[0]
 
     @staticmethod
     def backward(ctx, grad):
         (subset,) = ctx.saved_tensors
         plan, keep = ctx.plan, _keep(subset, ctx.plan)
-        grad_y = grad if keep is None else sequence_add_backward(grad.contiguous(), keep, plan.groups, plan.kept)
+        grad_y = grad if keep is None else sequence_add_backward(grad.contiguous(), keep, plan.groups, plan.kept_counts)
         grad_bias = None if ctx.bias_dtype is None else _column_sums(grad_y, ctx.bias_dtype)
         return grad, grad_y, grad_bias, None, None
 
@@ -306,7 +308,7 @@ def attention_branch(
         x: packed tokens [T, D] in the compute dtype; overwritten where no gradient is recorded.
         pending: the result of the branch before; None: x is complete.
         norm, qkv, proj, num_heads: the branch's layers.
-        subset: int32 [sum(kept) + sum(n)], the sequences that the branch sees, with places; None: all.
+        subset: int32 [sum(kept_counts) + sum(n)], the sequences that the branch sees, with places; None: all.
         plan: groups and policy.
         tails: None, or for a network's last block the rows that are read (``rows.take_rows``).
 

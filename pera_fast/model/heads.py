@@ -39,9 +39,10 @@ def _mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
 
 def _bottleneck(mlp: nn.Sequential, x: Tensor) -> Tensor:
     """MLP and L2 normalisation in the dtype of x, with the published eps: 1e-12 in float32, 1e-6 in half types."""
-    x = linear(x, mlp[0].weight, mlp[0].bias, bias_gradient=False)
-    x = gelu_linear(x, mlp[0].bias, mlp[2].weight, mlp[2].bias, bias_gradient=False)
-    x = gelu_linear(x, mlp[2].bias, mlp[4].weight, mlp[4].bias)
+    first, second, third = (layer for layer in mlp if isinstance(layer, nn.Linear))
+    x = linear(x, first.weight, first.bias, bias_gradient=False)
+    x = gelu_linear(x, first.bias, second.weight, second.bias, bias_gradient=False)
+    x = gelu_linear(x, second.bias, third.weight, third.bias)
     eps = 1e-6 if x.dtype in (torch.float16, torch.bfloat16) else 1e-12
     return unit_rows(x, eps)
 

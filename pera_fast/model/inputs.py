@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -32,7 +33,7 @@ class GroupInputs:
     teacher_factors: Tensor | None = None
     teacher_crops: Tensor | None = None
 
-    def apply(self, fn) -> GroupInputs:
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> GroupInputs:
         """fn on every tensor."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: fn(value) for name, value in values.items() if value is not None})
@@ -56,10 +57,21 @@ class StepInputs:
     keep: Tensor | None = None
     places: Tensor | None = None
 
-    def apply(self, fn) -> StepInputs:
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> StepInputs:
         """fn on every tensor."""
         numbers = (None if tensor is None else fn(tensor) for tensor in (self.keep, self.places))
         return StepInputs(self.global_.apply(fn), self.local.apply(fn), *numbers)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order of ``apply``."""
+        found: list[Tensor] = []
+
+        def take(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.apply(take)
+        return found
 
     def to(self, device: torch.device, non_blocking: bool = True) -> StepInputs:
         """All tensors on a device."""

@@ -83,6 +83,8 @@ class PerA(nn.Module):
             are read.
     """
 
+    center: Tensor  # a buffer, which a checker would take for Tensor | Module
+
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg = cfg
@@ -178,16 +180,16 @@ class PerA(nn.Module):
             patches = [self._patches(p.crops, p.student_index, p.student_order, p.student_factors) for p in parts]
             x = backbone.embed([rows for rows, _ in patches], index, [self._grid(part) for part in parts])
         drop_path = self.cfg.model.drop_path
-        kept = [] if inputs.keep is None else [num_kept(groups[0], drop_path), num_kept(groups[2], drop_path)]
+        kept_counts = [] if inputs.keep is None else [num_kept(groups[0], drop_path), num_kept(groups[2], drop_path)]
         subsets = inputs.keep
         if subsets is not None:
-            known = inputs.places is not None
-            subsets = torch.cat([subsets, inputs.places], -1) if known else with_places(subsets, groups, kept)
+            places = inputs.places
+            subsets = with_places(subsets, groups, kept_counts) if places is None else torch.cat([subsets, places], -1)
         middle = len(backbone.blocks) // 2
-        x = backbone.forward_blocks(x, groups, 0, middle, subsets, kept, recompute)
+        x = backbone.forward_blocks(x, groups, 0, middle, subsets, kept_counts, recompute)
         x, groups = self._grow(x, groups, inputs.global_.predicted_index)
         tails = [inputs.global_.predicted_index.shape[1], 0]
-        rows = backbone.forward_rows(x, groups, tails, middle, subsets, kept, recompute)
+        rows = backbone.forward_rows(x, groups, tails, middle, subsets, kept_counts, recompute)
         cls, predicted = split_rows(rows, row_groups(groups, tails))
         with span("cls head"):
             cls = self.student.cls_head(cls)
@@ -264,7 +266,8 @@ class PerA(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, over backbone and cls head."""
-        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        teacher: list[Tensor] = list(self.teacher.parameters())
+        student: list[Tensor] = list(self.student.parameters())
         torch._foreach_lerp_(teacher, student, 1 - momentum)  # one pass
         self.refresh_fp8()
 

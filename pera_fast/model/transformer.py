@@ -180,6 +180,7 @@ class VisionTransformer(nn.Module):
             grids: patches a side of each group's crops.
         """
         proj, positions = self.patch_embed.proj, [self.position(grid) for grid in grids]
+        assert proj.bias is not None
         return embed_tokens(rows, proj.weight.flatten(1), proj.bias, positions, self.cls_token.view(-1), index)
 
     def forward_blocks(
@@ -189,7 +190,7 @@ class VisionTransformer(nn.Module):
         start: int = 0,
         stop: int | None = None,
         subsets: Tensor | None = None,
-        kept: Sequence[int] = (),
+        kept_counts: Sequence[int] = (),
         recompute: str = "none",
     ) -> Tensor:
         """Blocks start to stop on packed tokens.
@@ -198,15 +199,15 @@ class VisionTransformer(nn.Module):
             x: packed tokens [T, D] in the compute dtype; overwritten where no gradient is recorded.
             groups: [n0, len0, n1, len1, ...].
             start, stop: range of blocks.
-            subsets: int32 [depth, 2, sum(kept) + sum(n)], stochastic depth's subsets for every block and branch, as
-                ``packing.with_places`` gives them; None drops nothing.
-            kept: kept sequences of each group.
+            subsets: int32 [depth, 2, sum(kept_counts) + sum(n)], stochastic depth's subsets for every block and
+                branch, as ``packing.with_places`` gives them; None drops nothing.
+            kept_counts: kept sequences of each group.
             recompute: what the backward pass makes again: "none", "cheap" (norms and GELU) or "block" (everything).
 
         Returns:
             [T, D], before the final norm.
         """
-        plan = _plan(groups, subsets, kept, recompute)
+        plan = _plan(groups, subsets, kept_counts, recompute)
         x, pending = self._blocks(x, start, len(self.blocks) if stop is None else stop, subsets, plan, recompute)
         return x if pending is None else add_pending(x, pending, plan)
 
@@ -217,7 +218,7 @@ class VisionTransformer(nn.Module):
         tails: Sequence[int],
         start: int = 0,
         subsets: Tensor | None = None,
-        kept: Sequence[int] = (),
+        kept_counts: Sequence[int] = (),
         recompute: str = "none",
         fp8: bool = False,
     ) -> Tensor:
@@ -227,13 +228,13 @@ class VisionTransformer(nn.Module):
 
         Args:
             tails: how many last tokens of a sequence of each group are read, beside its cls token.
-            x, groups, start, subsets, kept, recompute: as for ``forward_blocks``.
+            x, groups, start, subsets, kept_counts, recompute: as for ``forward_blocks``.
             fp8: whether the blocks' products run in FP8; without gradients and subsets only.
 
         Returns:
             Normalised rows [sum(n * (1 + tail)), D], as ``rows.take_rows`` orders them.
         """
-        plan, last = _plan(groups, subsets, kept, recompute)._replace(fp8=fp8), len(self.blocks) - 1
+        plan, last = _plan(groups, subsets, kept_counts, recompute)._replace(fp8=fp8), len(self.blocks) - 1
         x, pending = self._blocks(x, start, last, subsets, plan, recompute)
         x, pending = self.blocks[last](x, pending, _subsets(subsets, last), plan, tails)
         plan = plan._replace(groups=tuple(row_groups(groups, tails)))
@@ -254,15 +255,16 @@ class VisionTransformer(nn.Module):
 
     def _whole(self, i: int, x: Tensor, subsets: tuple[Tensor, Tensor] | tuple[None, None], plan: Plan) -> Tensor:
         """Block i with its last addition: one tensor to keep, the stream."""
-        return add_pending(*self.blocks[i](x, None, subsets, plan), plan)
+        x, pending = self.blocks[i](x, None, subsets, plan)
+        return add_pending(x, pending, plan)
 
     def final_norm(self, rows: Tensor) -> Tensor:
         """The final LayerNorm on some rows [R, D]: it acts on each row alone, so only rows that are used need it."""
         return sequence_norm(rows, self.norm.weight, self.norm.bias, self.norm.eps, [rows.shape[0], 1])
 
 
-def _plan(groups: Sequence[int], subsets: Tensor | None, kept: Sequence[int], recompute: str) -> Plan:
-    return Plan(tuple(groups), None if subsets is None else tuple(kept), recompute == "none")
+def _plan(groups: Sequence[int], subsets: Tensor | None, kept_counts: Sequence[int], recompute: str) -> Plan:
+    return Plan(tuple(groups), None if subsets is None else tuple(kept_counts), recompute == "none")
 
 
 def _subsets(subsets: Tensor | None, block: int) -> tuple[Tensor, Tensor] | tuple[None, None]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from itertools import repeat
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pera_fast.config import Config
+from pera_fast.model.inputs import StepInputs
 from pera_fast.model.pera import PerA
 from pera_fast.profile.batches import blank_batch
 from pera_fast.profile.on_gpu import GPU, on_gpu
@@ -21,6 +20,7 @@ from pera_fast.ranges import listening
 from pera_fast.train.compute_copies import make_copies
 from pera_fast.train.distributed import World
 from pera_fast.train.fused_update import make_update
+from pera_fast.train.graph import StepGraph
 from pera_fast.train.inputs import make_inputs
 from pera_fast.train.optim import make_optimizer, make_scaler
 from pera_fast.train.step import launch_step, make_graph
@@ -38,15 +38,20 @@ def why_not() -> str | None:
     return None
 
 
-class _Inline:
-    """Runs a step graph's function where the graph would be replayed, from the inputs as they come."""
+class _Inline(StepGraph):
+    """Runs a step graph's function where the graph would be replayed, from the batches as they come."""
 
-    def __init__(self, backward: Callable[[Any, Tensor], Tensor], forget: Callable[[], None]) -> None:
-        self._backward, self.begin_step = backward, forget
+    def __init__(self, graph: StepGraph, optimizer: torch.optim.AdamW) -> None:
+        super().__init__(graph.backward, (), accumulate=1)
+        self._optimizer = optimizer
 
-    def __call__(self, inputs: Any, teacher_temp: float) -> Tensor:
+    def begin_step(self) -> None:
+        """Drop the gradients."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def __call__(self, batch: StepInputs, teacher_temp: float) -> Tensor:
         """The result of a micro-batch."""
-        return self._backward(inputs, torch.full((), teacher_temp, device=GPU))
+        return self.backward(batch, torch.full((), teacher_temp, device=GPU))
 
 
 def count_step(cfg: Config, world_size: int = 1, opened: bool = False, capability: tuple[int, int] = HOPPER) -> Work:
@@ -79,8 +84,7 @@ def count_step(cfg: Config, world_size: int = 1, opened: bool = False, capabilit
             parameter.grad = torch.empty_like(parameter)
         update(torch.zeros(1), torch.zeros(cfg.model.bottleneck), VALUES, cfg.optim.clip)  # makes AdamW's state
         counting.begin(update.traffic())
-        graph: Any = make_graph(model, scaler, plan.accumulate)
-        graph = _Inline(graph.backward, lambda: optimizer.zero_grad(set_to_none=True))
+        graph = _Inline(make_graph(model, scaler, plan.accumulate), optimizer)
         launch_step(
             *(model, model, optimizer, scaler, repeat(inputs), plan.accumulate, VALUES, cfg.optim.clip),
             World(0, world_size, GPU), graph=graph, update=update,

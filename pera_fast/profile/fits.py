@@ -93,10 +93,10 @@ def largest_batch(points: Sequence[Point], available: float, what: str = "peak")
 
 def by_variant(points: Sequence[Point]) -> dict[Variant, list[Point]]:
     """Points in the order of their variants."""
-    groups: dict[Variant, list[Point]] = {}
+    points_of: dict[Variant, list[Point]] = {}
     for point in points:
-        groups.setdefault(point.variant, []).append(point)
-    return groups
+        points_of.setdefault(point.variant, []).append(point)
+    return points_of
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,13 @@ class Claim:
 
 def claims(points: Sequence[Point]) -> list[Claim]:
     """For each recipe whose masks were left out too, what they save."""
-    groups = by_variant(points)
+    points_of = by_variant(points)
     found = []
-    for variant, dense in groups.items():
+    for variant, dense in points_of.items():
         if variant.purpose != "dense":
             continue
         policy = variant.config(1).model.recompute
-        for other, sparse in groups.items():
+        for other, sparse in points_of.items():
             if other.purpose != "policy" or other.recipe != variant.recipe:
                 continue
             if other.config(1).model.recompute != policy:

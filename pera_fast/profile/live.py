@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -145,7 +146,7 @@ class LiveBytes(TorchDispatchMode):
                 self._count(value)
         return out
 
-    def _temporaries(self, func: Any, args: tuple, kwargs: dict) -> int:
+    def _temporaries(self, func: OpOverload, args: tuple, kwargs: dict) -> int:
         """The most bytes, its results among them, that an op's PyTorch implementation holds of its own at once."""
         key = _signature(func, args, kwargs)
         if key not in self._opened:
@@ -162,7 +163,7 @@ class LiveBytes(TorchDispatchMode):
         return self._opened[key]
 
 
-def _signature(func: Any, args: tuple, kwargs: dict) -> Hashable:
+def _signature(func: OpOverload, args: tuple, kwargs: dict) -> Hashable:
     """Equal for two calls whose tensors have equal shapes and dtypes and whose other arguments are equal."""
     parts: list[Hashable] = [func._schema.name]
     for value in tree_leaves((args, kwargs)):
@@ -171,6 +172,6 @@ def _signature(func: Any, args: tuple, kwargs: dict) -> Hashable:
     return tuple(parts)
 
 
-def reads_value(func: Any) -> bool:
+def reads_value(func: OpOverload) -> bool:
     """Whether an op brings one number to the host."""
     return func is torch.ops.aten._local_scalar_dense.default

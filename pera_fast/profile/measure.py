@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import repeat
-from typing import Any
 
 import torch
 
 from pera_fast.config import Config
+from pera_fast.model.inputs import StepInputs
 from pera_fast.profile.batches import random_inputs
 from pera_fast.profile.points import Point
 from pera_fast.profile.simulate import VALUES, simulate_step
@@ -32,7 +32,7 @@ from pera_fast.train.graph import choose_graph
 from pera_fast.train.host_memory import reuse_freed_memory
 from pera_fast.train.memory_plan import choose_recompute
 from pera_fast.train.optim import make_optimizer, make_scaler
-from pera_fast.train.step import launch_step, make_graph
+from pera_fast.train.step import LaunchedStep, launch_step, make_graph
 from pera_fast.train.teacher_precision import check_teacher_precision
 
 WARM_UP = 3  # steps: the first makes AdamW's state, kernels are compiled and chosen
@@ -82,7 +82,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "can't allocate memory" in text or "not enough memory" in text or "CUDA out of memory" in text
 
 
-def real_step(cfg: Config, device: torch.device, data: Iterator[Any] | None = None) -> Callable[[], Any]:
+def real_step(
+    cfg: Config, device: torch.device, batches: Iterator[StepInputs] | None = None
+) -> Callable[[], LaunchedStep]:
     """The trainer's step on random crops that lie on the device already; every call launches one optimiser step.
 
     On a GPU the host does not wait for it: synchronise before reading a clock.
@@ -90,7 +92,8 @@ def real_step(cfg: Config, device: torch.device, data: Iterator[Any] | None = No
     if device.type == "cpu":
         reuse_freed_memory()
     plan = cfg.train.resolve_batch(1)
-    inputs = repeat(random_inputs(cfg, plan.per_device).to(device)) if data is None else data
+    if batches is None:
+        batches = repeat(random_inputs(cfg, plan.per_device).to(device))
     prefer_attention(cfg, device)
     check_teacher_precision(cfg, device)
     model = make_model(cfg).to(device)
@@ -100,9 +103,9 @@ def real_step(cfg: Config, device: torch.device, data: Iterator[Any] | None = No
     graph = make_graph(model, scaler, plan.accumulate) if choose_graph(cfg, device).use else None
     world, update = World(0, 1, device), make_update(model, optimizer, scaler)
 
-    def step() -> Any:
+    def step() -> LaunchedStep:
         return launch_step(
-            *(model, model, optimizer, scaler, inputs, plan.accumulate, VALUES, cfg.optim.clip, world),
+            *(model, model, optimizer, scaler, batches, plan.accumulate, VALUES, cfg.optim.clip, world),
             graph=graph, update=update,
         )  # fmt: skip
 

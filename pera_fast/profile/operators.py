@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 from pera_kernels import cost
@@ -29,7 +30,7 @@ ADDING = frozenset({"addmm", "baddbmm", "addmv"})  # their first argument is add
 TENSORS, BLOCKS, ELEMENTS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}, 320, 65536
 
 
-def costs(func: Any, args: tuple, kwargs: dict, result: Any) -> list[Cost]:
+def costs(func: OpOverload, args: tuple, kwargs: dict, result: Any) -> list[Cost]:
     """Costs of a call of an operator of PyTorch on a GPU."""
     name = func._schema.name.partition("::")[2]
     if name in FREE or name.startswith("sym_") or func.is_view:

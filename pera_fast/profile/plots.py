@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from pera_fast.page import png
@@ -17,6 +18,7 @@ from pera_fast.profile.fits import CARDS, GB, MemoryFit, by_variant
 from pera_fast.profile.points import Variant
 from pera_fast.profile.tables import GIB, MIB, Profile, breakdown_points, parts_of
 
+LineStyle = str | tuple[int, tuple[int, int]]  # a name, or (offset, (on, off))
 LINES = ("#2e6f95", "#d1495b", "#edae49", "#66a182", "#6a4c93", "#8d5524", "#1b998b", "#c44900", "#3d405b", "#b56576")
 CARD = "#9aa5b1"
 CLOSE = 1.25  # cards whose labels would lie on each other
@@ -29,14 +31,14 @@ PART_COLOURS = {
 }  # fmt: skip
 
 
-def _style(axes: Any) -> None:
+def _style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)
     axes.grid(True, which="major", color="#eef0f3", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _log_axis(axis: Any) -> None:
+def _log_axis(axis: Axis) -> None:
     """Powers of two, written as plain numbers."""
     axis.set_major_locator(LogLocator(base=2, numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -49,16 +51,16 @@ def _colour(variants: Sequence[Variant], variant: Variant) -> str:
 
 def memory(profile: Profile) -> bytes:
     """Peak memory over the batch size, with lines beyond the points and the cards' limits; mask ratios not."""
-    groups = by_variant([p for p in profile.points if p.variant.purpose != "ratios"])
+    points_of = by_variant([p for p in profile.points if p.variant.purpose != "ratios"])
     figure, axes = plt.subplots(figsize=(9.2, 5.6))
     _style(axes)
     fits = profile.fits()
     most = max((p.batch_size for p in profile.points), default=1)
-    reach = [profile.largest(v, CARDS[-1]) or 0 for v in fits if v in groups] if profile.predicts else []
+    reach = [profile.largest(v, CARDS[-1]) or 0 for v in fits if v in points_of] if profile.predicts else []
     right = max([2 * most, *reach])
-    for variant, points in groups.items():
+    for variant, points in points_of.items():
         ran = [p for p in points if p.ok]
-        colour = _colour(list(groups), variant)
+        colour = _colour(list(points_of), variant)
         axes.plot([p.batch_size for p in ran], [p.peak / GIB for p in ran], "o", color=colour, markersize=5)
         if variant in fits:
             last = max(p.batch_size for p in ran)
@@ -90,7 +92,7 @@ def memory(profile: Profile) -> bytes:
     return png(figure)
 
 
-def _draw_line(axes: Any, line: MemoryFit, low: float, high: float, colour: str, style: Any) -> None:
+def _draw_line(axes: Axes, line: MemoryFit, low: float, high: float, colour: str, style: LineStyle) -> None:
     x = _between(low, high)
     axes.plot(x, [line.at(b) / GIB for b in x], color=colour, linewidth=1.6, linestyle=style)
 
@@ -99,7 +101,7 @@ def _between(low: float, high: float) -> np.ndarray:
     return np.geomspace(low, max(low, high), 200)
 
 
-def _draw_cards(axes: Any) -> None:
+def _draw_cards(axes: Axes) -> None:
     for card in CARDS:
         y = card * GB / GIB
         near = [other for other in CARDS if other != card and max(card, other) < CLOSE * min(card, other)]
@@ -111,10 +113,10 @@ def _draw_cards(axes: Any) -> None:
 
 def throughput(profile: Profile) -> bytes:
     """Images per second over the batch size, with the least and the most of the timed steps."""
-    groups = by_variant([p for p in profile.points if p.ok and p.images_per_s])
+    points_of = by_variant([p for p in profile.points if p.ok and p.images_per_s])
     figure, axes = plt.subplots(figsize=(9.2, 4.6))
     _style(axes)
-    for variant, points in groups.items():
+    for variant, points in points_of.items():
         x = [p.batch_size for p in points]
         y = [p.images_per_s or 0.0 for p in points]
         images = [(p.images_per_s or 0.0) * p.step_seconds[0] for p in points]
@@ -158,14 +160,14 @@ def breakdown(profile: Profile) -> bytes:
 def ratios(profile: Profile) -> bytes:
     """What an image takes at other mask ratios: memory and FLOPs over the student's share, a line a teacher's share."""
     figure, panels = plt.subplots(1, 2, figsize=(9.2, 3.9))
-    groups, fits = by_variant([p for p in profile.points if p.ok]), profile.fits()
-    recipes = list(dict.fromkeys(v.recipe for v in groups if v.purpose == "ratios"))
+    points_of, fits = by_variant([p for p in profile.points if p.ok]), profile.fits()
+    recipes = list(dict.fromkeys(v.recipe for v in points_of if v.purpose == "ratios"))
     found: dict[tuple[str, float], list[tuple[float, float, float]]] = {}
-    policies = {v.config(1).model.recompute for v in groups if v.purpose == "ratios"}
+    policies = {v.config(1).model.recompute for v in points_of if v.purpose == "ratios"}
     for variant, line in fits.items():
         model = variant.config(1).model
         if variant.recipe in recipes and model.recompute in policies and model.masking != "none":
-            row = model.student_ratio, line.slope / MIB, groups[variant][0].flops_per_image / 1e9
+            row = model.student_ratio, line.slope / MIB, points_of[variant][0].flops_per_image / 1e9
             found.setdefault((variant.recipe, model.teacher_ratio), []).append(row)
     for axes, column, label in zip(panels, (1, 2), ("MiB an image", "GFLOP an image"), strict=True):
         _style(axes)

@@ -167,10 +167,10 @@ def _work(launches: float, bytes: float, flops: float) -> str:
 
 def breakdown_points(profile: Profile) -> list[Point]:
     """Each variant's point at the largest batch size that was asked for and that all could run; else its largest."""
-    groups = by_variant([p for p in profile.points if p.ok and p.at_peak and p.variant.purpose != "ratios"])
-    common = set(profile.sizes).intersection(*({p.batch_size for p in points} for points in groups.values()))
+    points_of = by_variant([p for p in profile.points if p.ok and p.at_peak and p.variant.purpose != "ratios"])
+    common = set(profile.sizes).intersection(*({p.batch_size for p in points} for points in points_of.values()))
     size = max(common, default=None)
-    return [next((p for p in points if p.batch_size == size), points[-1]) for points in groups.values()]
+    return [next((p for p in points if p.batch_size == size), points[-1]) for points in points_of.values()]
 
 
 def breakdown_table(profile: Profile) -> tuple[list[str], Rows]:

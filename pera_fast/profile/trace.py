@@ -5,16 +5,16 @@ from __future__ import annotations
 import csv
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity
 
 from pera_fast.config import Config, load_config
@@ -113,7 +113,7 @@ def _device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def op_rows(averages: Any, steps: int, device: torch.device) -> list[Row]:
+def op_rows(averages: EventList, steps: int, device: torch.device) -> list[Row]:
     """Kernels of a GPU, or ops of a CPU, by the time that is their own; named ranges are not among them."""
     rows = []
     for event in averages:
@@ -130,7 +130,7 @@ def op_rows(averages: Any, steps: int, device: torch.device) -> list[Row]:
     return sorted(found, key=lambda row: -row.seconds)
 
 
-def range_rows(averages: Any, steps: int) -> list[Row]:
+def range_rows(averages: EventList, steps: int) -> list[Row]:
     """Named ranges on the host, from beginning to end; those inside others count in both."""
     named = [e for e in averages if e.key.startswith(PREFIX) and e.device_type == DeviceType.CPU]
     whole = next((e.cpu_time_total for e in named if e.key == PREFIX + "step"), 0) or 1
@@ -141,7 +141,7 @@ def range_rows(averages: Any, steps: int) -> list[Row]:
     return sorted(rows, key=lambda row: -row.seconds)
 
 
-def _snapshot(step: Any, folder: Path, device: torch.device) -> Path | None:
+def _snapshot(step: Callable[[], object], folder: Path, device: torch.device) -> Path | None:
     """A step's allocations, for PyTorch's viewer; None on a CPU."""
     if device.type != "cuda":
         return None

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pera_fast.profile.on_gpu import fiction, truth, without_device
@@ -159,7 +160,7 @@ class Counting(TorchDispatchMode):
                 self.add(item)
         return result
 
-    def _pera(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def _pera(self, func: OpOverload, args: tuple, kwargs: dict) -> Any:
         name = func._schema.name
         statement = None if self._opened else cost.stated(name)
         self._ops.append(name.partition("::")[2])
@@ -177,13 +178,13 @@ class Counting(TorchDispatchMode):
             self._ops.pop()
 
 
-def _in_order(func: Any, args: tuple, kwargs: dict) -> list[Any]:
+def _in_order(func: OpOverload, args: tuple, kwargs: dict) -> list[Any]:
     """All arguments of an op in the schema's order."""
     rest = func._schema.arguments[len(args) :]
     return [*args, *(kwargs.get(a.name, a.default_value) for a in rest)]
 
 
-def _is_composite(func: Any) -> bool:
+def _is_composite(func: OpOverload) -> bool:
     """Whether the operator is made of others on any device."""
     key = torch._C.DispatchKey.CompositeImplicitAutograd
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)

@@ -57,6 +57,7 @@ def show(
     else:
         cfg = load_config(recipe, overrides)
         manifest = open_or_build(root, cfg)
+        cfg = adopt(cfg, manifest)
     chosen = _choose(cfg, len(manifest.readable), samples, epoch, count)
     drawn = redraw(cfg, manifest, epoch, chosen, SkippedFiles(os.devnull))
     picture = draw_sheet(cfg, manifest, epoch, chosen, drawn)
@@ -79,8 +80,7 @@ def _of_run(run: Path, root: Path, overrides: Sequence[str]) -> tuple[Config, Ma
     manifest = Manifest.load(folder.index)
     manifest.root = root.absolute()
     cfg = from_yaml(folder.config.read_text(encoding="utf-8"))
-    adopt(cfg, manifest)
-    return cfg, manifest
+    return adopt(cfg, manifest), manifest
 
 
 def _choose(cfg: Config, files: int, samples: Sequence[int], epoch: int, count: int) -> list[int]:

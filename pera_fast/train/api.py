@@ -4,10 +4,8 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,7 +20,9 @@ from pera_fast.data.loading.loader import Loader
 from pera_fast.data.loading.streams import step_stream
 from pera_fast.errors import UserError
 from pera_fast.model.export import export_teacher
+from pera_fast.model.inputs import StepInputs
 from pera_fast.model.pera import PerA
+from pera_fast.run_result import RunResult
 from pera_fast.train.attention import describe_attention, prefer_attention
 from pera_fast.train.compute_copies import make_copies
 from pera_fast.train.console import RunLog
@@ -44,23 +44,6 @@ from pera_fast.train.teacher_precision import check_teacher_precision
 log = logging.getLogger(__name__)
 
 LOOKED_FOR = 32  # of the run's images, before another folder is taken for a mistake
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """How a run ended.
-
-    Attributes:
-        exit_code: 0 done; 130 (SIGINT) or 143 (SIGTERM) stopped, with a checkpoint written.
-        out: the run folder.
-        steps: optimiser steps done, those before resuming included.
-        metrics: of the last step that this call made (the keys of metrics.jsonl); empty if there was none left.
-    """
-
-    exit_code: int
-    out: Path
-    steps: int
-    metrics: dict[str, Any] = field(default_factory=dict)
 
 
 def pretrain(
@@ -111,6 +94,7 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
     if start.checkpoint:
         check_resumed_batch(start.checkpoint, plan.total, here.size)
     manifest = _open_data(data, folder, start, here)
+    start.cfg = cfg = adopt(cfg, manifest)
     position = 0
     if start.checkpoint:
         position, note = resumed_position(start.checkpoint, plan.total, here.size, len(manifest.readable))
@@ -142,7 +126,7 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
     return RunResult(code, folder.root, run.step, metrics)
 
 
-def _build(folder: RunFolder, start: Start, here: World, manifest: Manifest, loader: Loader[Any]) -> Run:
+def _build(folder: RunFolder, start: Start, here: World, manifest: Manifest, loader: Loader[StepInputs]) -> Run:
     """The run with its model and optimiser, continued from the checkpoint if there is one."""
     cfg = start.cfg
     if here.device.type == "cpu":
@@ -171,7 +155,7 @@ def _build(folder: RunFolder, start: Start, here: World, manifest: Manifest, loa
         model=pera if graph.use else here.wrap(pera, unused=_tokens(cfg)["global"][1] == 0),
         optimizer=optimizer,
         scaler=scaler,
-        inputs=loader,
+        batches=loader,
         images=len(manifest.readable),
         data=_digest(manifest),
         export=export_teacher,
@@ -213,9 +197,7 @@ def _open_data(data: Path, folder: RunFolder, start: Start, here: World) -> Mani
         manifest.save(folder.index)
         return manifest
 
-    manifest = here.on_main(open_on_main) or _known_data(data, folder)
-    adopt(start.cfg, manifest)
-    return manifest
+    return here.on_main(open_on_main) or _known_data(data, folder)
 
 
 def _known_data(data: Path, folder: RunFolder) -> Manifest:
@@ -259,7 +241,7 @@ def _announce(run: Run) -> None:
     cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     log.info("recipe %s on %s (%s), %s", cfg.recipe, device, name, cfg.train.precision)
-    log.info("%s; %d images, %d steps per epoch", run.plan, run.images, run.inputs.steps_per_epoch)
+    log.info("%s; %d images, %d steps per epoch", run.plan, run.images, run.batches.steps_per_epoch)
     if told := describe(cfg):
         log.info("%s", told)
     student, predicted, teacher = _tokens(cfg)["global"]

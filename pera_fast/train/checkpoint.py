@@ -1,7 +1,8 @@
 """Checkpoints: one file that holds all a run needs to go on, written whole or not at all, read without executing code.
 
-Contents, all plain values and tensors, so that `torch.load(weights_only=True)` reads them: see `FIELDS`. The data
-position is the step: every draw of the data is keyed by it. Randomness needs no saving either, for the same reason.
+`CheckpointState` lists the contents, all plain values and tensors, so that `torch.load(weights_only=True)` reads them.
+The data position is the step: every draw of the data is keyed by it. Randomness needs no saving either, for the same
+reason.
 """
 
 import logging
@@ -10,7 +11,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 
@@ -19,20 +20,31 @@ from pera_fast.errors import UserError
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-FIELDS: dict[str, type | tuple[type, ...]] = {
-    "format": int,  # FORMAT
-    "step": int,  # optimiser steps done, skipped ones included
-    "recipe": str,
-    "config": str,  # YAML of the resolved configuration
-    "total_batch": int,  # images per optimiser step over all ranks: fixes which images a step takes
-    "images": int,  # readable images of the data; with `data` tells whether it is still the same
-    "data": str,  # digest of the readable images' names in their order
-    "nonfinite": Mapping,  # counters of skipped steps: {"total": int, "row": int}
-    "model": Mapping,  # state dict: student, teacher, heads, mask token, center
-    "optimizer": Mapping,
-    "scaler": Mapping,  # empty unless fp16
-    # Since later, so not asked for: "position" (int, place in the data in steps; equals step unless the total batch
-    # changed) and "devices" (int).
+
+
+class _Required(TypedDict):
+    format: int  # FORMAT
+    step: int  # optimiser steps done, skipped ones included
+    recipe: str
+    config: str  # YAML of the resolved configuration
+    total_batch: int  # images per optimiser step over all ranks: fixes which images a step takes
+    images: int  # readable images of the data; with `data` tells whether it is still the same
+    data: str  # digest of the readable images' names in their order
+    nonfinite: dict[str, int]  # counters of skipped steps: {"total": int, "row": int}
+    model: dict[str, Any]  # state dict: student, teacher, heads, mask token, center
+    optimizer: dict[str, Any]  # state dict
+    scaler: dict[str, Any]  # state dict; empty unless fp16
+
+
+class CheckpointState(_Required, total=False):
+    """Contents of a checkpoint. Older ones lack the keys that stand here."""
+
+    position: int  # place in the data in steps; equals step unless the total batch changed
+    devices: int  # processes of the run
+
+
+FIELDS: dict[str, type] = {  # those of every checkpoint
+    name: str if kind is str else int if kind is int else Mapping for name, kind in _Required.__annotations__.items()
 }
 _NAME = re.compile(r"step_(\d{8,})\.pt")
 
@@ -48,7 +60,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def save_checkpoint(folder: Path, state: Mapping[str, Any], keep: int) -> Path | None:
+def save_checkpoint(folder: Path, state: CheckpointState, keep: int) -> Path | None:
     """Writes the state atomically, then removes all but the newest `keep` checkpoints.
 
     If it cannot be written (full disk, quota), the partial file is removed, nothing else is touched, a warning says so,
@@ -71,7 +83,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], keep: int) -> Path |
     return path
 
 
-def _write(path: Path, state: Mapping[str, Any]) -> None:
+def _write(path: Path, state: CheckpointState) -> None:
     with open(path, "wb") as file:
         torch.save(dict(state), file)
         file.flush()
@@ -109,7 +121,7 @@ class _DamagedError(Exception):
     """Why a file is not a whole checkpoint."""
 
 
-def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def load_newest(folder: Path) -> tuple[Path, CheckpointState] | None:
     """The newest checkpoint of a folder, tensors on the CPU; None if there is none.
 
     A damaged newest one is not silently passed over: that would throw away steps without the user's consent.
@@ -130,7 +142,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         raise UserError(f"{paths[-1]}: damaged checkpoint ({error}); {advice}") from None
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path) -> CheckpointState:
     """One checkpoint, tensors on the CPU. Raises UserError if it is damaged, missing or not one of ours."""
     try:
         return _load(path)
@@ -146,7 +158,7 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> CheckpointState:
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it writes
             bad = archive.testzip()
@@ -165,4 +177,4 @@ def _load(path: Path) -> dict[str, Any]:
     for name, kind in FIELDS.items():
         if not isinstance(state.get(name), kind):
             raise _DamagedError(f"{name} is missing")
-    return state
+    return cast(CheckpointState, state)

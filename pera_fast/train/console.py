@@ -6,9 +6,14 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pera_fast.errors import UserError
+from pera_fast.train.metrics import Metrics
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
 
 LOGGER = logging.getLogger("pera_fast")
 PLAIN_SECONDS = 15.0  # between progress lines in the log and where there is no terminal
@@ -93,7 +98,7 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def describe(metrics: dict[str, Any], seconds_left: float | None) -> str:
+def describe(metrics: Metrics, seconds_left: float | None) -> str:
     """The numbers of a step that are worth a glance, in one line."""
     loss, rate = metrics["loss"], metrics["images_per_s"]
     words = [
@@ -116,8 +121,8 @@ class Progress:
         self._steps, self._first, self._active = steps, done, active
         self._began = time.monotonic()
         self._said = -float("inf")
-        self._bar: Any = None
-        self._task: Any = None
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
 
     def __enter__(self) -> "Progress":
         if self._active and sys.stdout.isatty():
@@ -135,7 +140,7 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, done: int, metrics: dict[str, Any]) -> None:
+    def update(self, done: int, metrics: Metrics) -> None:
         """Shows the metrics of the step that makes `done` steps done."""
         if not self._active:
             return
@@ -144,7 +149,7 @@ class Progress:
             done - self._first
         )  # steps of this process; the first one is slower, and with one there is no better guess
         left = (now - self._began) / here * (self._steps - done) if here else None
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, description=describe(metrics, left))
         if now - self._said >= PLAIN_SECONDS or done == self._steps:
             self._said = now

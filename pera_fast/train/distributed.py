@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,9 @@ class World:
     rank: int
     size: int
     device: torch.device
-    host_group: Any = None  # gloo group for the host's own agreements, also where tensors go over NCCL
+    host_group: dist.ProcessGroup | None = (
+        None  # gloo group for the host's own agreements, also where tensors go over NCCL
+    )
 
     @property
     def main(self) -> bool:
@@ -126,7 +128,7 @@ def let_main_speak(error: UserError) -> None:
         print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
-def gradient_sync(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+def gradient_sync(model: nn.Module, last: bool) -> AbstractContextManager[object]:
     """Around a micro-batch: gradients stay on this rank until the last one of a step."""
     if last or not isinstance(model, nn.parallel.DistributedDataParallel):
         return nullcontext()
@@ -166,6 +168,7 @@ def world(device_name: str) -> Iterator[World]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+        assert not isinstance(host_group, int), "this process is in the group"
         yield World(dist.get_rank(), dist.get_world_size(), device, host_group)
     finally:
         if ours:

@@ -8,13 +8,13 @@ replayed. The update stays outside: its numbers change with every step, and it i
 import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pera_fast.config import Config
 from pera_fast.errors import UserError
+from pera_fast.model.inputs import StepInputs
 
 WARMUP = 3  # runs before the recording: kernels compile, libraries make their workspaces
 
@@ -88,7 +88,7 @@ class StepGraph:
     they are added to gradients that stay where they are, and `begin_step` zeroes them. Never drop them.
 
     Args:
-        backward: (inputs with ``apply``, teacher temperature []) to its result, leaving gradients behind.
+        backward: (a micro-batch, teacher temperature []) to its result, leaving gradients behind.
         parameters: all that may get gradients.
         accumulate: micro-batches of a step.
         record: as ``record`` above.
@@ -99,14 +99,14 @@ class StepGraph:
 
     def __init__(
         self,
-        backward: Callable[[Any, Tensor], Tensor],
+        backward: Callable[[StepInputs, Tensor], Tensor],
         parameters: Iterable[torch.nn.Parameter],
         accumulate: int,
         record: Callable[[Callable[[], Tensor], Forget], tuple[Replay, Tensor]] = record,
     ):
         self.backward, self._parameters, self._record = backward, list(parameters), record
         self._adds = accumulate > 1
-        self._tensors: list[Tensor] = []  # of the inputs, in the order of `apply`
+        self._tensors: list[Tensor] = []  # of the batch, in the order of `apply`
         self._replay: Replay | None = None
 
     def begin_step(self) -> None:
@@ -115,25 +115,23 @@ class StepGraph:
         if self._adds and gradients:
             torch._foreach_zero_(gradients)
 
-    def __call__(self, inputs: Any, teacher_temp: float) -> Tensor:
+    def __call__(self, batch: StepInputs, teacher_temp: float) -> Tensor:
         """The result for one micro-batch on the device, whose shapes are those of the first one."""
         if self._replay is None:
-            self._begin(inputs, teacher_temp)
+            self._begin(batch, teacher_temp)
         else:
-            new: list[Tensor] = []
-            inputs.apply(new.append)
-            torch._foreach_copy_(self._tensors, new)
+            torch._foreach_copy_(self._tensors, batch.tensors())
             self._temp.fill_(teacher_temp)
         assert self._replay is not None
         self._replay()
         return self._out.clone()
 
-    def _begin(self, inputs: Any, teacher_temp: float) -> None:
+    def _begin(self, batch: StepInputs, teacher_temp: float) -> None:
         def keep(tensor: Tensor) -> Tensor:
             self._tensors.append(tensor.clone())
             return self._tensors[-1]
 
-        own = inputs.apply(keep)
+        own = batch.apply(keep)
         self._temp = torch.full((), teacher_temp, device=self._tensors[0].device)
         self._replay, self._out = self._record(lambda: self.backward(own, self._temp), self._forget)
         if self._adds:

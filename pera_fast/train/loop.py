@@ -4,20 +4,23 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from pera_fast.config import BatchPlan, Config, to_yaml
 from pera_fast.errors import UserError
-from pera_fast.train.checkpoint import FORMAT, save_checkpoint
+from pera_fast.model.inputs import StepInputs
+from pera_fast.model.pera import PerA
+from pera_fast.train.checkpoint import FORMAT, CheckpointState, save_checkpoint
 from pera_fast.train.compute_copies import refresh_copies
 from pera_fast.train.console import Progress
 from pera_fast.train.distributed import World
 from pera_fast.train.flops import device_peak, flops_per_image
 from pera_fast.train.fused_update import FusedUpdate
 from pera_fast.train.graph import StepGraph
-from pera_fast.train.metrics import MetricsWriter, memory_mib
+from pera_fast.train.metrics import Metrics, MetricsWriter, memory_mib
 from pera_fast.train.run_folder import RunFolder
 from pera_fast.train.schedules import Schedules
 from pera_fast.train.signals import StopRequest
@@ -26,7 +29,7 @@ from pera_fast.train.step import LaunchedStep, StepResult, launch_step
 log = logging.getLogger(__name__)
 
 
-class Inputs(Iterator[Any], Protocol):
+class Batches(Iterator[StepInputs], Protocol):
     """What the loop needs of a loader."""
 
     wait_seconds: float  # that the last __next__ blocked
@@ -42,14 +45,14 @@ class Run:
     world: World
     plan: BatchPlan
     schedules: Schedules
-    pera: Any  # the model: parameters, center, EMA
+    pera: PerA  # the model: parameters, center, EMA
     model: torch.nn.Module  # what is called: `pera`, perhaps in DDP
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
-    inputs: Inputs
+    batches: Batches
     images: int
     data: str  # digest of the data
-    export: Callable[[Any, Any], Any]  # (model, path): writes the teacher
+    export: Callable[[PerA, Path], None]  # writes the teacher
     graph: StepGraph | None = None  # of the micro-batches
     update: FusedUpdate | None = None  # on a GPU
     step: int = 0  # optimiser steps done
@@ -61,8 +64,8 @@ class Run:
         """In the schedules: they follow the data where the length is given in epochs, else the steps."""
         return self.position if self.cfg.train.steps is None else self.step
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds (checkpoint.FIELDS)."""
+    def state(self) -> CheckpointState:
+        """What a checkpoint holds (checkpoint.CheckpointState)."""
         return {
             "format": FORMAT,
             "step": self.step,
@@ -79,7 +82,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
         }
 
-    def load(self, state: dict[str, Any], source: str) -> None:
+    def load(self, state: CheckpointState, source: str) -> None:
         """Continues from a checkpoint. Raises UserError if it does not fit the model."""
         try:
             self.pera.load_state_dict(state["model"])
@@ -96,7 +99,7 @@ class Run:
         self.position = state.get("position", self.step)
 
 
-def fit(run: Run, stop: StopRequest) -> tuple[int, dict[str, Any]]:
+def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
     """Trains to the last step, or until it is asked to stop.
 
     On a GPU a step's numbers are read after the next step was launched, so that the device never waits for the host;
@@ -143,7 +146,7 @@ class _Launch:
 
     step: LaunchedStep
     place: int
-    metrics: dict[str, Any]
+    metrics: Metrics  # those that do not depend on what the device finds
     waited: float  # seconds that the loader blocked
     seconds: float  # that the host took
 
@@ -159,7 +162,7 @@ class _Reader:
 
     run: Run
     writer: MetricsWriter
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
     stopped: int = 0
     _pending: _Launch | None = None
     _before: LaunchedStep | None = None  # the one read last
@@ -218,24 +221,24 @@ def _launch(run: Run, stop: StopRequest) -> _Launch:
     """Launch one optimiser step."""
     began, waited = time.perf_counter(), 0.0
 
-    def inputs() -> Iterator[Any]:
+    def batches() -> Iterator[StepInputs]:
         nonlocal waited
         while True:
-            batch = next(run.inputs)
-            waited += run.inputs.wait_seconds
+            batch = next(run.batches)
+            waited += run.batches.wait_seconds
             yield batch
 
     values = run.schedules.at(run.place)
     step = launch_step(
-        run.model, run.pera, run.optimizer, run.scaler, inputs(), run.plan.accumulate, values, run.cfg.optim.clip,
+        run.model, run.pera, run.optimizer, run.scaler, batches(), run.plan.accumulate, values, run.cfg.optim.clip,
         run.world, stop.asked, run.graph, run.update,
     )  # fmt: skip
     seconds = time.perf_counter() - began
     run.step += 1
     run.position += 1
-    metrics = {
+    metrics: Metrics = {
         "step": run.step,
-        "epoch": (run.position - 1) // run.inputs.steps_per_epoch,
+        "epoch": (run.position - 1) // run.batches.steps_per_epoch,
         "lr": values.lr,
         "wd": values.weight_decay,
         "momentum": values.momentum,

@@ -5,9 +5,12 @@ import logging
 import math
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +22,7 @@ KEYS = (
     "step", "epoch", "loss", "global_cls_loss", "local_cls_loss", "koleo_loss", "pixel_loss", "lr", "wd", "momentum",
     "teacher_temp", "grad_norm", "images_per_s", "data_wait", "mfu", "mem",
 )  # fmt: skip
+Metrics = dict[str, Any]  # one such object: numbers, None, and the list of names `nonfinite`
 
 
 def memory_mib(device: torch.device) -> float:
@@ -44,7 +48,7 @@ class MetricsWriter:
 
     def __init__(self, path: Path | None, done: int = 0):
         self._file: TextIOWrapper | None = None
-        self._board: Any = None
+        self._board: SummaryWriter | None = None
         if path is None:
             return
         try:
@@ -53,7 +57,7 @@ class MetricsWriter:
             log.warning("%s: cannot be written (%s); going on without", path, error.strerror)
         self._board = _board(path.parent, done)
 
-    def write(self, metrics: dict[str, Any]) -> None:
+    def write(self, metrics: Metrics) -> None:
         """Appends one step's numbers."""
         clean = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in metrics.items()}
         if self._file is not None:
@@ -90,7 +94,7 @@ class MetricsWriter:
             log.warning("TensorBoard events cannot be written (%s)", error.strerror)
 
 
-def _board(folder: Path, done: int) -> Any:
+def _board(folder: Path, done: int) -> "SummaryWriter | None":
     try:
         from torch.utils.tensorboard import SummaryWriter
 

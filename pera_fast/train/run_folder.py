@@ -4,7 +4,6 @@ Resuming continues the run as it was: its own configuration holds. Overrides giv
 keeps the run exact; a few that do not are noted in the log; the rest is refused.
 """
 
-import copy
 import fcntl
 import json
 import logging
@@ -14,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from pera_fast.config import Config, differences, from_yaml, load_config, to_yaml
+from pera_fast.config import Config, Differences, differences, from_yaml, load_config, to_yaml
+from pera_fast.config.keys import flatten
 from pera_fast.errors import UserError
-from pera_fast.train.checkpoint import find_checkpoints, load_newest
+from pera_fast.train.checkpoint import CheckpointState, find_checkpoints, load_newest
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +108,7 @@ class Start:
     """How a run begins: its configuration, and the checkpoint to continue from (None: from scratch)."""
 
     cfg: Config
-    checkpoint: dict[str, Any] | None = None
+    checkpoint: CheckpointState | None = None
     resumed: bool = False
     notes: list[str] = field(default_factory=list)  # for the log
 
@@ -167,11 +166,9 @@ def continue_config(
             f" give --recipe {saved.recipe}, or another --out"
         )
     given = {text.partition("=")[0].strip() for text in overrides}
-    cfg = copy.deepcopy(saved)
-    for key in given | (BATCH if given & BATCH else set()):
-        section, name = key.split(".")
-        setattr(getattr(cfg, section), name, getattr(getattr(requested, section), name))
-    cfg = from_yaml(to_yaml(cfg))  # checks the mixture
+    taken = given | (BATCH if given & BATCH else set())
+    mixture = saved.with_values({key: value for key, value in flatten(requested).items() if key in taken})
+    cfg = from_yaml(to_yaml(mixture))  # checks it
     refused = _refused(saved, cfg)
     if refused:
         raise UserError(f"{source}: cannot be continued with {_list(refused)}; leave that out, or give another --out")
@@ -180,18 +177,18 @@ def continue_config(
     return cfg, [note] if changed else []
 
 
-def _refused(saved: Config, cfg: Config) -> dict[str, tuple[Any, Any]]:
+def _refused(saved: Config, cfg: Config) -> Differences:
     allowed = BATCH | HARMLESS | NOTED | {"recipe"}
     return {key: pair for key, pair in differences(saved, cfg).items() if key not in allowed}
 
 
-def _list(changed: dict[str, tuple[Any, Any]]) -> str:
+def _list(changed: Differences) -> str:
     """Keys that differ, in one line: key=new (was old)."""
     words = [f"{key}={new} (was {old})" for key, (old, new) in changed.items()]
     return ", ".join(words[:8]) + (f" and {len(words) - 8} more" if len(words) > 8 else "")
 
 
-def check_resumed_batch(state: dict[str, Any], total: int, devices: int) -> None:
+def check_resumed_batch(state: CheckpointState, total: int, devices: int) -> None:
     """Raises UserError if a step would take other images than the checkpoint's did, on as many devices as then."""
     before = state.get("devices", devices)  # checkpoints did not always say
     if state["total_batch"] != total and before == devices:
@@ -201,7 +198,7 @@ def check_resumed_batch(state: dict[str, Any], total: int, devices: int) -> None
         )
 
 
-def resumed_position(state: dict[str, Any], total: int, devices: int, images: int) -> tuple[int, str]:
+def resumed_position(state: CheckpointState, total: int, devices: int, images: int) -> tuple[int, str]:
     """Where in the data a run goes on, in steps of `total` images from its start, and what to say about it.
 
     With the total batch of the checkpoint that is where it stopped, to the image, on any number of devices. With

@@ -4,13 +4,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 # torchrun and terminals may deliver one request twice (to the process and to its group); a person is slower than this.
 SAME_REQUEST_SECONDS = 0.5
+Handler = Callable[[int, FrameType | None], object] | int | None  # as signal.signal takes and gives it
 
 
 @contextmanager
@@ -42,7 +42,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self._time = 0.0
-        self._previous: dict[int, Any] = {}
+        self._previous: dict[int, Handler] = {}
 
     @property
     def exit_code(self) -> int:

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ParamSpec
 
 import torch
 from torch import Tensor, nn
 
+from pera_fast.model.inputs import StepInputs
+from pera_fast.model.pera import PerA
 from pera_fast.ranges import span
 from pera_fast.train.distributed import World, gradient_sync
 from pera_fast.train.fused_update import FusedUpdate
@@ -15,6 +17,7 @@ from pera_fast.train.graph import StepGraph
 from pera_fast.train.optim import apply_gradients
 from pera_fast.train.schedules import StepValues
 
+P = ParamSpec("P")
 LOSSES: tuple[str, ...] = ("loss", "global_cls_loss", "local_cls_loss", "koleo_loss", "pixel_loss")
 
 
@@ -54,7 +57,7 @@ class LaunchedStep:
             the host, where they arrive when ``end`` has passed.
         begin, end: CUDA events around the step's work, from when its first micro-batch is there; None on a CPU, where
             the work is done.
-        gaps: CUDA events around the waits for its other micro-batches.
+        gaps: CUDA events around the waits for its other micro-batches; empty on a CPU.
     """
 
     numbers: Tensor
@@ -77,17 +80,12 @@ class LaunchedStep:
         return StepResult(named, norm, bool(applied), (sigint > 0, sigterm > 0), scale or None)
 
 
-def train_step(*args: Any, **kwargs: Any) -> StepResult:
-    """One update, of which the host waits for the end; arguments as those of ``launch_step``."""
-    return launch_step(*args, **kwargs).result()
-
-
 def launch_step(
     model: nn.Module,
-    pera: Any,
+    pera: PerA,
     optimizer: torch.optim.AdamW,
     scaler: torch.amp.GradScaler,
-    inputs: Iterator[Any],
+    batches: Iterator[StepInputs],
     accumulate: int,
     values: StepValues,
     clip: float,
@@ -96,16 +94,17 @@ def launch_step(
     graph: StepGraph | None = None,
     update: FusedUpdate | None = None,
 ) -> LaunchedStep:
-    """Take `accumulate` micro-batches from `inputs` and make one update; with `update` the host waits for nothing.
+    """Take `accumulate` micro-batches from `batches` and make one update; with `update` the host waits for nothing.
 
     Args:
         model: called for the losses; `pera` itself, or `pera` in DDP.
         pera: the model with its center and teacher.
+        batches: gives the micro-batches, on any device.
         stop: says whether (SIGINT, SIGTERM) came to this process; all ranks learn it, in `StepResult.stop`.
         graph: made by `make_graph`, runs the micro-batches; None: they run op by op.
         update: made by `make_update`, for a GPU; None: PyTorch's operators, and the host looks whether all is finite.
     """
-    arrivals: list[tuple[Any, Any]] = []  # events before and after each micro-batch came; None on a CPU
+    arrivals: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # before and after each micro-batch came
     if graph is None:
         optimizer.zero_grad(set_to_none=True)
     else:
@@ -114,8 +113,10 @@ def launch_step(
     for micro in range(accumulate):
         with span("data"):
             before = _mark(world.device)
-            batch = next(inputs).to(world.device, non_blocking=True)
-            arrivals.append((before, _mark(world.device)))
+            batch = next(batches).to(world.device, non_blocking=True)
+            after = _mark(world.device)
+            if before is not None and after is not None:
+                arrivals.append((before, after))
         with gradient_sync(model, last=micro + 1 == accumulate):
             if graph is None:
                 parts.append(_backward(model, scaler, batch, values.teacher_temp, accumulate))
@@ -135,16 +136,28 @@ def launch_step(
     scale = scaler._scale if scaler.is_enabled() else None
     last = torch.stack([norm, ok, torch.zeros_like(norm) if scale is None else scale.float()])
     numbers = torch.cat([total[: len(LOSSES)], total[-2:], last]).double()
+    begin = arrivals[0][1] if arrivals else None
     if update is not None:
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
         host.copy_(numbers, non_blocking=True)
-        return LaunchedStep(host, arrivals[0][1], _mark(world.device), arrivals[1:])
+        return LaunchedStep(host, begin, _mark(world.device), arrivals[1:])
     numbers = numbers.cpu()  # waits for the device
     if numbers[-2] > 0:
         with span("EMA"):
             pera.update_center(total[len(LOSSES) : -2])  # before the teacher's, and in effect from the next step on
             pera.update_teacher(values.momentum)
-    return LaunchedStep(numbers, arrivals[0][1], _mark(world.device), arrivals[1:])
+    return LaunchedStep(numbers, begin, _mark(world.device), arrivals[1:])
+
+
+def _awaited(launch: Callable[P, LaunchedStep]) -> Callable[P, StepResult]:
+    def step(*args: P.args, **kwargs: P.kwargs) -> StepResult:
+        return launch(*args, **kwargs).result()
+
+    return step
+
+
+train_step = _awaited(launch_step)
+"""One update, of which the host waits for the end; arguments as those of ``launch_step``."""
 
 
 def _mark(device: torch.device) -> torch.cuda.Event | None:
@@ -171,7 +184,7 @@ def make_graph(model: nn.Module, scaler: torch.amp.GradScaler, accumulate: int) 
 
 
 def _backward(
-    model: nn.Module, scaler: torch.amp.GradScaler, batch: Any, teacher_temp: float | Tensor, accumulate: int
+    model: nn.Module, scaler: torch.amp.GradScaler, batch: StepInputs, teacher_temp: float | Tensor, accumulate: int
 ) -> Tensor:
     """Gradients of one micro-batch; returns its share of the step's means, f32 [5 + bottleneck]."""
     out = model(batch, teacher_temp)

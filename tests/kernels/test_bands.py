@@ -19,6 +19,7 @@ from pera_kernels.pixel_loss import eager as pixel_eager
 from pera_kernels.pixel_loss import pixel_loss
 from pera_kernels.pixel_loss import reference as pixel_reference
 from pera_kernels.visible_patches import contrast_mean, eager, reference, visible_patches
+from pera_kernels.visible_patches.arguments import Patches
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLEMENTATIONS = ["reference", "eager", "native", *(["triton"] if INTERPRETED else [])]
@@ -45,6 +46,9 @@ class Case(PatchArguments):
 
     def rows(self, dtype: torch.dtype, op: Any = visible_patches) -> Tensor:
         return op(*self.where(), dtype, rgb=self.rgb)
+
+    def eager_rows(self, dtype: torch.dtype) -> Tensor:
+        return eager.visible_patches(Patches(**vars(self)), dtype)
 
     def grays(self, op: Any = contrast_mean, **options: Any) -> Tensor:
         return op(self.crops, self.order, self.factors, rgb=self.rgb, **options)
@@ -92,7 +96,7 @@ def test_rows_and_grays(implementation: str, channels: int, rgb: tuple[int, ...]
         right = case.rows(torch.float64, reference.visible_patches)
         for dtype in (torch.float32, torch.float16, *(() if INTERPRETED else (torch.bfloat16, torch.float64))):
             plain = torch.float32 if dtype == torch.float64 else dtype
-            check(case.rows(dtype), right, case.rows(plain, eager.visible_patches))
+            check(case.rows(dtype), right, case.eager_rows(plain))
         grays = case.grays(reference.contrast_mean, dtype=torch.float64)
         torch.testing.assert_close(case.grays().double(), grays, rtol=1e-6, atol=0)
 
@@ -108,7 +112,7 @@ def test_pixel_loss(implementation: str, channels: int, rgb: tuple[int, ...] | N
         for op, leaf in (
             (pixel_loss, pred.clone()),
             (pixel_reference.pixel_loss, pred.double()),
-            (pixel_eager.pixel_loss, pred.clone()),
+            (lambda pred, *where, rgb: pixel_eager.pixel_loss(pred, Patches(*where, rgb)), pred.clone()),
         ):
             leaf.requires_grad_()
             loss = op(leaf, *case.where(), rgb=rgb)
@@ -198,7 +202,7 @@ def test_any_bands(data: st.DataObject) -> None:
     size, seed = data.draw(st.integers(1, 9), label="patch_size"), data.draw(st.integers(0, 9), label="seed")
     orders = data.draw(st.lists(st.sampled_from(ORDERS), min_size=1, max_size=3), label="orders")
     case = make_case(channels, rgb, data.draw(st.sampled_from(list(LARGEST))), orders, size, seed)
-    right, plain = case.rows(torch.float64, reference.visible_patches), case.rows(torch.float32, eager.visible_patches)
+    right, plain = case.rows(torch.float64, reference.visible_patches), case.eager_rows(torch.float32)
     for name in filter(available, IMPLEMENTATIONS):
         with backend.use(name):
             result = case.rows(torch.float32).double()
@@ -229,4 +233,4 @@ def test_on_a_gpu(channels: int, rgb: tuple[int, ...] | None) -> None:
     case = make_case(channels, rgb)
     moved = {name: value.cuda() for name, value in vars(case).items() if isinstance(value, Tensor)}
     result = replace(case, **moved).rows(torch.float32).cpu()
-    check(result, case.rows(torch.float64, reference.visible_patches), case.rows(torch.float32, eager.visible_patches))
+    check(result, case.rows(torch.float64, reference.visible_patches), case.eager_rows(torch.float32))

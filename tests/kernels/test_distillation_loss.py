@@ -22,6 +22,7 @@ from pera_kernels.distillation_loss import (
     reference,
     weight_norm,
 )
+from pera_kernels.distillation_loss.arguments import Arguments
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GOLDEN = Path(os.environ.get("PERA_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
@@ -242,8 +243,8 @@ def test_never_holds_all_logits(monkeypatch, native_products):
         reference.distillation_loss(*args, *TEMPS)
     assert dense.elements >= n * k  # the count sees what it looks for
     with Largest() as seen:
-        _, *lse = chunked.forward(*args, *TEMPS)
-        chunked.backward(torch.ones(n), *args, *lse, *TEMPS)
+        _, statistics = chunked.forward(arguments := Arguments.of(*args, *TEMPS))
+        chunked.backward(torch.ones(n), arguments, statistics)
     assert seen.elements == k * d  # the gradient of v; [N, chunk] buffers are smaller
 
 

@@ -31,8 +31,8 @@ def make(rows: int, k: int, d: int, dtype=torch.float64, seed: int = 0, requires
     return tuple(t.requires_grad_(requires_grad) for t in out)
 
 
-def evaluate(function, args, groups: int, upstream: float = 1.0) -> list[Tensor]:
-    loss = function(*args, groups)
+def evaluate(function, args, num_crops: int, upstream: float = 1.0) -> list[Tensor]:
+    loss = function(*args, num_crops)
     return [loss.detach(), *torch.autograd.grad(loss * upstream, args)]
 
 
@@ -61,14 +61,16 @@ def form(request, monkeypatch):
 @settings(max_examples=25, deadline=None)
 @given(
     size=st.integers(2, 6),
-    groups=st.integers(1, 3),
+    num_crops=st.integers(1, 3),
     k=st.integers(2, 200),
     d=st.integers(2, 40),
     seed=st.integers(0, 99),
 )
-def test_equals_reference_in_float64(size, groups, k, d, seed):
-    args = make(size * groups, k, d, seed=seed)
-    for got, want in zip(evaluate(koleo, args, groups, 0.7), evaluate(reference.koleo, args, groups, 0.7), strict=True):
+def test_equals_reference_in_float64(size, num_crops, k, d, seed):
+    args = make(size * num_crops, k, d, seed=seed)
+    for got, want in zip(
+        evaluate(koleo, args, num_crops, 0.7), evaluate(reference.koleo, args, num_crops, 0.7), strict=True
+    ):
         assert error(got, want) < 1e-8
 
 
@@ -164,8 +166,8 @@ def test_no_rows():
 
 def test_neighbours_stay_in_their_group(form):
     rows, v, g = make(6, 100, 5, requires_grad=False)
-    rows = torch.cat([rows, rows + 1e-9])  # the nearest of all is in the other group
-    neighbours = gram.forward(rows, v, g, 2).neighbours
+    rows = torch.cat([rows, rows + 1e-9])  # the nearest of all is in the other crop
+    neighbours = gram.forward(rows, v, g, 2).pairs.neighbours
     assert (neighbours[:6] < 6).all()
     assert (neighbours[6:] >= 6).all()
     assert (neighbours != torch.arange(12)).all()
@@ -217,10 +219,10 @@ def test_never_holds_all_logits(form):
         reference.koleo(*args, 2)
     assert dense.elements >= rows // 2 * k
     with Largest() as seen:
-        _, *kept = gram.forward(*args, 2)
-        gram.backward(torch.ones(()), *args, *kept, 2)
+        _, pairs, inverse_norms = gram.forward(*args, 2)
+        gram.backward(torch.ones(()), *args, pairs, inverse_norms, 2)
     assert seen.elements == k * d  # the gradient of v
-    assert max(t.numel() for t in kept) <= max(rows * d, k)
+    assert max(t.numel() for t in (*pairs, inverse_norms)) <= max(rows * d, k)
 
 
 def test_opcheck(form):
@@ -264,8 +266,8 @@ def test_reference_can_be_forced(monkeypatch):
         (0, torch.zeros(4, 9), "rows must be"),
         (0, torch.zeros(4, 4, dtype=torch.int64), "rows must be floating"),
         (2, torch.zeros(50), "g must be"),
-        (3, 3, "groups must be"),
-        (3, 0, "groups must be"),
+        (3, 3, "num_crops must be"),
+        (3, 0, "num_crops must be"),
     ],
 )
 def test_bad_arguments_are_named(position, value, message):
@@ -287,9 +289,9 @@ def test_agrees_with_published_loss(form):
     """The published run's own logits go in as rows of identity prototypes; it logs the mean over global crops."""
     with safe_open(GOLDEN / "step_plain.safetensors", "pt") as file:
         meta = {key: json.loads(value) for key, value in file.metadata().items()}
-        k, groups = meta["prototypes"], meta["num_global"]
+        k, num_crops = meta["prototypes"], meta["num_global"]
         for step in range(meta["steps"]):
             logits = file.get_tensor(f"step{step}.student.global_cls_tokens").view(-1, k)
             want = file.get_tensor(f"step{step}.loss.koleo_loss").item()
-            got = koleo(logits, torch.eye(k), torch.ones(k, 1), groups).item() / groups
+            got = koleo(logits, torch.eye(k), torch.ones(k, 1), num_crops).item() / num_crops
             assert got == pytest.approx(want, rel=1e-5)

@@ -3,6 +3,7 @@
 import ast
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,8 @@ def test_the_device_of_the_first_tensor_is_entered(
     assert launch(7, x) == (7, bool(entered))
     assert seen == entered
     assert launch(7, torch.zeros(3)) == (7, False)
+    inside_tuples: Any = (3, (None, x)), torch.zeros(3)
+    assert launch(7, inside_tuples) == (7, bool(entered))
 
 
 def launchers(path: Path) -> list[str]:

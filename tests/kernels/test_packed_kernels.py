@@ -55,7 +55,7 @@ def case(op: str, dim: int, n_seq: int = 5, n: int = 6, strided_numbers: bool = 
         tensors = {"tokens": randn(n_seq * 4, dim, seed=1), "mask_token": randn(dim, seed=2), **parameters}
         takes = ("tokens", "mask_token", "pos")
         return lambda **t: mask_tokens(**t, index=index), lambda **t: mask_reference(**t, index=index), tensors, takes
-    packed = {"groups": groups, "keep": keep, "kept": kept}
+    packed = {"groups": groups, "keep": keep, "kept_counts": kept}
     if op == "sequence_norm":
         tensors = {"x": randn(tokens, dim, seed=1) * 3 + 1, "weight": randn(dim, seed=2), "bias": randn(dim, seed=3)}
         fast = lambda **t: sequence_norm(**t, eps=1e-6, **packed)  # noqa: E731

@@ -97,8 +97,8 @@ def test_sequence_norm(groups: list[int], subsets: bool) -> None:
         "weight": randn(dim, seed=2),
         "bias": randn(dim, seed=3),
     }
-    fast = lambda **t: sequence_norm(**t, eps=1e-6, groups=groups, keep=keep, kept=kept)  # noqa: E731
-    reference = lambda **t: norm_reference(**t, eps=1e-6, keep=keep, groups=groups, kept=kept)  # noqa: E731
+    fast = lambda **t: sequence_norm(**t, eps=1e-6, groups=groups, keep=keep, kept_counts=kept)  # noqa: E731
+    reference = lambda **t: norm_reference(**t, eps=1e-6, keep=keep, groups=groups, kept_counts=kept)  # noqa: E731
     compare(fast, reference, tensors, ("x", "weight", "bias"), half={"x"})
 
 
@@ -112,8 +112,8 @@ def test_sequence_add(groups: list[int], subsets: bool) -> None:
         "x": randn(packing.num_tokens(groups), dim, seed=1),
         "y": randn(packing.num_tokens(packing.kept_groups(groups, kept or None)), dim, seed=2),
     }
-    fast = lambda **t: sequence_add(**t, groups=groups, keep=keep, kept=kept)  # noqa: E731
-    reference = lambda **t: add_reference(**t, keep=keep, groups=groups, kept=kept)  # noqa: E731
+    fast = lambda **t: sequence_add(**t, groups=groups, keep=keep, kept_counts=kept)  # noqa: E731
+    reference = lambda **t: add_reference(**t, keep=keep, groups=groups, kept_counts=kept)  # noqa: E731
     compare(fast, reference, tensors, ("x", "y"), half={"x", "y"})
 
 

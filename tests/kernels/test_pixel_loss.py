@@ -18,6 +18,7 @@ from pera_kernels.pixel_loss import eager, pixel_loss
 from pera_kernels.pixel_loss import reference as definition
 from pera_kernels.pixel_loss.op import pixel_loss_backward
 from pera_kernels.visible_patches import eager as patches
+from pera_kernels.visible_patches.arguments import Patches
 from pera_kernels.visible_patches.reference import compute_dtype
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -68,7 +69,7 @@ def check(pred: Tensor, where: tuple, dtype: torch.dtype) -> None:
     assert results[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert results[0].shape == ()
     assert results[1].dtype == dtype
-    difference = definition.difference(pred.double(), *where)
+    difference = definition.difference(pred.double(), Patches(*where))
     off = torch.finfo(compute_dtype(dtype)).eps / min(where[6], default=1)
     slacks = 2 * difference.abs().sum() / max(len(pred), 1) * off, 1.7 * 2 / max(len(pred), 1) * off
     for result, right, plain, slack in zip(results, rights, plains, slacks, strict=True):
@@ -175,10 +176,10 @@ def test_the_target_is_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     where = (*where[:4], means, *where[5:])
     pred = pred.float()
     with Largest() as calls:
-        loss = eager.pixel_loss(pred, *where)
+        loss = eager.pixel_loss(pred, Patches(*where))
     assert 0 < calls.largest <= 10 * 48
     torch.testing.assert_close(loss, definition.pixel_loss(pred, *where))
-    grad = eager.pixel_loss_backward(torch.tensor(1.7), pred, *where)
+    grad = eager.pixel_loss_backward(torch.tensor(1.7), pred, Patches(*where))
     torch.testing.assert_close(grad, run(definition.pixel_loss, pred, where)[1])
 
 

@@ -40,17 +40,17 @@ def make(n: int = 12, k: int = 200, d: int = 24, dtype: torch.dtype = torch.floa
     return [*(x.requires_grad_() for x in student), *teacher, draw(k).to(wide)]
 
 
-def evaluate(losses, arguments: list[Tensor], spread_rows: int = 8, groups: int = 2) -> list[Tensor]:
+def evaluate(losses, arguments: list[Tensor], spread_rows: int = 8, num_crops: int = 2) -> list[Tensor]:
     """Both losses and the gradients of a weighted sum of them."""
-    entropies, spread = losses(*arguments, *TEMPS, spread_rows, groups)
+    entropies, spread = losses(*arguments, *TEMPS, spread_rows, num_crops)
     total = (entropies * torch.linspace(0.5, 1.5, len(entropies), dtype=entropies.dtype)).sum() + 0.7 * spread
     return [entropies.detach(), spread.detach(), *torch.autograd.grad(total, arguments[:3])]
 
 
 def apart(*arguments) -> tuple[Tensor, Tensor]:
-    *both, spread_rows, groups = arguments
+    *both, spread_rows, num_crops = arguments
     student_rows, student_v, student_g = both[:3]
-    return distillation_loss(*both), koleo(student_rows[:spread_rows], student_v, student_g, groups)
+    return distillation_loss(*both), koleo(student_rows[:spread_rows], student_v, student_g, num_crops)
 
 
 def wide(arguments: list[Tensor]) -> list[Tensor]:
@@ -112,7 +112,7 @@ def test_near_duplicates_in_float16(implementation: str, power: int) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_is_seen(implementation: str, value: float) -> None:
-    """KoLeo alone would tell; its neighbour, chosen among NaN, is a row of the group."""
+    """KoLeo alone would tell; its neighbour, chosen among NaN, is a row of the crop."""
     for bad in (0, 1):  # a row, a prototype
         arguments = make()
         with torch.no_grad():
@@ -131,16 +131,16 @@ def test_without_kernels_for_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = make()
     with backend.use("triton"):
         want = evaluate(prototype_losses, arguments)
-        monkeypatch.setattr(triton, "MAX_GROUP", 1)
+        monkeypatch.setattr(triton, "MAX_ROWS", 1)
         for got, other in zip(evaluate(prototype_losses, arguments), want, strict=True):
             assert error(got, other.double()) < 1e-5
 
 
-@pytest.mark.parametrize(("spread_rows", "groups"), [(0, 1), (1, 1), (2, 2), (12, 3), (12, 12)])
-def test_any_share_of_the_rows(implementation: str, spread_rows: int, groups: int) -> None:
+@pytest.mark.parametrize(("spread_rows", "num_crops"), [(0, 1), (1, 1), (2, 2), (12, 3), (12, 12)])
+def test_any_share_of_the_rows(implementation: str, spread_rows: int, num_crops: int) -> None:
     arguments = make()
-    wanted = evaluate(apart, arguments, spread_rows, groups)
-    for got, want in zip(evaluate(prototype_losses, arguments, spread_rows, groups), wanted, strict=True):
+    wanted = evaluate(apart, arguments, spread_rows, num_crops)
+    for got, want in zip(evaluate(prototype_losses, arguments, spread_rows, num_crops), wanted, strict=True):
         assert error(got, want.double()) < 2e-5
 
 
@@ -224,7 +224,7 @@ def test_bad_arguments() -> None:
     arguments = make()
     with pytest.raises(ValueError, match="spread_rows must be 0 to 12"):
         prototype_losses(*arguments, *TEMPS, 13, 1)
-    with pytest.raises(ValueError, match="groups must be at least 1 and divide the 8 rows"):
+    with pytest.raises(ValueError, match="num_crops must be at least 1 and divide the 8 rows"):
         prototype_losses(*arguments, *TEMPS, 8, 3)
     with pytest.raises(ValueError, match="student_temp must be positive"):
         prototype_losses(*arguments, 0.0, 0.05, 8, 2)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pera_kernels import backend
 from pera_kernels.visible_patches import contrast_mean, eager, reference, visible_patches
+from pera_kernels.visible_patches.arguments import Patches
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLEMENTATIONS = ["reference", "eager", "native", *(["triton"] if INTERPRETED else [])]
@@ -34,6 +35,9 @@ class Case(PatchArguments):
 
     def args(self, dtype: torch.dtype) -> tuple:
         return (*vars(self).values(), dtype)
+
+    def eager(self, dtype: torch.dtype) -> Tensor:
+        return eager.visible_patches(Patches(**vars(self)), dtype)
 
 
 def make_case(
@@ -69,7 +73,7 @@ def plain_error(dtype: torch.dtype, channels: int, colored: bool) -> float:
     if not colored:
         case = replace(case, order=None, factors=None)
     plain_dtype = torch.float32 if dtype == torch.float64 else dtype
-    error = (eager.visible_patches(*case.args(plain_dtype)).double() - truth(case)).abs().max().item()
+    error = (case.eager(plain_dtype).double() - truth(case)).abs().max().item()
     return error * torch.finfo(dtype).eps / torch.finfo(plain_dtype).eps
 
 
@@ -286,7 +290,7 @@ def test_eager_waits_for_nothing_and_colors_visible_pixels_only() -> None:
         eager.contrast_mean(case.crops, case.order, case.factors)
     assert not calls.names & {"_local_scalar_dense", "nonzero", "masked_select", "item"}
     with Calls() as calls:
-        rows = eager.visible_patches(*replace(case, gray_mean=means).args(torch.float32))
+        rows = replace(case, gray_mean=means).eager(torch.float32)
     assert not calls.names & {"_local_scalar_dense", "nonzero", "masked_select", "item"}
     assert calls.largest == rows.numel()
 

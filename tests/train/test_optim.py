@@ -83,8 +83,7 @@ def test_what_is_not_finite_changes_nothing(where: str, value: float):
 
 
 def test_loss_scaling_does_not_change_the_step():
-    cfg = Config()
-    cfg.train.precision = "fp16"
+    cfg = Config().with_values({"train.precision": "fp16"})
     plain, scaled = network(), network()
     norms = []
     for net, config in ((plain, Config()), (scaled, cfg)):

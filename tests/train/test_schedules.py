@@ -18,11 +18,13 @@ def table(schedules: Schedules) -> dict[str, np.ndarray]:
 
 @st.composite
 def configs(draw) -> tuple[Config, int]:
-    cfg = Config()
-    cfg.train.epochs = draw(st.integers(1, 30))
-    cfg.train.steps = draw(st.none() | st.integers(1, 200))
-    cfg.optim.warmup_epochs = draw(st.floats(0, cfg.train.epochs))
-    cfg.optim.teacher_temp_warmup_epochs = draw(st.floats(0, cfg.train.epochs))
+    epochs = draw(st.integers(1, 30))
+    cfg = Config().with_values({
+        "train.epochs": epochs,
+        "train.steps": draw(st.none() | st.integers(1, 200)),
+        "optim.warmup_epochs": draw(st.floats(0, epochs)),
+        "optim.teacher_temp_warmup_epochs": draw(st.floats(0, epochs)),
+    })  # fmt: skip
     return cfg, draw(st.integers(1, 9))
 
 
@@ -46,15 +48,13 @@ def test_any_length(case: tuple[Config, int]):
 
 
 def test_steps_keep_the_warmup_fraction():
-    cfg = Config()
-    cfg.train.steps = 60  # 20 and 30 of 200 epochs: 6 and 9 of 60 steps
+    cfg = Config().with_values({"train.steps": 60})  # 20 and 30 of 200 epochs: 6 and 9 of 60 steps
     schedules = make_schedules(cfg, steps_per_epoch=7)
     assert (schedules.steps, schedules.lr_warmup, schedules.temp_warmup) == (60, 6, 9)
 
 
 @pytest.mark.parametrize("step", [-1, 60])
 def test_step_outside_the_run(step: int):
-    cfg = Config()
-    cfg.train.steps = 60
+    cfg = Config().with_values({"train.steps": 60})
     with pytest.raises(ValueError, match="60 steps"):
         make_schedules(cfg, 1).at(step)

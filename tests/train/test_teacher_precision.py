@@ -39,7 +39,7 @@ def trained(out: Path, *overrides: str, state=None) -> Run:
     make_copies(run.pera)
     if state is not None:
         run.load(state, "test")
-        run.inputs.micro_step = state["step"]
+        run.batches.micro_step = state["step"]
     assert fit(run, StopRequest())[0] == 0
     return run
 

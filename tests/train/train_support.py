@@ -86,13 +86,13 @@ def make_run(
     here = here or World(0, 1, torch.device("cpu"))
     torch.manual_seed(cfg.train.seed)
     pera = PerA(cfg)
-    inputs = RandomCrops(cfg, images, here.rank, here.size, state["step"] if state else 0)
+    batches = RandomCrops(cfg, images, here.rank, here.size, state["step"] if state else 0)
     folder = RunFolder(out)
     folder.make()
     run = Run(
         cfg=cfg, folder=folder, world=here, plan=cfg.train.resolve_batch(here.size),
-        schedules=make_schedules(cfg, inputs.steps_per_epoch), pera=pera, model=here.wrap(pera, unused=False),
-        optimizer=make_optimizer(pera.parameters(), cfg), scaler=make_scaler(cfg, here.device), inputs=inputs,
+        schedules=make_schedules(cfg, batches.steps_per_epoch), pera=pera, model=here.wrap(pera, unused=False),
+        optimizer=make_optimizer(pera.parameters(), cfg), scaler=make_scaler(cfg, here.device), batches=batches,
         images=images, data="random", export=export,
     )  # fmt: skip
     if state:

@@ -20,9 +20,9 @@ def make(point: Point, case: str) -> Work:
     stated.
     """
     m, groups = point.cfg.model, point.groups(case)
-    keep, kept = (None, []) if case == "teacher" else point.keep(groups)
-    subset = None if keep is None else with_places(keep, groups, kept)
-    plan = Plan(tuple(groups), None if keep is None else tuple(kept), m.recompute in ("auto", "none"))
+    keep, kept_counts = (None, []) if case == "teacher" else point.keep(groups)
+    subset = None if keep is None else with_places(keep, groups, kept_counts)
+    plan = Plan(tuple(groups), None if keep is None else tuple(kept_counts), m.recompute in ("auto", "none"))
     block = Block(m.embed_dim, m.num_heads, m.mlp_ratio).to(point.device)
     torch.manual_seed(0)
     for parameter in block.parameters():
@@ -37,7 +37,7 @@ def make(point: Point, case: str) -> Work:
         x, pending = torch.func.functional_call(block, values, (x, pending, (subset, subset), plan))
         return torch.cat([x, pending.y])
 
-    branch = kept_groups(groups, None if keep is None else kept)
+    branch = kept_groups(groups, None if keep is None else kept_counts)
     x, y = (point.normal(num_tokens(g), point.dim) for g in (groups, branch))
     arguments = (x, y, *(p.detach() for p in block.parameters()))
     flops = forward_flops(point, branch)

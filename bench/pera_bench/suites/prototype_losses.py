@@ -20,12 +20,12 @@ def together(losses: tuple[Tensor, Tensor]) -> Tensor:
 def make(point: Point, case: str) -> Work:
     """The cost of the two ops; that it can do with less is what it is for."""
     distillation, spread = distillation_loss.make(point, "all"), koleo.make(point, "global")
-    groups = point.cfg.views.num_global
+    num_crops = point.cfg.views.num_global
     return Work(
         op="prototype_losses",
         call=lambda *arguments: together(prototype_losses(*arguments)),
         reference=lambda *arguments: together(reference.prototype_losses(*arguments)),
-        arguments=(*distillation.arguments, point.images * groups, groups),
+        arguments=(*distillation.arguments, point.images * num_crops, num_crops),
         learned=(0, 1, 2),
         forward=distillation.forward + spread.forward,
         backward=distillation.backward + spread.backward,

@@ -14,18 +14,9 @@ backend.register("add_norm", "triton", available=backend.needs_triton)
 backend.register("add_norm", "composed")  # of sequence_add and sequence_norm
 
 
-def _kernels(x: Tensor):
-    """The module with the kernels that take x, or None: then sequence_add and sequence_norm do it, each as it runs."""
-    if backend.choose("add_norm", x.device) != "triton":
-        return None
-    from . import triton
-
-    return triton if triton.takes(x) else None
-
-
-def _keep(subset: Tensor | None, kept: Sequence[int]) -> Tensor | None:
+def _keep(subset: Tensor | None, kept_counts: Sequence[int]) -> Tensor | None:
     """The kept sequence numbers of a subset with places."""
-    return None if subset is None else subset[: sum(kept)]
+    return None if subset is None else subset[: sum(kept_counts)]
 
 
 def _stats_dtype(x: Tensor) -> torch.dtype:
@@ -42,27 +33,27 @@ def _add_norm(
     eps: float,
     groups: Sequence[int],
     add_subset: Tensor | None,
-    add_kept: Sequence[int],
+    add_counts: Sequence[int],
     norm_subset: Tensor | None,
-    norm_kept: Sequence[int],
+    norm_counts: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments = groups, add_subset, add_kept, norm_subset, norm_kept
-    if (kernels := _kernels(x)) is not None:
+    arguments = groups, add_subset, add_counts, norm_subset, norm_counts
+    if (kernels := backend.kernels("add_norm", x)) is not None:
         return kernels.add_norm(x, y, y_bias, weight, bias, eps, *arguments)
     if y_bias is not None:
         y = y + y_bias.to(y.dtype)
-    keep = _keep(add_subset, add_kept)
-    out = sequence_add(x, y, groups, keep, add_kept)
+    keep = _keep(add_subset, add_counts)
+    out = sequence_add(x, y, groups, keep, add_counts)
     if weight is None or bias is None:
         none = x.new_empty(0, dtype=_stats_dtype(x))
         return out, x.new_empty(0, x.shape[1]), none, none.clone()
-    norm_keep = _keep(norm_subset, norm_kept)
-    return out, *sequence_norm_with_stats(out, weight, bias, eps, groups, norm_keep, norm_kept)
+    norm_keep = _keep(norm_subset, norm_counts)
+    return out, *sequence_norm_with_stats(out, weight, bias, eps, groups, norm_keep, norm_counts)
 
 
 @_add_norm.register_fake
-def _(x, y, y_bias, weight, bias, eps, groups, add_subset, add_kept, norm_subset, norm_kept):
-    rows = 0 if weight is None else num_tokens(kept_groups(groups, None if norm_subset is None else norm_kept))
+def _(x, y, y_bias, weight, bias, eps, groups, add_subset, add_counts, norm_subset, norm_counts):
+    rows = 0 if weight is None else num_tokens(kept_groups(groups, None if norm_subset is None else norm_counts))
     stats = (x.new_empty(rows, dtype=_stats_dtype(x)) for _ in range(2))
     return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(rows, x.shape[1]), *stats
 
@@ -71,7 +62,7 @@ def _(x, y, y_bias, weight, bias, eps, groups, add_subset, add_kept, norm_subset
 def _add_norm_inplace(
     x: Tensor, y: Tensor, y_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float, groups: Sequence[int]
 ) -> Tensor:
-    if (kernels := _kernels(x)) is not None and x.is_contiguous():
+    if (kernels := backend.kernels("add_norm", x)) is not None and x.is_contiguous():
         return kernels.add_norm(x, y, y_bias, weight, bias, eps, groups, None, (), None, (), inplace=True)[1]
     x.add_(y)
     if y_bias is not None:
@@ -94,30 +85,30 @@ def _backward(
     rstd: Tensor | None,
     groups: Sequence[int],
     add_subset: Tensor | None,
-    add_kept: Sequence[int],
+    add_counts: Sequence[int],
     norm_subset: Tensor | None,
-    norm_kept: Sequence[int],
+    norm_counts: Sequence[int],
     has_add: bool,
     has_bias: bool,
 ) -> list[Tensor]:
-    if (kernels := _kernels(x)) is not None:
-        arguments = groups, add_subset, add_kept, norm_subset, norm_kept, has_add, has_bias
+    if (kernels := backend.kernels("add_norm", x)) is not None:
+        arguments = groups, add_subset, add_counts, norm_subset, norm_counts, has_add, has_bias
         return kernels.add_norm_backward(grad, grad_normed, x, weight, mean, rstd, *arguments)
     sums = x.new_zeros(3, x.shape[1], dtype=_stats_dtype(x))
     if grad_normed is None or weight is None or mean is None or rstd is None:
         assert grad is not None
         grad_x = grad.clone()
     else:
-        keep = _keep(norm_subset, norm_kept)
+        keep = _keep(norm_subset, norm_counts)
         grad_x, sums[0], sums[1] = sequence_norm_backward(
-            grad_normed.contiguous(), x, weight, mean, rstd, keep, groups, norm_kept
+            grad_normed.contiguous(), x, weight, mean, rstd, keep, groups, norm_counts
         )
         if grad is not None:
             grad_x.add_(grad)
-    keep = _keep(add_subset, add_kept)
+    keep = _keep(add_subset, add_counts)
     grad_y = grad_x.new_empty(0, x.shape[1])
     if has_add and keep is not None:
-        grad_y = sequence_add_backward(grad_x, keep, groups, add_kept)
+        grad_y = sequence_add_backward(grad_x, keep, groups, add_counts)
     if has_bias:
         torch.sum(grad_x if keep is None else grad_y, 0, dtype=sums.dtype, out=sums[2])
     return [grad_x, grad_y, sums]
@@ -125,10 +116,22 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    grad, grad_normed, x, weight, mean, rstd, groups, add_subset, add_kept, norm_subset, norm_kept, has_add, has_bias
+    grad,
+    grad_normed,
+    x,
+    weight,
+    mean,
+    rstd,
+    groups,
+    add_subset,
+    add_counts,
+    norm_subset,
+    norm_counts,
+    has_add,
+    has_bias,
 ):
     subset = has_add and add_subset is not None
-    rows = num_tokens(kept_groups(groups, add_kept)) if subset else 0
+    rows = num_tokens(kept_groups(groups, add_counts)) if subset else 0
     sums = x.new_empty(3, x.shape[1], dtype=_stats_dtype(x))
     return [torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(rows, x.shape[1]), sums]
 
@@ -154,7 +157,7 @@ def _(result, grad, grad_normed, x, _weight, mean, rstd, groups, *rest):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, _, y_bias, weight, bias, _, ctx.groups, add_subset, ctx.add_kept, norm_subset, ctx.norm_kept = inputs
+    _, _, y_bias, weight, bias, _, ctx.groups, add_subset, ctx.add_counts, norm_subset, ctx.norm_counts = inputs
     stream, normed, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd, *(() if weight is not None else (normed,)))
     ctx.save_for_backward(stream, weight, mean, rstd, add_subset, norm_subset)
@@ -166,7 +169,7 @@ def _autograd(ctx, grad: Tensor, grad_normed: Tensor, _mean: Tensor, _rstd: Tens
     y_bias, weight_dtype, bias_dtype = ctx.dtypes
     grad_x, grad_y, sums = add_norm_backward(
         grad, None if weight is None else grad_normed, stream, weight, mean, rstd, ctx.groups, add_subset,
-        ctx.add_kept, norm_subset, ctx.norm_kept, has_bias=y_bias is not None,
+        ctx.add_counts, norm_subset, ctx.norm_counts, has_bias=y_bias is not None,
     )  # fmt: skip
     if grad_y is grad_x:
         grad_y = grad_x.clone()  # results of an op's formula may not be one tensor
@@ -186,9 +189,9 @@ def add_norm(
     eps: float,
     groups: Sequence[int],
     add_subset: Tensor | None = None,
-    add_kept: Sequence[int] = (),
+    add_counts: Sequence[int] = (),
     norm_subset: Tensor | None = None,
-    norm_kept: Sequence[int] = (),
+    norm_counts: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Add a residual branch to a packed stream and apply the LayerNorm of the next branch.
 
@@ -202,10 +205,10 @@ def add_norm(
         weight, bias: scale and shift of the norm [D]; None for both: no norm.
         eps: added to the variance.
         groups: [n0, len0, n1, len1, ...], see ``pera_kernels.packing``.
-        add_subset: int32 [sum(add_kept) + sum(n)], sequences that the branch saw, as ``packing.with_places`` gives
+        add_subset: int32 [sum(add_counts) + sum(n)], sequences that the branch saw, as ``packing.with_places`` gives
             them; None: all.
-        add_kept: how many of each group; ignored if add_subset is None.
-        norm_subset, norm_kept: likewise, for the norm.
+        add_counts: how many of each group; ignored if add_subset is None.
+        norm_subset, norm_counts: likewise, for the norm.
 
     Returns:
         The sum [T, D] and the normalised rows [rows of norm_subset, D] in the dtype of x (no rows without a norm);
@@ -215,10 +218,10 @@ def add_norm(
     Raises:
         ValueError: x, y and groups do not fit together.
     """
-    rows = num_tokens(kept_groups(groups, None if add_subset is None else add_kept))
+    rows = num_tokens(kept_groups(groups, None if add_subset is None else add_counts))
     if x.shape[0] != num_tokens(groups) or y.shape != (rows, x.shape[1]):
         raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} do not hold the tokens of groups {list(groups)}")
-    lists = list(groups), add_subset, list(add_kept), norm_subset, list(norm_kept)
+    lists = list(groups), add_subset, list(add_counts), norm_subset, list(norm_counts)
     return _add_norm(x, y, y_bias, weight, bias, eps, *lists)
 
 
@@ -238,9 +241,9 @@ def add_norm_backward(
     rstd: Tensor | None,
     groups: Sequence[int],
     add_subset: Tensor | None = None,
-    add_kept: Sequence[int] = (),
+    add_counts: Sequence[int] = (),
     norm_subset: Tensor | None = None,
-    norm_kept: Sequence[int] = (),
+    norm_counts: Sequence[int] = (),
     has_add: bool = True,
     has_bias: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,6 +260,6 @@ def add_norm_backward(
         grad_x [T, D]; grad_y [rows of add_subset, D], which is grad_x itself if the branch saw all sequences; sums
         [3, D], float32 (float64 for float64): gradients of weight, bias and y_bias, zero where there is none.
     """
-    lists = list(groups), add_subset, list(add_kept), norm_subset, list(norm_kept)
+    lists = list(groups), add_subset, list(add_counts), norm_subset, list(norm_counts)
     grad_x, grad_y, sums = _backward(grad, grad_normed, x, weight, mean, rstd, *lists, has_add, has_add and has_bias)
     return grad_x, grad_x if has_add and add_subset is None else grad_y, sums

@@ -18,9 +18,9 @@ def add_norm(
     eps: float,
     groups: Sequence[int],
     add_keep: Tensor | None = None,
-    add_kept: Sequence[int] = (),
+    add_counts: Sequence[int] = (),
     norm_keep: Tensor | None = None,
-    norm_kept: Sequence[int] = (),
+    norm_counts: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """See ``pera_kernels.add_norm``; differentiable in x, y, y_bias, weight and bias. Subsets come without places.
 
@@ -31,9 +31,9 @@ def add_norm(
         branch = y.to(wide.dtype)
         if y_bias is not None:
             branch = branch + y_bias.to(wide.dtype)
-        assert branch.shape[0] == num_tokens(kept_groups(groups, None if add_keep is None else add_kept))
-        wide = sequence_add(wide, branch, add_keep, groups, add_kept)
+        assert branch.shape[0] == num_tokens(kept_groups(groups, None if add_keep is None else add_counts))
+        wide = sequence_add(wide, branch, add_keep, groups, add_counts)
     stream = wide.to(x.dtype)
     if weight is None or bias is None:
         return stream, stream.new_empty(0, stream.shape[1])
-    return stream, sequence_norm(stream, weight, bias, eps, norm_keep, groups, norm_kept)
+    return stream, sequence_norm(stream, weight, bias, eps, norm_keep, groups, norm_counts)

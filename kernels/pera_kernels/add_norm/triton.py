@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import packed_triton as packed
 from ..aot import Variant
 from ..launching import on_their_device
-from ..packed_triton import Pair, group_pairs, why_not
+from ..packed_triton import Pair, group_pairs
 from ..packing import kept_groups, num_tokens
 from ..partial_sums.triton import add_up
 from ..sequence_norm.triton import MAX_DIM
@@ -26,7 +27,7 @@ BACKWARD_ROWS, BACKWARD_WARPS = 1, 2
 BACKWARD_PROGRAMS = 6  # per multiprocessor: what its registers hold at once; more would run one after the other
 STAGES = 1  # of the backward loop: other programs' loads are on their way while one sums
 
-__all__ = ["VARIANTS", "add_norm", "add_norm_backward", "takes"]
+__all__ = ["VARIANTS", "add_norm", "add_norm_backward", "why_not"]
 
 
 @triton.jit
@@ -173,10 +174,10 @@ def add_norm_bwd_kernel(
             if ADD_SUBSET:
                 target, has_y = branch_row(row, inside, add_place_ptr, add_kept0, n0, len0, len1, ADD_SUBSET)
                 branch *= tl.where(row < n0 * len0, scale0, scale1)[:, None]
-                kept = has_y[:, None] & (cols < D)
-                branch = tl.where(kept, branch, 0.0)
+                stored = has_y[:, None] & (cols < D)
+                branch = tl.where(stored, branch, 0.0)
                 place = grad_y_ptr + target[:, None] * D + cols
-                tl.store(place, branch.to(grad_y_ptr.dtype.element_ty), mask=kept)
+                tl.store(place, branch.to(grad_y_ptr.dtype.element_ty), mask=stored)
             if HAS_BIAS:
                 sum_branch += branch
     out = sums_ptr + program.to(tl.int64) * D + tl.arange(0, BLOCK_D)
@@ -188,9 +189,11 @@ def add_norm_bwd_kernel(
         tl.store(out + 2 * sums_stride, tl.sum(sum_branch, 0), mask=written)
 
 
-def takes(x: Tensor) -> bool:
-    """Whether these kernels take a stream."""
-    return why_not(x) is None and x.shape[1] <= MAX_DIM
+def why_not(x: Tensor) -> str | None:
+    """Why these kernels cannot take a stream, or None."""
+    if x.shape[1] > MAX_DIM:
+        return f"a row of {x.shape[1]} values does not fit one block (at most {MAX_DIM})"
+    return packed.why_not(x)
 
 
 @dataclass(frozen=True)
@@ -204,18 +207,18 @@ class _Launch:
 
 
 def _launches(
-    groups: Sequence[int], add_kept: Sequence[int] | None, norm_kept: Sequence[int] | None
+    groups: Sequence[int], add_counts: Sequence[int] | None, norm_counts: Sequence[int] | None
 ) -> Iterator[_Launch]:
     first = 0
-    for add, norm in zip(group_pairs(groups, add_kept), group_pairs(groups, norm_kept), strict=True):
-        scales = [n / k if k else 0.0 for n, k in zip(add.n, add.kept, strict=True)]
-        yield _Launch(add, norm, first, (add.n[0], *add.length, add.kept[0], *scales, norm.kept[0]))
+    for add, norm in zip(group_pairs(groups, add_counts), group_pairs(groups, norm_counts), strict=True):
+        scales = [n / k if k else 0.0 for n, k in zip(add.n, add.kept_counts, strict=True)]
+        yield _Launch(add, norm, first, (add.n[0], *add.length, add.kept_counts[0], *scales, norm.kept_counts[0]))
         first += sum(add.n)
 
 
-def _places(subset: Tensor | None, kept: Sequence[int], x: Tensor) -> Tensor:
+def _places(subset: Tensor | None, kept_counts: Sequence[int], x: Tensor) -> Tensor:
     """The places of a subset; any tensor where there is none."""
-    return x if subset is None else subset[sum(kept) :]
+    return x if subset is None else subset[sum(kept_counts) :]
 
 
 @on_their_device
@@ -228,24 +231,24 @@ def add_norm(
     eps: float,
     groups: Sequence[int],
     add_subset: Tensor | None,
-    add_kept: Sequence[int],
+    add_counts: Sequence[int],
     norm_subset: Tensor | None,
-    norm_kept: Sequence[int],
+    norm_counts: Sequence[int],
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Forward: the sum (T, D), which is x if ``inplace``, the normalised rows (Rn, D), mean and rstd (Rn,) float32."""
     x, y, dim = x.contiguous(), y.contiguous(), x.shape[1]
-    add_kept_or_all = None if add_subset is None else add_kept
-    norm_kept_or_all = None if norm_subset is None else norm_kept
-    normed_rows = 0 if weight is None else num_tokens(kept_groups(groups, norm_kept_or_all))
+    add_counts_or_all = None if add_subset is None else add_counts
+    norm_counts_or_all = None if norm_subset is None else norm_counts
+    normed_rows = 0 if weight is None else num_tokens(kept_groups(groups, norm_counts_or_all))
     out = x if inplace else torch.empty_like(x)
     normed = x.new_empty(normed_rows, dim)
     mean, rstd = (x.new_empty(0 if inplace else normed_rows, dtype=torch.float32) for _ in range(2))
-    add_place, norm_place = _places(add_subset, add_kept, x), _places(norm_subset, norm_kept, x)
+    add_place, norm_place = _places(add_subset, add_counts, x), _places(norm_subset, norm_counts, x)
     constants = _forward_constants(
         dim, y_bias is not None, add_subset is not None, norm_subset is not None, weight is not None, not inplace
     )
-    for at in _launches(groups, add_kept_or_all, norm_kept_or_all):
+    for at in _launches(groups, add_counts_or_all, norm_counts_or_all):
         if rows := at.add.tokens:
             add_norm_fwd_kernel[(triton.cdiv(rows, constants["BLOCK_R"]),)](
                 x[at.add.stream :], y[at.add.row :], x if y_bias is None else y_bias,
@@ -276,9 +279,9 @@ def add_norm_backward(
     rstd: Tensor | None,  # (Rn,) float32
     groups: Sequence[int],
     add_subset: Tensor | None,
-    add_kept: Sequence[int],
+    add_counts: Sequence[int],
     norm_subset: Tensor | None,
-    norm_kept: Sequence[int],
+    norm_counts: Sequence[int],
     has_add: bool,
     has_bias: bool,
 ) -> list[Tensor]:
@@ -286,19 +289,19 @@ def add_norm_backward(
     grad = None if grad is None else grad.contiguous()
     grad_normed = None if grad_normed is None else grad_normed.contiguous()
     x, dim = x.contiguous(), x.shape[1]
-    add_kept_or_all = None if add_subset is None or not has_add else add_kept
-    norm_kept_or_all = None if norm_subset is None else norm_kept
+    add_counts_or_all = None if add_subset is None or not has_add else add_counts
+    norm_counts_or_all = None if norm_subset is None else norm_counts
     grad_x = torch.empty_like(x)
-    branch_rows = num_tokens(kept_groups(groups, add_kept_or_all)) if has_add and add_subset is not None else 0
+    branch_rows = num_tokens(kept_groups(groups, add_counts_or_all)) if has_add and add_subset is not None else 0
     grad_y = x.new_empty(branch_rows, dim)
     has_norm = grad_normed is not None
     constants = _backward_constants(
         dim, grad is not None, has_add, has_bias, add_subset is not None and has_add, norm_subset is not None, has_norm
     )
-    launches = [at for at in _launches(groups, add_kept_or_all, norm_kept_or_all) if at.add.tokens]
+    launches = [at for at in _launches(groups, add_counts_or_all, norm_counts_or_all) if at.add.tokens]
     counts = [min(triton.cdiv(at.add.tokens, constants["BLOCK_R"]), _programs(x.device)) for at in launches]
     sums = torch.empty(3, sum(counts), dim, dtype=torch.float32, device=x.device)
-    add_place, norm_place = _places(add_subset, add_kept, x), _places(norm_subset, norm_kept, x)
+    add_place, norm_place = _places(add_subset, add_counts, x), _places(norm_subset, norm_counts, x)
     warps, done = _warps(constants["BLOCK_D"], BACKWARD_WARPS), 0
     for at, count in zip(launches, counts, strict=True):
         add_norm_bwd_kernel[(count,)](

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import products
+from .arguments import Arguments, Network, Statistics
 from .weight_norm import (
     NATIVE,
     Chunk,
@@ -25,9 +26,8 @@ from .weight_norm import (
 class _Logits:
     """Products of rows with the chunks of one prototype matrix, in a reused buffer."""
 
-    def __init__(
-        self, rows: Tensor, v: Tensor, g: Tensor, inverse_norms: Tensor, known: bool, size: int, native: bool
-    ) -> None:
+    def __init__(self, network: Network, inverse_norms: Tensor, known: bool, size: int, native: bool) -> None:
+        rows, v, g = network
         accumulate = accumulation_dtype(rows.dtype)
         self.dtype = products.product_dtype(rows.dtype, rows.device)
         self.rows = rows.detach().to(self.dtype)  # [N, d]
@@ -91,42 +91,30 @@ class _LogSumExp:
         return torch.stack([self.maximum, self.total], 1)
 
 
-def forward(
-    student_rows: Tensor,
-    student_v: Tensor,
-    student_g: Tensor,
-    teacher_rows: Tensor,
-    teacher_v: Tensor,
-    teacher_g: Tensor,
-    center: Tensor,
-    student_temp: float,
-    teacher_temp: float,
-    native: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss [N]; log-sum-exps of student and teacher [N, 2]: maximum and sum of exp(z - maximum); 1 / ||v|| [2, K].
-
-    Arguments as ``distillation_loss`` takes them; native: with the passes of the native library.
-    """
-    n, k = student_rows.shape[0], student_v.shape[0]
-    dtype = accumulation_dtype(student_rows.dtype)
+def forward(arguments: Arguments, native: bool = False) -> tuple[Tensor, Statistics]:
+    """Loss [N], and what the backward needs; native: with the passes of the native library."""
+    (rows, v, _), _, center, student_temp, teacher_temp = arguments
+    n, k = rows.shape[0], v.shape[0]
+    dtype = accumulation_dtype(rows.dtype)
     size = chunk_size(n, k)
-    inverse_norms = torch.empty(2, k, dtype=dtype, device=student_v.device)
-    student = _Logits(student_rows, student_v, student_g, inverse_norms[0], False, size, native)
-    teacher = _Logits(teacher_rows, teacher_v, teacher_g, inverse_norms[1], False, size, native)
+    inverse_norms = torch.empty(2, k, dtype=dtype, device=v.device)
+    student = _Logits(arguments.student, inverse_norms[0], False, size, native)
+    teacher = _Logits(arguments.teacher, inverse_norms[1], False, size, native)
     teacher.narrow = student.narrow  # each is read as soon as it is written
     if native:
-        return *_native_forward(student, teacher, center, student_temp, teacher_temp), inverse_norms
-    student_lse, teacher_lse = _LogSumExp(student_rows, dtype), _LogSumExp(student_rows, dtype)
+        loss, student_lse, teacher_lse = _native_forward(student, teacher, center, student_temp, teacher_temp)
+        return loss, Statistics(student_lse, teacher_lse, inverse_norms)
+    student_sums, teacher_sums = _LogSumExp(rows, dtype), _LogSumExp(rows, dtype)
     # Running sum over prototypes of exp(teacher - maximum) * student: the cross term of the loss, not yet normalised.
-    cross = torch.zeros(n, dtype=dtype, device=student_rows.device)
+    cross = torch.zeros(n, dtype=dtype, device=rows.device)
     for (chunk, s), (teacher_chunk, t) in zip(student, teacher, strict=True):
         t.mul_(teacher_chunk.scale / teacher_temp).sub_(center[chunk.rows].to(dtype) / teacher_temp)
-        weights, rescale = teacher_lse.exp_(t)
+        weights, rescale = teacher_sums.exp_(t)
         s.mul_(chunk.scale / student_temp)
         cross.mul_(rescale).add_(weights.mul_(s).sum(1))
-        student_lse.exp_(s)
-    loss = student_lse.value() - cross / teacher_lse.total
-    return loss, student_lse.parts(), teacher_lse.parts(), inverse_norms
+        student_sums.exp_(s)
+    loss = student_sums.value() - cross / teacher_sums.total
+    return loss, Statistics(student_sums.parts(), teacher_sums.parts(), inverse_norms)
 
 
 def _native_forward(
@@ -144,18 +132,8 @@ def _native_forward(
 
 def backward(
     grad: Tensor,
-    student_rows: Tensor,
-    student_v: Tensor,
-    student_g: Tensor,
-    teacher_rows: Tensor,
-    teacher_v: Tensor,
-    teacher_g: Tensor,
-    center: Tensor,
-    student_lse: Tensor,
-    teacher_lse: Tensor,
-    inverse_norms: Tensor,
-    student_temp: float,
-    teacher_temp: float,
+    arguments: Arguments,
+    statistics: Statistics,
     need_rows: bool = True,
     need_prototypes: bool = True,
     native: bool = False,
@@ -166,20 +144,20 @@ def backward(
     A gradient that is not needed has no elements; its product and its passes are left out. ``other`` is a gradient of
     the student's effective prototypes from elsewhere, which those of v and g are to hold as well.
     """
-    n, k = student_rows.shape[0], student_v.shape[0]
-    dtype = accumulation_dtype(student_rows.dtype)
+    rows, v, g = arguments.student
+    n, k = rows.shape[0], v.shape[0]
+    dtype = accumulation_dtype(rows.dtype)
     size = chunk_size(n, k)
-    student = _Logits(student_rows, student_v, student_g, inverse_norms[0], True, size, native)
-    teacher = _Logits(teacher_rows, teacher_v, teacher_g, inverse_norms[1], True, size, native)
+    student = _Logits(arguments.student, statistics.inverse_norms[0], True, size, native)
+    teacher = _Logits(arguments.teacher, statistics.inverse_norms[1], True, size, native)
     teacher.narrow = student.narrow  # each is read as soon as it is written
-    differentiate = (_NativeGradient if native else _Gradient)(
-        grad.to(dtype) / student_temp, center, student_lse, teacher_lse, student_temp, teacher_temp, size
-    )
-    grad_rows = torch.zeros(student_rows.shape if need_rows else 0, dtype=dtype, device=student_rows.device)
-    grad_v, grad_g = student_v.new_empty(0), student_g.new_empty(0)
+    upstream = grad.to(dtype) / arguments.student_temp
+    differentiate = (_NativeGradient if native else _Gradient)(upstream, arguments, statistics, size)
+    grad_rows = torch.zeros(rows.shape if need_rows else 0, dtype=dtype, device=rows.device)
+    grad_v, grad_g = v.new_empty(0), g.new_empty(0)
     if need_prototypes:
-        grad_v = torch.empty(student_v.shape, dtype=student_v.dtype, device=student_v.device)
-        grad_g = torch.empty(student_g.shape, dtype=student_g.dtype, device=student_g.device)
+        grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        grad_g = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     factors = student.rows if other is None else torch.cat([student.rows, other.rows])
     for (chunk, s), (teacher_chunk, t) in zip(student, teacher, strict=True):
         dz, along = differentiate(chunk, s, teacher_chunk, t)
@@ -190,11 +168,11 @@ def backward(
             grad_rows.add_(torch.mm(dz, chunk.direction))
         if need_prototypes:
             if other is not None:
-                other_dz, other_along = other.at(chunk, student_g[chunk.rows].detach())
+                other_dz, other_along = other.at(chunk, g[chunk.rows].detach())
                 dz, along = torch.cat([dz, other_dz]), along + other_along
             grad_g[chunk.rows, 0] = along.to(grad_g.dtype)
-            write_grad_v(grad_v[chunk.rows], dz, factors, student_v[chunk.rows].detach(), along, chunk)
-    return grad_rows.to(student_rows.dtype), grad_v, grad_g
+            write_grad_v(grad_v[chunk.rows], dz, factors, v[chunk.rows].detach(), along, chunk)
+    return grad_rows.to(rows.dtype), grad_v, grad_g
 
 
 class _Gradient:
@@ -207,14 +185,12 @@ class _Gradient:
     def __init__(
         self,
         upstream: Tensor,  # [N], over the student's temperature
-        center: Tensor,  # [K]
-        student_lse: Tensor,  # [N, 2]
-        teacher_lse: Tensor,  # [N, 2]
-        student_temp: float,
-        teacher_temp: float,
+        arguments: Arguments,
+        statistics: Statistics,
         size: int,
     ) -> None:
-        self.center, self.student_temp, self.teacher_temp = center, student_temp, teacher_temp
+        _, _, self.center, self.student_temp, self.teacher_temp = arguments
+        student_lse, teacher_lse, _ = statistics
         self.student_max, self.student_factor = student_lse[:, :1], upstream[:, None] / student_lse[:, 1:]
         self.teacher_max, self.teacher_factor = teacher_lse[:, :1], upstream[:, None] / teacher_lse[:, 1:]
         self.spare = _Buffer(upstream, size, upstream.dtype)
@@ -232,18 +208,10 @@ class _Gradient:
 class _NativeGradient:
     """As ``_Gradient``, in one native pass."""
 
-    def __init__(
-        self,
-        upstream: Tensor,
-        center: Tensor,
-        student_lse: Tensor,
-        teacher_lse: Tensor,
-        student_temp: float,
-        teacher_temp: float,
-        size: int,
-    ) -> None:
-        self.center, self.temps, self.upstream = center, (student_temp, teacher_temp), upstream.contiguous()
-        self.statistics = torch.cat([student_lse, teacher_lse], 1)
+    def __init__(self, upstream: Tensor, arguments: Arguments, statistics: Statistics, size: int) -> None:
+        _, _, self.center, *self.temps = arguments
+        self.upstream = upstream.contiguous()
+        self.statistics = torch.cat([statistics.student_lse, statistics.teacher_lse], 1)
 
     def __call__(self, chunk: Chunk, s: Tensor, teacher_chunk: Chunk, t: Tensor) -> tuple[Tensor, Tensor]:
         scales = chunk.scale, teacher_chunk.scale, self.center[chunk.rows]

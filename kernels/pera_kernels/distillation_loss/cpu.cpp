@@ -74,21 +74,6 @@ inline void store(T* out, float x) {
   }
 }
 
-// Calls run(T()) with the C++ type of a dtype.
-template <typename Run>
-void dispatch(ScalarType dtype, const Run& run) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return run(float());
-    case ScalarType::BFloat16:
-      return run(BFloat16());
-    case ScalarType::Half:
-      return run(Half());
-    default:
-      check_value(false, "need float32, bfloat16 or float16, got ", dtype);
-  }
-}
-
 // Sum of kLanes values, which it overwrites; halves onto halves, as one after the other costs a row more than its products.
 inline float sum_lanes(float* lanes) {
   for (int64_t width = kLanes / 2; width > 0; width /= 2) {
@@ -231,7 +216,7 @@ void distillation_forward_(
   check_value(center.numel() == count, "center must have ", count, " values");
   const Scales scales(student_scale, teacher_scale, center, student_temp, teacher_temp);
   float* out = statistics.mutable_data_ptr<float>();
-  dispatch(student.scalar_type(), [&]<typename T>(T) {
+  dispatch(student.scalar_type(), "distillation_forward_", [&]<typename T>(T) {
     const T* s = student.const_data_ptr<T>();
     const T* t = teacher.const_data_ptr<T>();
     parallel_for(0, student.size(0), 1, [&](int64_t begin, int64_t end) {
@@ -304,7 +289,7 @@ Tensor distillation_backward_(
   const float* up = upstream.const_data_ptr<float>();
   const volatile float opaque = 0.0f;
   const float zero = opaque;
-  dispatch(student.scalar_type(), [&]<typename T>(T) {
+  dispatch(student.scalar_type(), "distillation_backward_", [&]<typename T>(T) {
     T* s = student.mutable_data_ptr<T>();
     const T* t = teacher.const_data_ptr<T>();
     parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
@@ -339,9 +324,9 @@ std::tuple<Tensor, Tensor> weight_norm(
   if (direction) {
     check_matrix(*direction, v.sizes());
   }
-  dispatch(v.scalar_type(), [&]<typename V>(V) {
+  dispatch(v.scalar_type(), "weight_norm", [&]<typename V>(V) {
     const V* rows = v.const_data_ptr<V>();
-    dispatch(direction ? direction->scalar_type() : ScalarType::Float, [&]<typename D>(D) {
+    dispatch(direction ? direction->scalar_type() : ScalarType::Float, "weight_norm", [&]<typename D>(D) {
       D* out = direction ? direction->mutable_data_ptr<D>() : nullptr;
       parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; ++k) {
@@ -379,10 +364,10 @@ void weight_norm_backward_(
   check_value(out.scalar_type() == v.scalar_type(), "the gradient must have v's dtype");
   check_vector(inverse_norm, count);
   const float* inverse = inverse_norm.const_data_ptr<float>();
-  dispatch(v.scalar_type(), [&]<typename V>(V) {
+  dispatch(v.scalar_type(), "weight_norm_backward_", [&]<typename V>(V) {
     const V* rows = v.const_data_ptr<V>();
     V* result = out.mutable_data_ptr<V>();
-    dispatch(products.scalar_type(), [&]<typename P>(P) {
+    dispatch(products.scalar_type(), "weight_norm_backward_", [&]<typename P>(P) {
       const P* from = products.const_data_ptr<P>();
       parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; ++k) {

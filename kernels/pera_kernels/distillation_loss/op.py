@@ -8,6 +8,7 @@ from torch import Tensor
 from pera_kernels import backend, cost
 
 from . import chunked, reference
+from .arguments import Arguments, Statistics
 from .weight_norm import NATIVE_NAMES, accumulation_dtype, check_prototypes, runs_native
 
 backend.register("distillation_loss", "triton", available=backend.needs_triton)
@@ -15,27 +16,26 @@ backend.register("distillation_loss", "native", available=backend.needs_native(*
 backend.register("distillation_loss", "chunked")
 
 
-def implementation(student_rows: Tensor, student_v: Tensor, student_g: Tensor, teacher_v: Tensor, teacher_g: Tensor):
+def implementation(arguments: Arguments):
     """forward and backward of the implementation that runs; where it does not take these dtypes, of the next one."""
-    tensors = student_rows, student_v, student_g, teacher_v, teacher_g
-    match backend.choose("distillation_loss", student_rows.device):
+    match backend.choose("distillation_loss", arguments.student.rows.device):
         case "triton":
             from . import triton
 
-            if triton.why_not(*tensors) is None:
+            if triton.why_not(*arguments.multiplied) is None:
                 return triton.forward, triton.backward
         case "native":
-            if runs_native(*tensors):
+            if runs_native(*arguments.multiplied):
                 return partial(chunked.forward, native=True), partial(chunked.backward, native=True)
     return chunked.forward, chunked.backward
 
 
-def forward_with_weights(*tensors: Tensor):
+def forward_with_weights(arguments: Arguments):
     """The forward that also returns both networks' effective prototypes, where it makes them all; None elsewhere."""
-    if backend.choose("distillation_loss", tensors[0].device) == "triton":
+    if backend.choose("distillation_loss", arguments.student.rows.device) == "triton":
         from . import triton
 
-        if triton.why_not(*tensors) is None:
+        if triton.why_not(*arguments.multiplied) is None:
             return triton.forward_with_weights
     return None
 
@@ -52,14 +52,16 @@ def _forward(
     student_temp: float,
     teacher_temp: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    forward, _ = implementation(student_rows, student_v, student_g, teacher_v, teacher_g)
-    return forward(
+    arguments = Arguments.of(
         student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp
     )
+    forward, _ = implementation(arguments)
+    loss, (student_lse, teacher_lse, inverse_norms) = forward(arguments)
+    return loss, student_lse, teacher_lse, inverse_norms
 
 
 @_forward.register_fake
-def _(student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp):
+def _(student_rows, student_v, *_rest):
     loss = student_rows.new_empty(student_rows.shape[0], dtype=accumulation_dtype(student_rows.dtype))
     lse = loss.new_empty(loss.shape[0], 2)
     return loss, lse, torch.empty_like(lse), loss.new_empty(2, student_v.shape[0])
@@ -83,30 +85,17 @@ def _backward(
     need_rows: bool,
     need_prototypes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _, backward = implementation(student_rows, student_v, student_g, teacher_v, teacher_g)
-    student, teacher = (student_rows, student_v, student_g), (teacher_rows, teacher_v, teacher_g)
-    constants = center, student_lse, teacher_lse, inverse_norms, student_temp, teacher_temp
-    return backward(grad, *student, *teacher, *constants, need_rows, need_prototypes)
+    arguments = Arguments.of(
+        student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp
+    )
+    _, backward = implementation(arguments)
+    statistics = Statistics(student_lse, teacher_lse, inverse_norms)
+    return backward(grad, arguments, statistics, need_rows, need_prototypes)
 
 
 @_backward.register_fake
-def _(
-    grad,
-    student_rows,
-    student_v,
-    student_g,
-    teacher_rows,
-    teacher_v,
-    teacher_g,
-    center,
-    student_lse,
-    teacher_lse,
-    inverse_norms,
-    student_temp,
-    teacher_temp,
-    need_rows,
-    need_prototypes,
-):
+def _(_grad, student_rows, student_v, student_g, *rest):
+    need_rows, need_prototypes = rest[-2:]
     return (
         student_rows.new_empty(student_rows.shape if need_rows else 0),
         student_v.new_empty(student_v.shape if need_prototypes else 0),
@@ -173,28 +162,29 @@ def distillation_loss(
     Raises:
         TypeError, ValueError: an argument of another type or shape; the message names it.
     """
-    check(student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp)
     arguments = (student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center)
+    check(Arguments.of(*arguments, student_temp, teacher_temp))
     if not torch.compiler.is_compiling() and backend.choose("distillation_loss", student_rows.device) == "reference":
         return reference.distillation_loss(*arguments, student_temp, teacher_temp)
     return _forward(*arguments, student_temp, teacher_temp)[0]
 
 
-def check(student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp):
+def check(arguments: Arguments) -> None:
     """Raises TypeError or ValueError, naming the argument, unless they are what ``distillation_loss`` takes."""
-    check_prototypes(student_v, student_g, "student_")
-    check_prototypes(teacher_v, teacher_g, "teacher_")
-    for name, rows, v in (("student", student_rows, student_v), ("teacher", teacher_rows, teacher_v)):
+    student, teacher, center, student_temp, teacher_temp = arguments
+    check_prototypes(student.v, student.g, "student_")
+    check_prototypes(teacher.v, teacher.g, "teacher_")
+    for name, (rows, v, _) in (("student", student), ("teacher", teacher)):
         if not rows.is_floating_point():
             raise TypeError(f"{name}_rows must be floating point, got {rows.dtype}")
         if rows.ndim != 2 or rows.shape[1] != v.shape[1]:
             raise ValueError(f"{name}_rows must be [N, {v.shape[1]}], got {list(rows.shape)}")
-    if teacher_rows.shape[0] != student_rows.shape[0]:
-        raise ValueError(f"{teacher_rows.shape[0]} teacher_rows for {student_rows.shape[0]} student_rows")
-    if teacher_v.shape[0] != student_v.shape[0]:
-        raise ValueError(f"teacher_v has {teacher_v.shape[0]} prototypes, student_v has {student_v.shape[0]}")
-    if tuple(center.shape) != (student_v.shape[0],):
-        raise ValueError(f"center must be [{student_v.shape[0]}], got {list(center.shape)}")
+    if teacher.rows.shape[0] != student.rows.shape[0]:
+        raise ValueError(f"{teacher.rows.shape[0]} teacher_rows for {student.rows.shape[0]} student_rows")
+    if teacher.v.shape[0] != student.v.shape[0]:
+        raise ValueError(f"teacher_v has {teacher.v.shape[0]} prototypes, student_v has {student.v.shape[0]}")
+    if tuple(center.shape) != (student.v.shape[0],):
+        raise ValueError(f"center must be [{student.v.shape[0]}], got {list(center.shape)}")
     for name, value in (("student_temp", student_temp), ("teacher_temp", teacher_temp)):
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")

@@ -10,7 +10,7 @@ from .weight_norm import accumulation_dtype, check_prototypes, chunk_size, chunk
 
 
 @torch.no_grad()
-def sinkhorn_center(rows: Tensor, v: Tensor, g: Tensor, teacher_temp: float, iterations: int = 3) -> Tensor:
+def sinkhorn_center(rows: Tensor, v: Tensor, g: Tensor, teacher_temp: float | Tensor, iterations: int = 3) -> Tensor:
     """The center with which the softmax of the teacher's logits is their Sinkhorn assignment.
 
     Sinkhorn-Knopp makes ``Q[k, n] = u_k exp(z_nk / T) v_n``, alternately with sums of 1/K over samples (u) and of 1/N
@@ -22,7 +22,7 @@ def sinkhorn_center(rows: Tensor, v: Tensor, g: Tensor, teacher_temp: float, ite
         rows: [N, d] teacher bottleneck rows of all crops that are balanced together, N >= 1, any float dtype.
         v: [K, d].
         g: [K, 1].
-        teacher_temp: T > 0.
+        teacher_temp: T > 0, a number or a [] tensor.
         iterations: at least 1; the field uses 3.
 
     Returns:

@@ -23,6 +23,7 @@ from ..aot import Variant
 from ..launching import on_their_device
 from ..products import mm
 from . import weight_norm
+from .arguments import Arguments, Statistics, Weights
 
 MAX_DIM = 4096  # a row of v has to fit one block's registers
 BLOCK = 4096  # logits of a row that one program reduces
@@ -306,36 +307,16 @@ class _Walk:
         return buffer[: self.n * count].view(self.n, count)
 
 
-def forward(
-    student_rows: Tensor,  # (N, d)
-    student_v: Tensor,  # (K, d)
-    student_g: Tensor,  # (K, 1)
-    teacher_rows: Tensor,  # (N, d)
-    teacher_v: Tensor,  # (K, d)
-    teacher_g: Tensor,  # (K, 1)
-    center: Tensor,  # (K,)
-    student_temp: float,
-    teacher_temp: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (N,), log-sum-exps of student and teacher (N, 2), 1 / ||v|| (2, K), as ``chunked.forward``."""
-    return forward_with_weights(
-        student_rows, student_v, student_g, teacher_rows, teacher_v, teacher_g, center, student_temp, teacher_temp
-    )[0]
+def forward(arguments: Arguments) -> tuple[Tensor, Statistics]:
+    """Loss (N,), and what the backward needs, as ``chunked.forward``."""
+    return forward_with_weights(arguments)[:2]
 
 
 @on_their_device
-def forward_with_weights(
-    student_rows: Tensor,
-    student_v: Tensor,
-    student_g: Tensor,
-    teacher_rows: Tensor,
-    teacher_v: Tensor,
-    teacher_g: Tensor,
-    center: Tensor,
-    student_temp: float,
-    teacher_temp: float,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+def forward_with_weights(arguments: Arguments) -> tuple[Tensor, Statistics, Weights]:
     """What ``forward`` returns, and W (K, d) of student and teacher, for who needs them again."""
+    (student_rows, student_v, student_g), (teacher_rows, teacher_v, teacher_g) = arguments[:2]
+    center, student_temp, teacher_temp = arguments[2:]
     n, k = student_rows.shape[0], student_v.shape[0]
     walk = _Walk(student_rows, k, 8 * n)
     student, teacher, center = walk.rows(student_rows), walk.rows(teacher_rows), center.contiguous()
@@ -359,33 +340,26 @@ def forward_with_weights(
     distillation_loss_combine_kernel[(n,)](
         partial, loss, student_lse, teacher_lse, n, done, BLOCK=triton.next_power_of_2(done), num_warps=1
     )
-    return (loss, student_lse, teacher_lse, inverse_norms), (student_weights, teacher_weights)
+    return loss, Statistics(student_lse, teacher_lse, inverse_norms), Weights(student_weights, teacher_weights)
 
 
 @on_their_device
 def backward(
     grad: Tensor,  # (N,)
-    student_rows: Tensor,
-    student_v: Tensor,
-    student_g: Tensor,
-    teacher_rows: Tensor,
-    teacher_v: Tensor,
-    teacher_g: Tensor,
-    center: Tensor,
-    student_lse: Tensor,  # (N, 2)
-    teacher_lse: Tensor,  # (N, 2)
-    inverse_norms: Tensor,  # (2, K); the kernels make them again by the way
-    student_temp: float,
-    teacher_temp: float,
+    arguments: Arguments,
+    statistics: Statistics,
     need_rows: bool = True,
     need_prototypes: bool = True,
     other: weight_norm.LowRank | Other | None = None,
-    weights: tuple[Tensor, Tensor] | None = None,
+    weights: Weights | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of student rows, v and g, as ``chunked.backward``; without elements where not needed.
 
     weights: W (K, d) of student and teacher from ``forward_with_weights``; None: they are made again.
     """
+    (student_rows, student_v, student_g), (teacher_rows, teacher_v, teacher_g) = arguments[:2]
+    center, student_temp, teacher_temp = arguments[2:]
+    student_lse, teacher_lse, inverse_norms = statistics
     n, k, dim = student_rows.shape[0], student_v.shape[0], student_rows.shape[1]
     half, device = _half(student_rows), student_rows.device
     walk = _Walk(student_rows, k, (8 + half) * n)
@@ -401,7 +375,8 @@ def backward(
     grad_g = torch.empty(student_g.shape if need_prototypes else 0, dtype=student_g.dtype, device=device)
     if weights is None:
         norms = torch.empty_like(inverse_norms)  # what was saved is not to be written
-        weights = walk.weights(student_v, student_g, norms[0]), walk.weights(teacher_v, teacher_g, norms[1])
+        made = walk.weights(student_v, student_g, norms[0]), walk.weights(teacher_v, teacher_g, norms[1])
+        weights = Weights(*made)
     student_weights, teacher_weights = weights
     more = other if need_prototypes else None
     if isinstance(more, weight_norm.LowRank):

@@ -1,13 +1,11 @@
 """pera::embed_tokens: schema, shapes, gradient."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backend, cost
-from ..packing import HALF_OR_SINGLE
 from ..products import matmul, weight_gradient
 from .reference import embed_tokens as _reference
 
@@ -15,21 +13,11 @@ backend.register("embed_tokens", "triton", available=backend.needs_triton)
 backend.register("embed_tokens", "native", available=backend.needs_native("embed_tokens_pack", "embed_tokens_sums"))
 
 
-def _kernels(rows: Tensor) -> Any:
-    """What has the kernels around the matrix product that take the rows, or None: then PyTorch does it."""
-    name = backend.choose("embed_tokens", rows.device)
-    if name == "triton":
-        from . import triton
-
-        return triton if triton.why_not(rows) is None else None
-    return torch.ops.pera_native if name == "native" and rows.dtype in HALF_OR_SINGLE else None
-
-
 @torch.library.custom_op("pera::embed_tokens", mutates_args=())
 def _embed_tokens(
     rows: list[Tensor], weight: Tensor, bias: Tensor, pos: list[Tensor], cls: Tensor, index: list[Tensor]
 ) -> Tensor:
-    if not rows or (kernels := _kernels(rows[0])) is None:
+    if not rows or (kernels := backend.kernels("embed_tokens", rows[0])) is None:
         return _reference(rows, weight, bias, pos, cls, index)
     parts = [(matmul(x, weight.t()), p, i) for x, p, i in zip(rows, pos, index, strict=True)]
     if kernels is torch.ops.pera_native:
@@ -74,7 +62,7 @@ def _group_gradients(
     grad: Tensor, rows: Tensor, pos: Tensor, index: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of weight, bias and pos from one group."""
-    if (kernels := _kernels(rows)) is not None:
+    if (kernels := backend.kernels("embed_tokens", rows)) is not None:
         grad_patches, grad_bias, grad_pos = kernels.embed_tokens_sums(grad, pos, index)
         return weight_gradient(grad_patches, rows, weight.dtype), grad_bias, grad_pos
     n_seq, n_visible = index.shape

@@ -11,12 +11,8 @@ backend.register("gelu", "pytorch")
 
 
 def _kernels(x: Tensor):
-    """The module with the kernels that take x, or None: then PyTorch does it."""
-    if backend.choose("gelu", x.device) != "triton" or not x.is_contiguous():
-        return None
-    from . import triton
-
-    return triton if triton.why_not(x) is None else None
+    kernels = backend.kernels("gelu", x)
+    return kernels if x.is_contiguous() else None
 
 
 def _sums_dtype(x: Tensor) -> torch.dtype:

@@ -26,15 +26,21 @@ EPS = 1e-8
 TINY = 1e-300  # of float64
 
 
-class Forward(NamedTuple):
-    """What the forward gives: the loss and what the backward needs, all with rows and none with prototypes."""
+class Pairs(NamedTuple):
+    """What the backward needs of each row and its nearest neighbour."""
 
-    loss: Tensor  # [] float32 (float64 for float64 rows)
     norms: Tensor  # [R] float64, ||W x|| before it is clamped
     neighbours: Tensor  # [R] int64, into all rows
     distances: Tensor  # [R] float64
     gram_rows: Tensor  # [R, d] float32 (or 64): G x
     gram_differences: Tensor  # [R, d] the same: G D + eps s, D = x/n - x_nn/n_nn
+
+
+class Forward(NamedTuple):
+    """What the forward gives: the loss and what the backward needs."""
+
+    loss: Tensor  # [] float32 (float64 for float64 rows)
+    pairs: Pairs
     inverse_norms: Tensor  # [K] float32 (or 64): 1 / ||v||
 
 
@@ -47,7 +53,7 @@ def forward(
     rows: Tensor,
     v: Tensor,
     g: Tensor,
-    groups: int,
+    num_crops: int,
     native: bool = False,
     inverse_norms: Tensor | None = None,
     weights: Tensor | None = None,
@@ -69,16 +75,17 @@ def forward(
         mm(weights.t(), weights, gram)
         from . import triton
 
-        if triton.why_not(rows, groups) is None:
-            return triton.forward(rows, gram, total, v.shape[0], groups, inverse_norms)
-        return _from_gram(rows, v.shape[0], gram, total, groups, inverse_norms)
-    return (_gram if prefers_gram(rows) else _streamed)(rows, v, g, groups, inverse_norms, known, native)
+        if triton.why_not(rows, num_crops) is None:
+            return triton.forward(rows, gram, total, v.shape[0], num_crops, inverse_norms)
+        return _from_gram(rows, v.shape[0], gram, total, num_crops, inverse_norms)
+    return (_gram if prefers_gram(rows) else _streamed)(rows, v, g, num_crops, inverse_norms, known, native)
 
 
 def _empty(rows: Tensor, inverse_norms: Tensor) -> Forward:
     dtype = accumulation_dtype(rows.dtype)
     wide, row = rows.new_empty(0, dtype=torch.float64), rows.new_empty(rows.shape, dtype=dtype)
-    return Forward(rows.new_zeros((), dtype=dtype), wide, wide.long(), wide.clone(), row, row.clone(), inverse_norms)
+    pairs = Pairs(wide, wide.long(), wide.clone(), row, row.clone())
+    return Forward(rows.new_zeros((), dtype=dtype), pairs, inverse_norms)
 
 
 def _walk(rows: Tensor, v: Tensor, g: Tensor, width: int, inverse_norms: Tensor, known: bool, native: bool):
@@ -88,7 +95,9 @@ def _walk(rows: Tensor, v: Tensor, g: Tensor, width: int, inverse_norms: Tensor,
     return dtype, chunks(v, g, *shape, native, inverse_norms, known)
 
 
-def _gram(rows: Tensor, v: Tensor, g: Tensor, groups: int, inverse_norms: Tensor, known: bool, native: bool) -> Forward:
+def _gram(
+    rows: Tensor, v: Tensor, g: Tensor, num_crops: int, inverse_norms: Tensor, known: bool, native: bool
+) -> Forward:
     """One walk over the prototypes: G = W'W and s = W'1, 2 K d d FLOPs whatever the batch."""
     dtype, walk = _walk(rows, v, g, min(v.shape[1], MAX_CHUNK), inverse_norms, known, native)
     accumulate = accumulation_dtype(rows.dtype)
@@ -98,27 +107,27 @@ def _gram(rows: Tensor, v: Tensor, g: Tensor, groups: int, inverse_norms: Tensor
         weights = (chunk.direction * chunk.scale[:, None]).to(dtype)
         gram.add_(torch.mm(weights.t(), weights))
         total.add_(weights.sum(0, dtype=accumulate))
-    return _from_gram(rows, v.shape[0], gram, total, groups, inverse_norms)
+    return _from_gram(rows, v.shape[0], gram, total, num_crops, inverse_norms)
 
 
-def _from_gram(rows: Tensor, k: int, gram: Tensor, total: Tensor, groups: int, inverse_norms: Tensor) -> Forward:
+def _from_gram(rows: Tensor, k: int, gram: Tensor, total: Tensor, num_crops: int, inverse_norms: Tensor) -> Forward:
     """The forward from G [d, d] and s [d] of k prototypes."""
     accumulate = accumulation_dtype(rows.dtype)
     x, wide = rows.double(), gram.double()
     gram_rows = x @ wide
     dots = gram_rows @ x.t()
     norms = dots.diagonal().clamp_min(0).sqrt()
-    neighbours = nearest(dots, norms, groups)
+    neighbours = nearest(dots, norms, num_crops)
     differences = normalised_differences(x, norms, neighbours)
     gram_differences = differences @ wide
     # ||W D + eps||^2 = D'GD + 2 eps s'D + K eps^2, of a difference vector: no cancellation.
     squares = (gram_differences * differences).sum(1) + 2 * EPS * (differences @ total.double()) + k * EPS**2
     gram_differences += EPS * total
-    return _finish(norms, neighbours, squares, gram_rows, gram_differences, inverse_norms, groups, accumulate)
+    return _finish(norms, neighbours, squares, gram_rows, gram_differences, inverse_norms, num_crops, accumulate)
 
 
 def _streamed(
-    rows: Tensor, v: Tensor, g: Tensor, groups: int, inverse_norms: Tensor, known: bool, native: bool
+    rows: Tensor, v: Tensor, g: Tensor, num_crops: int, inverse_norms: Tensor, known: bool, native: bool
 ) -> Forward:
     """Two walks with the R rows, 8 R K d FLOPs: one for norms and neighbours, one for the chosen differences."""
     accumulate = accumulation_dtype(rows.dtype)
@@ -131,7 +140,7 @@ def _streamed(
         dots.add_(torch.mm(y, y.t()))
         gram_rows.add_(project_back(y, chunk))
     norms = dots.diagonal().sqrt()
-    neighbours = nearest(dots, norms, groups)
+    neighbours = nearest(dots, norms, num_crops)
     narrow = normalised_differences(x, norms, neighbours).to(dtype)
     squares = torch.zeros_like(norms)
     gram_differences = torch.zeros_like(gram_rows)
@@ -139,7 +148,7 @@ def _streamed(
         y = project(narrow, chunk).add_(EPS)
         squares.add_(y.square().sum(1))
         gram_differences.add_(project_back(y, chunk))
-    return _finish(norms, neighbours, squares, gram_rows, gram_differences, inverse_norms, groups, accumulate)
+    return _finish(norms, neighbours, squares, gram_rows, gram_differences, inverse_norms, num_crops, accumulate)
 
 
 def project(rows: Tensor, chunk: Chunk) -> Tensor:
@@ -152,21 +161,22 @@ def project_back(y: Tensor, chunk: Chunk) -> Tensor:
     return torch.mm(y.mul_(chunk.scale).to(chunk.direction.dtype), chunk.direction)
 
 
-def nearest(dots: Tensor, norms: Tensor, groups: int) -> Tensor:
-    """The row of the same group with the largest dot product of normalised logits; itself if it is alone.
+def nearest(dots: Tensor, norms: Tensor, num_crops: int) -> Tensor:
+    """The row of the same crop with the largest dot product of normalised logits; itself if it is alone.
 
     Args:
-        dots: [R, R] of the logits, all groups.
+        dots: [R, R] of the logits, all crops.
         norms: [R].
 
     Returns:
         int64 [R] into all rows.
     """
     count = dots.shape[0]
-    size = count // groups
+    size = count // num_crops
     scale = norms.clamp_min(EPS).reciprocal()
-    index = torch.arange(groups, device=dots.device)
-    blocks = (dots * scale[:, None] * scale).view(groups, size, groups, size)[index, :, index]  # [groups, size, size]
+    index = torch.arange(num_crops, device=dots.device)
+    shape = num_crops, size, num_crops, size
+    blocks = (dots * scale[:, None] * scale).view(shape)[index, :, index]  # [num_crops, size, size]
     eye = torch.eye(size, dtype=torch.bool, device=dots.device)
     neighbour = blocks.masked_fill(eye, -torch.inf).argmax(2)
     return (neighbour + index[:, None] * size).view(count)
@@ -178,11 +188,11 @@ def normalised_differences(x: Tensor, norms: Tensor, neighbours: Tensor) -> Tens
     return points - points[neighbours]
 
 
-def _finish(norms, neighbours, squares, gram_rows, gram_differences, inverse_norms, groups, accumulate) -> Forward:
+def _finish(norms, neighbours, squares, gram_rows, gram_differences, inverse_norms, num_crops, accumulate) -> Forward:
     distances = squares.clamp_min(0).sqrt()
-    loss = -(distances + EPS).log().sum() / (norms.shape[0] // groups)
+    loss = -(distances + EPS).log().sum() / (norms.shape[0] // num_crops)
     kept = gram_rows.to(accumulate), gram_differences.to(accumulate)
-    return Forward(loss.to(accumulate), norms, neighbours, distances, *kept, inverse_norms)
+    return Forward(loss.to(accumulate), Pairs(norms, neighbours, distances, *kept), inverse_norms)
 
 
 def backward(
@@ -190,49 +200,36 @@ def backward(
     rows: Tensor,
     v: Tensor,
     g: Tensor,
-    norms: Tensor,
-    neighbours: Tensor,
-    distances: Tensor,
-    gram_rows: Tensor,
-    gram_differences: Tensor,
+    pairs: Pairs,
     inverse_norms: Tensor,
-    groups: int,
+    num_crops: int,
     need_prototypes: bool = True,
     native: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows, v and g for the loss's gradient ``grad`` []; the last six tensors are the forward's.
+    """Gradients of rows, v and g for the loss's gradient ``grad`` []; pairs and norms are the forward's.
 
     Those of v and g, the only ones that cost a walk over the prototypes, have no elements if they are not needed.
     """
     none = v.new_empty(0), g.new_empty(0)
     if rows.shape[0] == 0:
         return torch.zeros_like(rows), *((torch.zeros_like(v), torch.zeros_like(g)) if need_prototypes else none)
-    saved = norms, neighbours, distances, gram_rows, gram_differences
-    grad_rows, low_rank = differentiate(grad, rows, *saved, groups)
+    grad_rows, low_rank = differentiate(grad, rows, pairs, num_crops)
     grads = _grad_prototypes(low_rank, rows, v, g, inverse_norms, native) if need_prototypes else none
     return grad_rows.to(rows.dtype), *grads
 
 
-def differentiate(
-    grad: Tensor,
-    rows: Tensor,
-    norms: Tensor,
-    neighbours: Tensor,
-    distances: Tensor,
-    gram_rows: Tensor,
-    gram_differences: Tensor,
-    groups: int,
-) -> tuple[Tensor, LowRank]:
+def differentiate(grad: Tensor, rows: Tensor, pairs: Pairs, num_crops: int) -> tuple[Tensor, LowRank]:
     """Gradients of rows [R, d], float64, and of the effective prototypes W, for the loss's gradient ``grad`` []; R > 0.
 
     dW = W Z' diag(a) Z + 1 t' for Z = [D; x], a = [pull; turn], t = eps sum pull D; returned with about sqrt(|a|) Z for
     Z and a number of the size of 1 for a.
     """
+    norms, neighbours, distances, gram_rows, gram_differences = pairs
     x = rows.double()
     clamped = norms.clamp_min(EPS)
     differences = normalised_differences(x, norms, neighbours)
     # d loss / d (distance^2) * 2: the gradient of W D + eps is `pull` times itself.
-    pull = -grad.double() * groups / rows.shape[0] / ((distances + EPS) * distances)
+    pull = -grad.double() * num_crops / rows.shape[0] / ((distances + EPS) * distances)
     grad_differences = pull[:, None] * gram_differences  # [R, d]
     # Back to the neighbours by a product with a 0/1 matrix: index_add_ is not deterministic on a GPU.
     chosen = neighbours[None, :] == torch.arange(rows.shape[0], device=rows.device)[:, None]

@@ -27,18 +27,18 @@ def nearest_neighbour_entropy(points: Tensor) -> Tensor:
     return -((points - points[neighbour] + EPS).norm(dim=1) + EPS).log().mean()
 
 
-def koleo(rows: Tensor, v: Tensor, g: Tensor, groups: int) -> Tensor:
-    """KoLeo of the prototype logits of each group, summed over groups.
+def koleo(rows: Tensor, v: Tensor, g: Tensor, num_crops: int) -> Tensor:
+    """KoLeo of the prototype logits of each crop, summed over crops.
 
     Args:
-        rows: [groups * B, d]; the product with the prototypes runs in their dtype.
+        rows: [num_crops * B, d]; the product with the prototypes runs in their dtype.
         v: [K, d].
         g: [K, 1].
-        groups: number of equal groups (global crops), in order.
+        num_crops: number of global crops, of equally many rows, in order.
 
     Returns:
         scalar float32 (float64 for float64 rows).
     """
     logits = rows @ effective_prototypes(v, g).to(rows.dtype).t()
     logits = logits.to(torch.promote_types(rows.dtype, torch.float32))
-    return torch.stack([nearest_neighbour_entropy(part) for part in logits.chunk(groups)]).sum()
+    return torch.stack([nearest_neighbour_entropy(part) for part in logits.chunk(num_crops)]).sum()

@@ -19,7 +19,7 @@ from ..launching import on_their_device
 from . import gram as plain
 
 MAX_DIM = 2048  # a row in float64 has to fit one block's registers
-MAX_GROUP = 4096  # rows of a group, likewise
+MAX_ROWS = 4096  # rows of a crop, likewise
 TILE = 4  # rows that one iteration of koleo_bwd_kernel looks through; more of them spill on some cards
 BLOCK_ROWS = 128
 NUM_WARPS = 4
@@ -41,7 +41,7 @@ def koleo_neighbours_kernel(
     neighbours_ptr,  # (R,) int64
     differences_ptr,  # (R, D) float64
     rows,
-    size,  # rows of a group
+    size,  # rows of a crop
     D: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -56,7 +56,7 @@ def koleo_neighbours_kernel(
     length = _at_least(norm, EPS)
     cosines = tl.load(dots_ptr + row * rows + other, mask=inside, other=0.0) / length / _at_least(lengths, EPS)
     cosines = tl.where(inside & (other != row), cosines, float("-inf"))
-    # A row alone in its group is its own neighbour; where all is NaN any row of the group will do.
+    # A row alone in its crop is its own neighbour; where all is NaN any row of the crop will do.
     neighbour = first + tl.minimum(tl.argmax(cosines, 0), size - 1)
     other_length = _at_least(tl.sqrt(_at_least(tl.load(dots_ptr + neighbour * (rows + 1)), 0.0)), EPS)
     cols = tl.arange(0, BLOCK_D)
@@ -181,14 +181,14 @@ def koleo_matrix_kernel(
     tl.store(scale_ptr, scale, mask=row == 0)
 
 
-def why_not(rows: Tensor, groups: int) -> str | None:
-    """Why these kernels cannot take rows [R, d] in so many groups, or None."""
+def why_not(rows: Tensor, num_crops: int) -> str | None:
+    """Why these kernels cannot take rows [R, d] of so many crops, or None."""
     if rows.dtype == torch.float64:
         return "float64 runs in PyTorch only"
     if rows.shape[0] == 0 or rows.shape[1] == 0:
         return "there is nothing to launch for"
-    if rows.shape[1] > MAX_DIM or rows.shape[0] // groups > MAX_GROUP:
-        return f"rows of more than {MAX_DIM} values or groups of more than {MAX_GROUP} rows do not fit one block"
+    if rows.shape[1] > MAX_DIM or rows.shape[0] // num_crops > MAX_ROWS:
+        return f"rows of more than {MAX_DIM} values or crops of more than {MAX_ROWS} rows do not fit one block"
     return None
 
 
@@ -198,11 +198,11 @@ def _columns(dim: int) -> dict[str, int]:
 
 @on_their_device
 def forward(
-    rows: Tensor, gram: Tensor, total: Tensor, prototypes: int, groups: int, inverse_norms: Tensor
+    rows: Tensor, gram: Tensor, total: Tensor, prototypes: int, num_crops: int, inverse_norms: Tensor
 ) -> plain.Forward:
     """As ``gram``'s forward, from G (d, d) and s (d,), float32, of so many prototypes."""
     rows, (count, dim) = rows.contiguous(), rows.shape
-    size = count // groups
+    size = count // num_crops
     x, wide = rows.double(), gram.double()
     gram_rows = x @ wide
     dots = gram_rows @ x.t()
@@ -219,27 +219,20 @@ def forward(
         prototypes, **_columns(dim), num_warps=NUM_WARPS,
     )  # fmt: skip
     loss = terms.sum().to(kept_rows.dtype)
-    return plain.Forward(loss, norms, neighbours, distances, kept_rows, kept_differences, inverse_norms)
+    pairs = plain.Pairs(norms, neighbours, distances, kept_rows, kept_differences)
+    return plain.Forward(loss, pairs, inverse_norms)
 
 
 @on_their_device
-def differentiate(
-    grad: Tensor,
-    rows: Tensor,
-    norms: Tensor,
-    neighbours: Tensor,
-    distances: Tensor,
-    gram_rows: Tensor,
-    gram_differences: Tensor,
-    groups: int,
-) -> tuple[Tensor, Other]:
+def differentiate(grad: Tensor, rows: Tensor, pairs: plain.Pairs, num_crops: int) -> tuple[Tensor, Other]:
     """As ``gram.differentiate``: the gradient of rows (R, d), in their dtype, and that of W."""
+    gram_rows = pairs.gram_rows
     rows, (count, dim) = rows.contiguous(), rows.shape
     grad_rows = torch.empty_like(rows)
     factor, weighted = (gram_rows.new_empty(2 * count, dim) for _ in range(2))
     koleo_bwd_kernel[(count,)](
-        grad, rows, norms, neighbours, distances, gram_rows, gram_differences, grad_rows, factor, weighted, count,
-        count // groups, **_columns(dim), TILE=TILE, num_warps=NUM_WARPS,
+        grad, rows, *pairs, grad_rows, factor, weighted, count, count // num_crops,
+        **_columns(dim), TILE=TILE, num_warps=NUM_WARPS,
     )  # fmt: skip
     matrix = weighted.t() @ factor
     narrow = torch.empty_like(matrix, dtype=products.product_dtype(rows.dtype, rows.device))

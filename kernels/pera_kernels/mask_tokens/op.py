@@ -1,31 +1,18 @@
 """pera::mask_tokens: schema, shapes, gradient."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .. import backend, cost
-from ..packing import HALF_OR_SINGLE
 from .reference import mask_tokens as _reference
 
 backend.register("mask_tokens", "triton", available=backend.needs_triton)
 backend.register("mask_tokens", "native", available=backend.needs_native("mask_tokens", "mask_tokens_backward"))
 
 
-def _kernels(tokens: Tensor) -> Any:
-    """What has the kernels that take the tokens, or None: then PyTorch does it."""
-    name = backend.choose("mask_tokens", tokens.device)
-    if name == "triton":
-        from . import triton
-
-        return triton if triton.why_not(tokens) is None else None
-    return torch.ops.pera_native if name == "native" and tokens.dtype in HALF_OR_SINGLE else None
-
-
 @torch.library.custom_op("pera::mask_tokens", mutates_args=())
 def _mask_tokens(tokens: Tensor, mask_token: Tensor, pos: Tensor, index: Tensor, rest: int) -> Tensor:
-    kernels = _kernels(tokens)
+    kernels = backend.kernels("mask_tokens", tokens)
     if kernels is None:
         return _reference(tokens, mask_token, pos, index, rest)
     if kernels is not torch.ops.pera_native:
@@ -42,7 +29,7 @@ def _(tokens: Tensor, mask_token: Tensor, pos: Tensor, index: Tensor, rest: int)
 
 @torch.library.custom_op("pera::mask_tokens_backward", mutates_args=())
 def _backward(grad: Tensor, pos: Tensor, index: Tensor, rest: int) -> list[Tensor]:
-    kernels = _kernels(grad)
+    kernels = backend.kernels("mask_tokens", grad)
     if kernels is not None and kernels is not torch.ops.pera_native:
         return list(kernels.mask_tokens_backward(grad, pos, index, rest))
     grad, others = grad.split([grad.shape[0] - rest, rest])

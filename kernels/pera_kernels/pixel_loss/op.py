@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pera_kernels import backend, cost
-from pera_kernels.visible_patches.op import check_colors, check_index, check_patches, choose, given, runs_native
+from pera_kernels.visible_patches.arguments import Patches
+from pera_kernels.visible_patches.op import check, check_index, choose, given, runs_native, with_gray_mean
 from pera_kernels.visible_patches.reference import compute_dtype
 
 from . import eager, reference
@@ -24,20 +25,9 @@ backend.register("pixel_loss", "native", available=backend.needs_native("pixel_l
 backend.register("pixel_loss", "eager")
 
 
-def _check(
-    pred: Tensor,
-    crops: Tensor,
-    index: Tensor,
-    order: Tensor | None,
-    factors: Tensor | None,
-    gray_mean: Tensor | None,
-    mean: Sequence[float],
-    std: Sequence[float],
-    patch_size: int,
-    rgb: Sequence[int] | None,
-) -> None:
-    channels = check_patches(crops, index, mean, std, patch_size)
-    check_colors(crops, order, factors, gray_mean, rgb)
+def _check(pred: Tensor, patches: Patches) -> None:
+    channels = check(patches)
+    crops, index, patch_size = patches.crops, patches.index, patches.patch_size
     if not pred.is_floating_point():
         raise TypeError(f"pred must be floating point, got {pred.dtype}")
     shape = (index.shape[0] * index.shape[1], patch_size**2 * channels)
@@ -74,16 +64,19 @@ def pixel_loss(
     Raises:
         TypeError, ValueError: an argument of another type or shape; the message names it.
     """
-    _check(pred, crops, index, order, factors, gray_mean, mean, std, patch_size, rgb)
-    run = _implementation(pred, crops, patch_size)
-    gray_mean = _gray_mean(pred, crops, order, factors, gray_mean, rgb)
+    patches = Patches(crops, index, order, factors, gray_mean, mean, std, patch_size, rgb)
+    _check(pred, patches)
+    run = _implementation(pred, patches)
+    patches = with_gray_mean(patches, pred.dtype)
     if run is not torch.ops.pera_native:
         check_index(crops, index, patch_size)
-    return run.pixel_loss(pred, crops, index, order, factors, gray_mean, mean, std, patch_size, **given(rgb))
+    where, colours = _passed(run, patches)
+    return run.pixel_loss(pred, *where, **colours)
 
 
-def _implementation(pred: Tensor, crops: Tensor, patch_size: int) -> Any:
+def _implementation(pred: Tensor, patches: Patches) -> Any:
     """What has the functions pixel_loss and pixel_loss_backward that take these arguments."""
+    crops, patch_size = patches.crops, patches.patch_size
     match choose("pixel_loss", crops):
         case "triton":
             from . import triton
@@ -97,23 +90,16 @@ def _implementation(pred: Tensor, crops: Tensor, patch_size: int) -> Any:
     return eager
 
 
-def _gray_mean(
-    pred: Tensor,
-    crops: Tensor,
-    order: Tensor | None,
-    factors: Tensor | None,
-    gray_mean: Tensor | None,
-    rgb: Sequence[int] | None,
-) -> Tensor | None:
-    """gray_mean, computed where contrast may want it; in float64 the implementations compute their own."""
-    if order is None or factors is None or gray_mean is not None or pred.dtype == torch.float64:
-        return gray_mean
-    return torch.ops.pera.contrast_mean(crops, order, factors, rgb)
+def _passed(run: Any, patches: Patches) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Patches as an implementation takes them: the native library and the definition have the op's own arguments."""
+    if run is torch.ops.pera_native or run is reference:
+        return patches[:-1], given(patches.rgb)
+    return (patches,), {}
 
 
 @pixel_loss.register_fake
 def _(pred, crops, index, order, factors, gray_mean, mean, std, patch_size, rgb=None):
-    _check(pred, crops, index, order, factors, gray_mean, mean, std, patch_size, rgb)
+    _check(pred, Patches(crops, index, order, factors, gray_mean, mean, std, patch_size, rgb))
     return pred.new_empty((), dtype=compute_dtype(pred.dtype))
 
 
@@ -132,10 +118,11 @@ def pixel_loss_backward(
     rgb: Sequence[int] | None = None,
 ) -> Tensor:
     """Gradient of `pixel_loss` for `pred`: [N*n, P*P*C] of its dtype; `grad` [] is the loss's own."""
-    run = _implementation(pred, crops, patch_size)
-    gray_mean = _gray_mean(pred, crops, order, factors, gray_mean, rgb)
-    where = (crops, index, order, factors, gray_mean, mean, std, patch_size)
-    return run.pixel_loss_backward(grad, pred, *where, **given(rgb))
+    patches = Patches(crops, index, order, factors, gray_mean, mean, std, patch_size, rgb)
+    run = _implementation(pred, patches)
+    patches = with_gray_mean(patches, pred.dtype)
+    where, colours = _passed(run, patches)
+    return run.pixel_loss_backward(grad, pred, *where, **colours)
 
 
 @pixel_loss_backward.register_fake

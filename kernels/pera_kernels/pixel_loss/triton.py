@@ -7,13 +7,12 @@ come together in the cache. Each program has one sum, a second kernel adds them 
 on every repeat. The upstream gradient is read on the device.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pera_kernels.visible_patches.arguments import Patches
 from pera_kernels.visible_patches.pixels import (
     PACKED,
     band_patches,
@@ -252,28 +251,19 @@ def why_not(pred: Tensor, crops: Tensor, patch_size: int) -> str | None:
     return None
 
 
-def _launch(
-    crops: Tensor,
-    index: Tensor,
-    order: Tensor | None,
-    factors: Tensor | None,
-    gray_mean: Tensor | None,
-    mean: Sequence[float],
-    std: Sequence[float],
-    patch_size: int,
-    rgb: Sequence[int] | None = None,
-) -> tuple[int, list[Tensor], tuple[int, ...], dict[str, object]]:
+def _launch(patches: Patches) -> tuple[int, list[Tensor], tuple[int, ...], dict[str, object]]:
     """Programs, tensors, numbers and constants that both directions take."""
+    crops, index, order, _, _, mean, std, patch_size, rgb = patches
     read, strides, constants = source(crops, patch_size, rgb)
     channels = constants["C"]
     width = crops.shape[2 if is_raw(crops) else 3]
-    patches, pixels, warps = tile_shape(index.shape[1], patch_size)
-    tiles = triton.cdiv(index.shape[1], patches)
-    tensors = [read, index.contiguous(), *color_args(order, factors, gray_mean, read)]
+    per_program, pixels, warps = tile_shape(index.shape[1], patch_size)
+    tiles = triton.cdiv(index.shape[1], per_program)
+    tensors = [read, index.contiguous(), *color_args(patches, read)]
     constants = {
         **(normalisation(mean, std) if is_raw(crops) else normalisation([0.0] * channels, [1.0] * channels)),
         **constants,
-        **{"P": patch_size, "COLOR": order is not None, "PATCHES": patches, "PIXELS": pixels, "num_warps": warps},
+        **{"P": patch_size, "COLOR": order is not None, "PATCHES": per_program, "PIXELS": pixels, "num_warps": warps},
     }
     return index.shape[0] * tiles, tensors, (index.shape[1], tiles, width // patch_size, *strides), constants
 
@@ -281,15 +271,12 @@ def _launch(
 @on_their_device
 def pixel_loss(
     pred: Tensor,  # (N * n, P * P * C)
-    crops: Tensor,  # (N, H, W, C) uint8 or uint16, or (N, C, H, W) float
-    index: Tensor,  # (N, n)
-    *where: object,
-    rgb: Sequence[int] | None = None,
+    patches: Patches,
 ) -> Tensor:
-    """The loss, () float32; ``where`` are the op's other arguments, in order."""
+    """The loss, () float32."""
     if pred.numel() == 0:
         return torch.zeros((), dtype=torch.float32, device=pred.device)
-    programs, tensors, numbers, constants = _launch(crops, index, *where, rgb=rgb)  # type: ignore[arg-type]
+    programs, tensors, numbers, constants = _launch(patches)
     partial = torch.empty(programs, dtype=torch.float32, device=pred.device)
     loss = torch.empty((), dtype=torch.float32, device=pred.device)
     pixel_loss_fwd_kernel[(programs,)](pred.contiguous(), *tensors, partial, *numbers, **constants)
@@ -301,16 +288,13 @@ def pixel_loss(
 def pixel_loss_backward(
     grad: Tensor,  # ()
     pred: Tensor,  # (N * n, P * P * C)
-    crops: Tensor,  # (N, H, W, C) uint8 or uint16, or (N, C, H, W) float
-    index: Tensor,  # (N, n)
-    *where: object,
-    rgb: Sequence[int] | None = None,
+    patches: Patches,
 ) -> Tensor:
     """Gradient for ``pred``, of its shape and dtype."""
     result = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
     if pred.numel() == 0:
         return result
-    programs, tensors, numbers, constants = _launch(crops, index, *where, rgb=rgb)  # type: ignore[arg-type]
+    programs, tensors, numbers, constants = _launch(patches)
     pixel_loss_bwd_kernel[(programs,)](grad, pred.contiguous(), *tensors, result, len(pred), *numbers, **constants)
     return result
 

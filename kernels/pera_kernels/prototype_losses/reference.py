@@ -17,9 +17,9 @@ def prototype_losses(
     student_temp: float,
     teacher_temp: float,
     spread_rows: int,
-    groups: int,
+    num_crops: int,
 ) -> tuple[Tensor, Tensor]:
     """See ``pera_kernels.prototype_losses``; all logits in memory."""
     student, teacher = (student_rows, student_v, student_g), (teacher_rows, teacher_v, teacher_g)
     entropies = distillation_loss(*student, *teacher, center, student_temp, teacher_temp)
-    return entropies, koleo(student_rows[:spread_rows], student_v, student_g, groups)
+    return entropies, koleo(student_rows[:spread_rows], student_v, student_g, num_crops)

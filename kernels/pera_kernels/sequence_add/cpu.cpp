@@ -9,9 +9,9 @@ namespace {
 
 constexpr int64_t kGrain = 16; // rows
 
-Tensor sequence_add(const Tensor& x_, const Tensor& y_, const Tensor& keep, Ints groups, Ints kept) {
+Tensor sequence_add(const Tensor& x_, const Tensor& y_, const Tensor& keep, Ints groups, Ints kept_counts) {
   const Tensor x = as_contiguous(x_), y = as_contiguous(y_, x.scalar_type());
-  const Packing packing(groups, keep, kept);
+  const Packing packing(groups, keep, kept_counts);
   const int64_t dim = x.size(1);
   check_value(
       x.size(0) == packing.tokens && y.numel() == packing.kept_tokens * dim, "shapes do not fit groups ", groups);
@@ -39,9 +39,9 @@ Tensor sequence_add(const Tensor& x_, const Tensor& y_, const Tensor& keep, Ints
   return out;
 }
 
-Tensor sequence_add_backward(const Tensor& grad_, const Tensor& keep, Ints groups, Ints kept) {
+Tensor sequence_add_backward(const Tensor& grad_, const Tensor& keep, Ints groups, Ints kept_counts) {
   const Tensor grad = as_contiguous(grad_);
-  const Packing packing(groups, keep, kept);
+  const Packing packing(groups, keep, kept_counts);
   const int64_t dim = grad.size(1);
   check_value(grad.size(0) == packing.tokens, "shapes do not fit groups ", groups);
   Tensor grad_y = new_empty(grad, {packing.kept_tokens, dim});
@@ -68,8 +68,8 @@ Tensor sequence_add_backward(const Tensor& grad_, const Tensor& keep, Ints group
 } // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pera_native, m) {
-  m.def("sequence_add(Tensor x, Tensor y, Tensor keep, int[] groups, int[] kept) -> Tensor");
-  m.def("sequence_add_backward(Tensor grad, Tensor keep, int[] groups, int[] kept) -> Tensor");
+  m.def("sequence_add(Tensor x, Tensor y, Tensor keep, int[] groups, int[] kept_counts) -> Tensor");
+  m.def("sequence_add_backward(Tensor grad, Tensor keep, int[] groups, int[] kept_counts) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pera_native, CPU, m) {

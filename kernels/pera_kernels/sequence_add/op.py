@@ -6,59 +6,51 @@ import torch
 from torch import Tensor
 
 from .. import backend, cost
-from ..packing import HALF_OR_SINGLE, check, kept_groups, kept_parts, num_tokens, pairs, split
+from ..packing import check, kept_groups, kept_parts, num_tokens, pairs, split
 
 backend.register("sequence_add", "triton", available=backend.needs_triton)
 backend.register("sequence_add", "native", available=backend.needs_native("sequence_add", "sequence_add_backward"))
 
 
-def _kernels(x: Tensor):
-    """What has the kernels that take x, or None: then PyTorch does it."""
-    name = backend.choose("sequence_add", x.device)
-    if name == "triton":
-        from . import triton
-
-        return triton if triton.why_not(x) is None else None
-    return torch.ops.pera_native if name == "native" and x.dtype in HALF_OR_SINGLE else None
-
-
-def _scales(groups: Sequence[int], kept: Sequence[int]) -> list[float]:
+def _scales(groups: Sequence[int], kept_counts: Sequence[int]) -> list[float]:
     """n / kept of each group: what keeps the expectation of the stream."""
-    return [n / k if k else 0.0 for (n, _), k in zip(pairs(groups), kept, strict=True)]
+    return [n / k if k else 0.0 for (n, _), k in zip(pairs(groups), kept_counts, strict=True)]
 
 
 @torch.library.custom_op("pera::sequence_add", mutates_args=())
-def _sequence_add(x: Tensor, y: Tensor, keep: Tensor, groups: Sequence[int], kept: Sequence[int]) -> Tensor:
-    if (kernels := _kernels(x)) is not None:
-        return kernels.sequence_add(x, y, keep, groups, kept)
+def _sequence_add(x: Tensor, y: Tensor, keep: Tensor, groups: Sequence[int], kept_counts: Sequence[int]) -> Tensor:
+    if (kernels := backend.kernels("sequence_add", x)) is not None:
+        return kernels.sequence_add(x, y, keep, groups, kept_counts)
     out = x.clone(memory_format=torch.contiguous_format)
-    branches = split(y, kept_groups(groups, kept))
+    branches = split(y, kept_groups(groups, kept_counts))
     for (part, k), branch, scale in zip(
-        kept_parts(out, keep, groups, kept), branches, _scales(groups, kept), strict=True
+        kept_parts(out, keep, groups, kept_counts), branches, _scales(groups, kept_counts), strict=True
     ):
         part.index_add_(0, k, branch, alpha=scale)
     return out
 
 
 @_sequence_add.register_fake
-def _(x, y, keep, groups, kept):
+def _(x, y, keep, groups, kept_counts):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("pera::sequence_add_backward", mutates_args=())
-def _backward(grad: Tensor, keep: Tensor, groups: Sequence[int], kept: Sequence[int]) -> Tensor:
-    if (kernels := _kernels(grad)) is not None:
-        return kernels.sequence_add_backward(grad, keep, groups, kept)
+def _backward(grad: Tensor, keep: Tensor, groups: Sequence[int], kept_counts: Sequence[int]) -> Tensor:
+    if (kernels := backend.kernels("sequence_add", grad)) is not None:
+        return kernels.sequence_add_backward(grad, keep, groups, kept_counts)
     parts = [
         part.index_select(0, k).mul_(scale).flatten(0, 1)
-        for (part, k), scale in zip(kept_parts(grad, keep, groups, kept), _scales(groups, kept), strict=True)
+        for (part, k), scale in zip(
+            kept_parts(grad, keep, groups, kept_counts), _scales(groups, kept_counts), strict=True
+        )
     ]
     return torch.cat(parts)
 
 
 @_backward.register_fake
-def _(grad, keep, groups, kept):
-    return grad.new_empty(num_tokens(kept_groups(groups, kept)), grad.shape[1])
+def _(grad, keep, groups, kept_counts):
+    return grad.new_empty(num_tokens(kept_groups(groups, kept_counts)), grad.shape[1])
 
 
 @cost.of("pera::sequence_add")
@@ -72,14 +64,14 @@ def _(result, _grad, _keep, groups, _kept):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, _, keep, groups, kept = inputs
+    _, _, keep, groups, kept_counts = inputs
     ctx.save_for_backward(keep)
-    ctx.groups, ctx.kept = groups, kept
+    ctx.groups, ctx.kept_counts = groups, kept_counts
 
 
 def _autograd(ctx, grad: Tensor):
     (keep,) = ctx.saved_tensors
-    return grad, _backward(grad.contiguous(), keep, ctx.groups, ctx.kept), None, None, None
+    return grad, _backward(grad.contiguous(), keep, ctx.groups, ctx.kept_counts), None, None, None
 
 
 _sequence_add.register_autograd(_autograd, setup_context=_setup_context)
@@ -90,7 +82,7 @@ def sequence_add(
     y: Tensor,
     groups: Sequence[int],
     keep: Tensor | None = None,
-    kept: Sequence[int] = (),
+    kept_counts: Sequence[int] = (),
 ) -> Tensor:
     """Add a residual branch's result, scaled by n / kept, to the kept sequences of a packed stream.
 
@@ -98,10 +90,10 @@ def sequence_add(
 
     Args:
         x: packed tokens [T, D].
-        y: the branch's result for the kept sequences [sum(kept[i] * len[i]), D], dtype of x.
+        y: the branch's result for the kept sequences [sum(kept_counts[i] * len[i]), D], dtype of x.
         groups: [n0, len0, n1, len1, ...], see ``pera_kernels.packing``.
-        keep: int32 [sum(kept)], kept sequence numbers of each group, without repetition; None keeps all.
-        kept: how many sequences of each group are kept; ignored if keep is None.
+        keep: int32 [sum(kept_counts)], kept sequence numbers of each group, without repetition; None keeps all.
+        kept_counts: how many sequences of each group are kept; ignored if keep is None.
 
     Returns:
         [T, D], dtype of x.
@@ -109,12 +101,13 @@ def sequence_add(
     Raises:
         ValueError: x, y, groups and keep do not fit together.
     """
-    check(x, keep, groups, kept)
+    check(x, keep, groups, kept_counts)
     if keep is None:
         return x + y
-    if y.shape != (num_tokens(kept_groups(groups, kept)), x.shape[1]):
-        raise ValueError(f"y {tuple(y.shape)} does not hold the kept sequences of groups {list(groups)}: {list(kept)}")
-    return _sequence_add(x, y, keep, list(groups), list(kept))
+    if y.shape != (num_tokens(kept_groups(groups, kept_counts)), x.shape[1]):
+        counts = list(kept_counts)
+        raise ValueError(f"y {tuple(y.shape)} does not hold the kept sequences of groups {list(groups)}: {counts}")
+    return _sequence_add(x, y, keep, list(groups), list(kept_counts))
 
 
 sequence_add_backward = _backward

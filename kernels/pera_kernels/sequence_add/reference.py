@@ -13,14 +13,14 @@ def sequence_add(
     y: Tensor,
     keep: Tensor | None,
     groups: Sequence[int],
-    kept: Sequence[int],
+    kept_counts: Sequence[int],
 ) -> Tensor:
     """See ``pera_kernels.sequence_add``; differentiable in x and y."""
     if keep is None:
         return x + y
     out = []
-    ys = split(y, kept_groups(groups, kept))
-    keeps = keep.long().split(list(kept))
+    ys = split(y, kept_groups(groups, kept_counts))
+    keeps = keep.long().split(list(kept_counts))
     for part, branch, k, (n, _) in zip(split(x, groups), ys, keeps, pairs(groups), strict=True):
         out.append(part.index_add(0, k, branch, alpha=n / k.numel() if k.numel() else 0.0).flatten(0, 1))
     return torch.cat(out)

@@ -79,26 +79,26 @@ def sequence_add_bwd_kernel(
 
 
 def _scales(pair: packed.Pair) -> list[float]:
-    return [n / k if k else 0.0 for n, k in zip(pair.n, pair.kept, strict=True)]
+    return [n / k if k else 0.0 for n, k in zip(pair.n, pair.kept_counts, strict=True)]
 
 
 @on_their_device
 def sequence_add(
     x: Tensor,  # (T, D)
     y: Tensor,  # (R, D)
-    keep: Tensor,  # (sum(kept),) int32
+    keep: Tensor,  # (sum(kept_counts),) int32
     groups: Sequence[int],
-    kept: Sequence[int],
+    kept_counts: Sequence[int],
 ) -> Tensor:
     """Forward: (T, D) in the dtype of x."""
     x, y, keep, dim = x.contiguous(), y.contiguous(), keep.contiguous(), x.shape[1]
     out = torch.empty_like(x)
-    for pair in packed.group_pairs(groups, kept):
+    for pair in packed.group_pairs(groups, kept_counts):
         scale0, scale1 = _scales(pair)
         if programs := pair.programs(pair.n, dim, BLOCK):
             sequence_add_fwd_kernel[(programs,)](
                 x[pair.stream :], y[pair.row :], keep[pair.sequence :], out[pair.stream :],
-                pair.n[0], pair.length[0], pair.kept[0], scale0, pair.length[1], pair.kept[1], scale1,
+                pair.n[0], pair.length[0], pair.kept_counts[0], scale0, pair.length[1], pair.kept_counts[1], scale1,
                 D=dim, BLOCK=BLOCK, BLOCK_K=packed.KEEP_BLOCK, num_warps=FWD_WARPS,
             )  # fmt: skip
     return out
@@ -107,19 +107,19 @@ def sequence_add(
 @on_their_device
 def sequence_add_backward(
     grad: Tensor,  # (T, D)
-    keep: Tensor,  # (sum(kept),) int32
+    keep: Tensor,  # (sum(kept_counts),) int32
     groups: Sequence[int],
-    kept: Sequence[int],
+    kept_counts: Sequence[int],
 ) -> Tensor:
     """Gradient of the branch (R, D)."""
     grad, keep, dim = grad.contiguous(), keep.contiguous(), grad.shape[1]
-    grad_y = torch.empty(num_tokens(kept_groups(groups, kept)), dim, dtype=grad.dtype, device=grad.device)
-    for pair in packed.group_pairs(groups, kept):
+    grad_y = torch.empty(num_tokens(kept_groups(groups, kept_counts)), dim, dtype=grad.dtype, device=grad.device)
+    for pair in packed.group_pairs(groups, kept_counts):
         scale0, scale1 = _scales(pair)
-        if programs := pair.programs(pair.kept, dim, BLOCK):
+        if programs := pair.programs(pair.kept_counts, dim, BLOCK):
             sequence_add_bwd_kernel[(programs,)](
                 grad[pair.stream :], keep[pair.sequence :], grad_y[pair.row :],
-                pair.n[0], pair.length[0], pair.kept[0], scale0, pair.length[1], scale1,
+                pair.n[0], pair.length[0], pair.kept_counts[0], scale0, pair.length[1], scale1,
                 D=dim, BLOCK=BLOCK, num_warps=NUM_WARPS,
             )  # fmt: skip
     return grad_y

@@ -76,9 +76,9 @@ std::tuple<Tensor, Tensor, Tensor> sequence_norm(
     double eps,
     const std::optional<Tensor>& keep,
     Ints groups,
-    Ints kept) {
+    Ints kept_counts) {
   const Tensor x = as_contiguous(x_), weight = floats(weight_), bias = floats(bias_);
-  const Packing packing(groups, keep, kept);
+  const Packing packing(groups, keep, kept_counts);
   const int64_t dim = x.size(1);
   check_value(
       x.size(0) == packing.tokens && weight.numel() == dim && bias.numel() == dim, "shapes do not fit groups ", groups);
@@ -113,10 +113,10 @@ std::tuple<Tensor, Tensor, Tensor> sequence_norm_backward(
     const Tensor& rstd_,
     const std::optional<Tensor>& keep,
     Ints groups,
-    Ints kept) {
+    Ints kept_counts) {
   const Tensor x = as_contiguous(x_), grad = as_contiguous(grad_, x.scalar_type()), weight = floats(weight_);
   const Tensor mean = floats(mean_), rstd = floats(rstd_);
-  const Packing packing(groups, keep, kept);
+  const Packing packing(groups, keep, kept_counts);
   const int64_t dim = x.size(1), step = rows_per_task(packing.tokens);
   check_value(
       x.size(0) == packing.tokens && weight.numel() == dim && grad.numel() == packing.kept_tokens * dim &&
@@ -160,11 +160,11 @@ std::tuple<Tensor, Tensor, Tensor> sequence_norm_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pera_native, m) {
   m.def(
-      "sequence_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? keep, int[] groups, int[] kept) "
+      "sequence_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? keep, int[] groups, int[] kept_counts) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
       "sequence_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd, Tensor? keep, "
-      "int[] groups, int[] kept) -> (Tensor, Tensor, Tensor)");
+      "int[] groups, int[] kept_counts) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pera_native, CPU, m) {

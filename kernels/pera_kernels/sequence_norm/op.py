@@ -6,20 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import backend, cost
-from ..packing import HALF_OR_SINGLE, check, gather, kept_groups, kept_parts, num_tokens, split
+from ..packing import check, gather, kept_groups, kept_parts, num_tokens, split
 
 backend.register("sequence_norm", "triton", available=backend.needs_triton)
 backend.register("sequence_norm", "native", available=backend.needs_native("sequence_norm", "sequence_norm_backward"))
-
-
-def _kernels(x: Tensor):
-    """What has the kernels that take x, or None: then PyTorch does it."""
-    name = backend.choose("sequence_norm", x.device)
-    if name == "triton":
-        from . import triton
-
-        return triton if triton.why_not(x) is None else None
-    return torch.ops.pera_native if name == "native" and x.dtype in HALF_OR_SINGLE else None
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -35,11 +25,11 @@ def _sequence_norm(
     eps: float,
     keep: Tensor | None,
     groups: Sequence[int],
-    kept: Sequence[int],
+    kept_counts: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if (kernels := _kernels(x)) is not None:
-        return kernels.sequence_norm(x, weight, bias, eps, keep, groups, kept)
-    rows = gather(x, keep, groups, kept)
+    if (kernels := backend.kernels("sequence_norm", x)) is not None:
+        return kernels.sequence_norm(x, weight, bias, eps, keep, groups, kept_counts)
+    rows = gather(x, keep, groups, kept_counts)
     # The CPU kernel pairs half rows with float32 parameters by itself; elsewhere the rows are widened here.
     wide = rows if rows.device.type == "cpu" and weight.dtype == torch.float32 else _wide(rows)
     params = (
@@ -51,8 +41,8 @@ def _sequence_norm(
 
 
 @_sequence_norm.register_fake
-def _(x, weight, bias, eps, keep, groups, kept):
-    n = x.shape[0] if keep is None else num_tokens(kept_groups(groups, kept))
+def _(x, weight, bias, eps, keep, groups, kept_counts):
+    n = x.shape[0] if keep is None else num_tokens(kept_groups(groups, kept_counts))
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty(n, x.shape[1]), x.new_empty(n, dtype=wide), x.new_empty(n, dtype=wide)
 
@@ -66,11 +56,11 @@ def _backward(
     rstd: Tensor,
     keep: Tensor | None,
     groups: Sequence[int],
-    kept: Sequence[int],
+    kept_counts: Sequence[int],
 ) -> list[Tensor]:
-    if (kernels := _kernels(x)) is not None:
-        return list(kernels.sequence_norm_backward(grad, x, weight, mean, rstd, keep, groups, kept))
-    rows = gather(x, keep, groups, kept)
+    if (kernels := backend.kernels("sequence_norm", x)) is not None:
+        return list(kernels.sequence_norm_backward(grad, x, weight, mean, rstd, keep, groups, kept_counts))
+    rows = gather(x, keep, groups, kept_counts)
     wide = _wide(rows)
     scale = weight.to(wide.dtype)
     stats = mean.view(-1, 1), rstd.view(-1, 1)
@@ -82,14 +72,14 @@ def _backward(
         grad_x = grad_rows
     else:
         grad_x = torch.zeros_like(x)
-        parts = split(grad_rows, kept_groups(groups, kept))
-        for (part, k), values in zip(kept_parts(grad_x, keep, groups, kept), parts, strict=True):
+        parts = split(grad_rows, kept_groups(groups, kept_counts))
+        for (part, k), values in zip(kept_parts(grad_x, keep, groups, kept_counts), parts, strict=True):
             part.index_copy_(0, k.long(), values)
     return [grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)]
 
 
 @_backward.register_fake
-def _(grad, x, weight, mean, rstd, keep, groups, kept):
+def _(grad, x, weight, mean, rstd, keep, groups, kept_counts):
     return [torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)]
 
 
@@ -108,16 +98,16 @@ def _(result, grad, _x, _weight, mean, rstd, keep, groups, _kept):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, _, _, keep, groups, kept = inputs
+    x, weight, _, _, keep, groups, kept_counts = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, weight, mean, rstd, keep)
-    ctx.groups, ctx.kept = groups, kept
+    ctx.groups, ctx.kept_counts = groups, kept_counts
 
 
 def _autograd(ctx, grad: Tensor, _mean: Tensor, _rstd: Tensor):
     x, weight, mean, rstd, keep = ctx.saved_tensors
-    grads = _backward(grad.contiguous(), x, weight, mean, rstd, keep, ctx.groups, ctx.kept)
+    grads = _backward(grad.contiguous(), x, weight, mean, rstd, keep, ctx.groups, ctx.kept_counts)
     return *grads, None, None, None, None
 
 
@@ -131,11 +121,11 @@ def sequence_norm_with_stats(
     eps: float,
     groups: Sequence[int],
     keep: Tensor | None = None,
-    kept: Sequence[int] = (),
+    kept_counts: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As sequence_norm, with each row's mean and reciprocal standard deviation (float32) for a later recomputation."""
-    check(x, keep, groups, kept)
-    return _sequence_norm(x, weight, bias, eps, keep, list(groups), list(kept))
+    check(x, keep, groups, kept_counts)
+    return _sequence_norm(x, weight, bias, eps, keep, list(groups), list(kept_counts))
 
 
 def sequence_norm(
@@ -145,7 +135,7 @@ def sequence_norm(
     eps: float,
     groups: Sequence[int],
     keep: Tensor | None = None,
-    kept: Sequence[int] = (),
+    kept_counts: Sequence[int] = (),
 ) -> Tensor:
     """LayerNorm of the kept sequences of a packed stream, without a copy of the stream.
 
@@ -157,16 +147,16 @@ def sequence_norm(
         bias: shift [D], dtype of weight.
         eps: added to the variance.
         groups: [n0, len0, n1, len1, ...], see ``pera_kernels.packing``.
-        keep: int32 [sum(kept)], kept sequence numbers of each group, without repetition; None keeps all.
-        kept: how many sequences of each group are kept; ignored if keep is None.
+        keep: int32 [sum(kept_counts)], kept sequence numbers of each group, without repetition; None keeps all.
+        kept_counts: how many sequences of each group are kept; ignored if keep is None.
 
     Returns:
-        [sum(kept[i] * len[i]), D] in the dtype of x ([T, D] if keep is None).
+        [sum(kept_counts[i] * len[i]), D] in the dtype of x ([T, D] if keep is None).
 
     Raises:
         ValueError: x, groups and keep do not fit together.
     """
-    return sequence_norm_with_stats(x, weight, bias, eps, groups, keep, kept)[0]
+    return sequence_norm_with_stats(x, weight, bias, eps, groups, keep, kept_counts)[0]
 
 
 sequence_norm_backward = _backward

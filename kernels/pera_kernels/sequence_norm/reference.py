@@ -15,9 +15,9 @@ def sequence_norm(
     eps: float,
     keep: Tensor | None,
     groups: Sequence[int],
-    kept: Sequence[int],
+    kept_counts: Sequence[int],
 ) -> Tensor:
     """See ``pera_kernels.sequence_norm``; differentiable in x, weight and bias."""
-    x = gather(x, keep, groups, kept)
+    x = gather(x, keep, groups, kept_counts)
     wide = x.double() if x.dtype.itemsize == 8 else x.float()
     return F.layer_norm(wide, x.shape[1:], weight.to(wide.dtype), bias.to(wide.dtype), eps).to(x.dtype)

@@ -162,24 +162,24 @@ def sequence_norm(
     weight: Tensor,  # (D,)
     bias: Tensor,  # (D,)
     eps: float,
-    keep: Tensor | None,  # (sum(kept),) int32
+    keep: Tensor | None,  # (sum(kept_counts),) int32
     groups: Sequence[int],
-    kept: Sequence[int],
+    kept_counts: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward: normalised kept rows (R, D) in the dtype of x, mean and rstd (R,) float32."""
     x, weight, bias, dim = x.contiguous(), weight.contiguous(), bias.contiguous(), x.shape[1]
     keep = None if keep is None else keep.contiguous()
-    kept_or_all = None if keep is None else kept
-    total = num_tokens(kept_groups(groups, kept_or_all))
+    counts_or_all = None if keep is None else kept_counts
+    total = num_tokens(kept_groups(groups, counts_or_all))
     y = torch.empty(total, dim, dtype=x.dtype, device=x.device)
     mean, rstd = (torch.empty(total, dtype=torch.float32, device=x.device) for _ in range(2))
     tile = _tile(dim, FORWARD_VALUES)
-    for pair in packed.group_pairs(groups, kept_or_all):
+    for pair in packed.group_pairs(groups, counts_or_all):
         if pair.rows:
             sequence_norm_fwd_kernel[(triton.cdiv(pair.rows, tile[0]),)](
                 x[pair.stream :], weight, bias, x if keep is None else keep[pair.sequence :],
                 y[pair.row :], mean[pair.row :], rstd[pair.row :],
-                pair.rows, pair.kept[0], pair.length[0], pair.n[0], pair.length[1], eps,
+                pair.rows, pair.kept_counts[0], pair.length[0], pair.n[0], pair.length[1], eps,
                 D=dim, BLOCK_R=tile[0], BLOCK_D=tile[1], HAS_KEEP=keep is not None, num_warps=_num_warps(tile, 32),
             )  # fmt: skip
     return y, mean, rstd
@@ -194,23 +194,23 @@ def sequence_norm_backward(
     rstd: Tensor,  # (R,) float32
     keep: Tensor | None,
     groups: Sequence[int],
-    kept: Sequence[int],
+    kept_counts: Sequence[int],
 ) -> list[Tensor]:
     """Gradients of x (T, D), weight (D,) and bias (D,)."""
     x, grad, weight, dim = x.contiguous(), grad.contiguous(), weight.contiguous(), x.shape[1]
     keep = None if keep is None else keep.contiguous()
     grad_x = torch.empty_like(x)
     tile = _tile(dim, BACKWARD_VALUES)
-    launches = [pair for pair in packed.group_pairs(groups, None if keep is None else kept) if pair.tokens]
+    launches = [pair for pair in packed.group_pairs(groups, None if keep is None else kept_counts) if pair.tokens]
     programs = [min(triton.cdiv(pair.rows, tile[0]), _programs(x.device)) for pair in launches]
     sums = torch.empty(2, sum(programs), dim, dtype=torch.float32, device=x.device)
     done = 0
     for pair, count in zip(launches, programs, strict=True):
-        sizes = (pair.kept[0], pair.length[0], pair.n[0], pair.length[1])
+        sizes = (pair.kept_counts[0], pair.length[0], pair.n[0], pair.length[1])
         if keep is not None:
             sequence_norm_zero_kernel[(pair.programs(pair.n, dim, ZERO_VALUES),)](
                 keep[pair.sequence :], grad_x[pair.stream :],
-                pair.n[0], pair.length[0], pair.kept[0], pair.length[1], pair.kept[1],
+                pair.n[0], pair.length[0], pair.kept_counts[0], pair.length[1], pair.kept_counts[1],
                 D=dim, BLOCK=ZERO_VALUES, BLOCK_K=packed.KEEP_BLOCK, num_warps=4,
             )  # fmt: skip
         if count:

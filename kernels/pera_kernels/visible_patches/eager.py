@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from .arguments import Patches
 from .reference import (
     BRIGHTNESS,
     CONTRAST,
@@ -209,20 +210,13 @@ def _color_op(x: Tensor, code: int, factors: list[float]) -> Tensor:
 
 
 def patch_rows(
-    crops: Tensor,  # uint8 or uint16 [N, H, W, C], or float [N, C, H, W]
+    patches: Patches,
     crop: Tensor,  # int64 [R], which crop
     patch: Tensor,  # int64 [R], which patch of it
-    order: Tensor | None,
-    factors: Tensor | None,
-    gray_mean: Tensor | None,
-    mean: Sequence[float],
-    std: Sequence[float],
-    patch_size: int,
     compute: torch.dtype,
-    rgb: Sequence[int] | None,
 ) -> Tensor:
     """Pixels of R patches, coloured and normalised: [R, C, P, P] of dtype `compute`."""
-    p = patch_size
+    crops, _, order, factors, gray_mean, mean, std, p, rgb = patches
     images = crops if is_raw(crops) else crops.permute(0, 2, 3, 1)
     columns = images.shape[2] // p
     grid = images.unflatten(1, (-1, p)).unflatten(3, (columns, p))  # [N, rows, P, columns, P, C], a view
@@ -246,29 +240,23 @@ def row_addresses(index: Tensor) -> tuple[Tensor, Tensor]:
     return crop, index.reshape(-1).long()
 
 
-def visible_patches(
-    crops: Tensor,
-    index: Tensor,
-    order: Tensor | None,
-    factors: Tensor | None,
-    gray_mean: Tensor | None,
-    mean: Sequence[float],
-    std: Sequence[float],
-    patch_size: int,
-    dtype: torch.dtype,
-    rgb: Sequence[int] | None = None,
-) -> Tensor:
+def with_gray_mean(patches: Patches, compute: torch.dtype) -> Patches:
+    """The same with the gray mean, in dtype `compute`, where there is colour and it is not known."""
+    crops, _, order, factors, gray_mean, *_ = patches
+    if order is None or factors is None or gray_mean is not None:
+        return patches
+    return patches._replace(gray_mean=contrast_mean(crops, order, factors, compute, patches.rgb))
+
+
+def visible_patches(patches: Patches, dtype: torch.dtype) -> Tensor:
     """See `op.visible_patches`. `gray_mean` None: computed here."""
-    compute = compute_dtype(dtype)
-    if order is not None and factors is not None and gray_mean is None:
-        gray_mean = contrast_mean(crops, order, factors, compute, rgb)
-    crop, patch = row_addresses(index)
+    compute, crops = compute_dtype(dtype), patches.crops
+    patches = with_gray_mean(patches, compute)
+    crop, patch = row_addresses(patches.index)
     channels = crops.shape[3 if is_raw(crops) else 1]
-    rows = torch.empty(len(patch), channels * patch_size**2, dtype=dtype, device=crops.device)
+    rows = torch.empty(len(patch), channels * patches.patch_size**2, dtype=dtype, device=crops.device)
     step = chunk_length(rows.shape[1], crops.device)
     for start in range(0, len(patch), step):
         part = slice(start, start + step)
-        rows[part] = patch_rows(
-            crops, crop[part], patch[part], order, factors, gray_mean, mean, std, patch_size, compute, rgb
-        ).flatten(1)
+        rows[part] = patch_rows(patches, crop[part], patch[part], compute).flatten(1)
     return rows

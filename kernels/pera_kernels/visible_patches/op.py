@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import is_fake
 from pera_kernels import backend, cost
 
 from . import eager, reference
+from .arguments import Patches
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -194,20 +195,29 @@ def visible_patches(
     Raises:
         TypeError, ValueError: an argument of another type or shape; the message names it.
     """
-    _check(crops, index, order, factors, gray_mean, mean, std, patch_size, dtype, rgb)
+    patches = Patches(crops, index, order, factors, gray_mean, mean, std, patch_size, rgb)
+    _check(patches, dtype)
     chosen = choose("visible_patches", crops)
-    if order is not None and factors is not None and gray_mean is None and dtype != torch.float64:
-        gray_mean = torch.ops.pera.contrast_mean(crops, order, factors, rgb)
-    args = (crops, index, order, factors, gray_mean, mean, std, patch_size, dtype)
+    patches = with_gray_mean(patches, dtype)
     if chosen == "native" and runs_native(crops, dtype):
-        return torch.ops.pera_native.visible_patches(*args, **given(rgb))
+        return torch.ops.pera_native.visible_patches(*patches[:-1], dtype, **given(rgb))
     check_index(crops, index, patch_size)
+    if chosen == "reference":
+        return reference.visible_patches(*patches[:-1], dtype, rgb)
     if chosen == "triton":
         from . import triton
 
         if triton.why_not(crops, patch_size, dtype) is None:
-            return triton.visible_patches(*args, rgb)
-    return (reference if chosen == "reference" else eager).visible_patches(*args, rgb)
+            return triton.visible_patches(patches, dtype)
+    return eager.visible_patches(patches, dtype)
+
+
+def with_gray_mean(patches: Patches, dtype: torch.dtype) -> Patches:
+    """The same with the gray mean, where contrast may want it; in float64 the implementations compute their own."""
+    crops, _, order, factors, gray_mean, *_ = patches
+    if order is None or factors is None or gray_mean is not None or dtype == torch.float64:
+        return patches
+    return patches._replace(gray_mean=torch.ops.pera.contrast_mean(crops, order, factors, patches.rgb))
 
 
 def choose(op: str, crops: Tensor) -> str:
@@ -226,28 +236,23 @@ def runs_native(crops: Tensor, dtype: torch.dtype) -> bool:
     return dtype in NATIVE_DTYPES and (reference.is_raw(crops) or crops.dtype in NATIVE_DTYPES)
 
 
-def _check(
-    crops: Tensor,
-    index: Tensor,
-    order: Tensor | None,
-    factors: Tensor | None,
-    gray_mean: Tensor | None,
-    mean: Sequence[float],
-    std: Sequence[float],
-    patch_size: int,
-    dtype: torch.dtype,
-    rgb: Sequence[int] | None,
-) -> int:
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be floating point, got {dtype}")
+def check(patches: Patches) -> int:
+    """Raises TypeError or ValueError, naming the argument, unless the arguments fit together; returns C."""
+    crops, index, order, factors, gray_mean, mean, std, patch_size, rgb = patches
     channels = check_patches(crops, index, mean, std, patch_size)
     check_colors(crops, order, factors, gray_mean, rgb)
     return channels
 
 
+def _check(patches: Patches, dtype: torch.dtype) -> int:
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating point, got {dtype}")
+    return check(patches)
+
+
 @visible_patches.register_fake
 def _(crops, index, order, factors, gray_mean, mean, std, patch_size, dtype, rgb=None):
-    channels = _check(crops, index, order, factors, gray_mean, mean, std, patch_size, dtype, rgb)
+    channels = _check(Patches(crops, index, order, factors, gray_mean, mean, std, patch_size, rgb), dtype)
     return crops.new_empty(index.shape[0] * index.shape[1], channels * patch_size**2, dtype=dtype)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..aot import Variant
 from ..launching import on_their_device
+from .arguments import Patches
 from .pixels import (
     BYTES,
     PACKED,
@@ -208,8 +209,9 @@ def colors(channels: int, rgb: Sequence[int] | None) -> dict[str, int]:
     return dict(zip(("RED", "GREEN", "BLUE"), color_channels(channels, rgb) or [-1] * 3, strict=True))
 
 
-def color_args(order: Tensor | None, factors: Tensor | None, gray_mean: Tensor | None, other: Tensor) -> list[Tensor]:
+def color_args(patches: Patches, other: Tensor) -> list[Tensor]:
     """order, factors and gray_mean as the kernels read them; without colour ``other`` stands in, and is not read."""
+    order, factors, gray_mean = patches[2:5]
     if order is None or factors is None or gray_mean is None:
         return [other, other, other]
     return [order.contiguous(), factors.float().contiguous(), gray_mean.float().contiguous()]
@@ -252,32 +254,22 @@ def contrast_mean(
 
 
 @on_their_device
-def visible_patches(
-    crops: Tensor,  # (N, H, W, C) uint8 or uint16, or (N, C, H, W) float
-    index: Tensor,  # (N, n)
-    order: Tensor | None,  # (N, 4)
-    factors: Tensor | None,  # (N, 4)
-    gray_mean: Tensor | None,  # (N,)
-    mean: Sequence[float],
-    std: Sequence[float],
-    patch_size: int,
-    dtype: torch.dtype,
-    rgb: Sequence[int] | None = None,
-) -> Tensor:
+def visible_patches(patches: Patches, dtype: torch.dtype) -> Tensor:
     """Rows (N * n, C * P * P) of ``dtype``."""
+    crops, index, order, _, _, mean, std, patch_size, rgb = patches
     read, strides, constants = source(crops, patch_size, rgb)
     mean, std = (mean, std) if is_raw(crops) else ([], [])  # not used: one compiled kernel for all
     width = crops.shape[2 if is_raw(crops) else 3]
     rows = torch.empty(index.numel(), constants["C"] * patch_size**2, dtype=dtype, device=crops.device)
     if rows.numel() == 0:
         return rows
-    patches, pixels, warps = tile_shape(index.shape[1], patch_size)
-    tiles = triton.cdiv(index.shape[1], patches)
+    per_program, pixels, warps = tile_shape(index.shape[1], patch_size)
+    tiles = triton.cdiv(index.shape[1], per_program)
     visible_patches_fwd_kernel[(index.shape[0] * tiles,)](
-        read, index.contiguous(), *color_args(order, factors, gray_mean, read), rows,
+        read, index.contiguous(), *color_args(patches, read), rows,
         index.shape[1], tiles, width // patch_size, *strides,
         **normalisation(mean, std), **constants, P=patch_size, COLOR=order is not None,
-        PATCHES=patches, PIXELS=pixels, num_warps=warps,
+        PATCHES=per_program, PIXELS=pixels, num_warps=warps,
     )  # fmt: skip
     return rows
 

@@ -6,11 +6,13 @@ from which all ranks take it, and in its config.yaml, from which a resumed run d
 """
 
 import logging
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
 
+from pera_fast.config import Config
 from pera_fast.config.check import band_scale
 from pera_fast.data.bands.band_sample import sample_bands
 from pera_fast.data.decoding.probe import ProbeSettings
@@ -23,22 +25,50 @@ _SHALLOW = ("", "bool", "uint8", "int8")  # empty: not known
 _AUTO_PERCENTILES = (0.5, 99.5)
 
 
-def probe_settings(cfg: Any) -> ProbeSettings:
-    """How files will be used. While data.depth is auto, as if it were 8."""
+@dataclass(frozen=True)
+class BandPlan:
+    """How many channels and bits an image has, and which stored values become black and white; the same for all files.
+
+    Attributes:
+        channels: of an image.
+        depth: bits of a pixel's channel, 8 or 16.
+        ranges: stored (low, high) of each channel, or one for all; None: as the files' type has them.
+    """
+
+    channels: int
+    depth: int
+    ranges: tuple[tuple[float, float], ...] | None
+
+
+def band_plan(cfg: Config, manifest: Manifest | None = None) -> BandPlan:
+    """The plan of a configuration; what it leaves open is as it was decided for the manifest, else 8 bits."""
+    decided = {} if manifest is None else manifest.decided
+    depth = decided.get("depth", "8") if cfg.data.depth == "auto" else cfg.data.depth
+    ranges = decided.get("band_range") if cfg.data.band_range is None else cfg.data.band_range
+    pairs = None if ranges is None else tuple((low, high) for low, high in ranges)
+    return BandPlan(cfg.model.in_chans, int(depth), pairs)
+
+
+def adopt(cfg: Config, manifest: Manifest) -> Config:
+    """The configuration with the plan for its data written in, as config.yaml and checkpoints keep it."""
+    plan = band_plan(cfg, manifest)
+    ranges = None if plan.ranges is None else [list(pair) for pair in plan.ranges]
+    return cfg.with_values({"data.depth": str(plan.depth), "data.band_range": ranges})
+
+
+def probe_settings(cfg: Config, plan: BandPlan | None = None) -> ProbeSettings:
+    """How files will be used. Without a plan, while data.depth is auto, as if it were 8."""
     data, channels, bands = cfg.data, cfg.model.in_chans, tuple(cfg.data.bands or ())
+    deep = (plan or band_plan(cfg)).depth == 16
     # For other channels and chosen bands it makes no difference: DALI does not decode these in any case.
-    scaled = (data.depth == "16" or data.band_scale != "auto") and channels in (1, 3) and not bands
+    scaled = (deep or data.band_scale != "auto") and channels in (1, 3) and not bands
     return ProbeSettings(channels, data.max_pixels, data.verify, bands, scaled)
 
 
-def scaling_of(cfg: Any) -> Scaling:
-    """How stored values become pixels."""
-    ranges = cfg.data.band_range
-    return Scaling(
-        depth=16 if cfg.data.depth == "16" else 8,
-        ranges=None if ranges is None else tuple((low, high) for low, high in ranges),
-        keep_8_bit=cfg.data.band_scale == "auto",
-    )
+def scaling_of(cfg: Config, plan: BandPlan | None = None) -> Scaling:
+    """How stored values become pixels; the plan, if none is given, is the configuration's own."""
+    plan = plan or band_plan(cfg)
+    return Scaling(depth=plan.depth, ranges=plan.ranges, keep_8_bit=cfg.data.band_scale == "auto")
 
 
 def is_deep(manifest: Manifest) -> bool:
@@ -50,33 +80,25 @@ def is_deep(manifest: Manifest) -> bool:
     return deep * 2 > readable
 
 
-def measure(cfg: Any, manifest: Manifest, progress: bool = True) -> None:
-    """Puts what data.band_range comes to into `cfg`, and that and data.depth, which is decided, into the manifest.
+def measure(cfg: Config, manifest: Manifest, depth: int, progress: bool = True) -> None:
+    """Writes into the manifest what was decided: the depth, and the ranges, which are measured where none are given.
 
     Raises:
         UserError: no file of the sample has a value that could be measured.
     """
-    scale = band_scale(cfg)
-    if cfg.data.band_range is None:
+    scale, ranges = band_scale(cfg), cfg.data.band_range
+    if ranges is None:
         if isinstance(scale, (int, float)):
-            cfg.data.band_range = [[0.0, scale]]
-        elif scale is not None or cfg.data.depth == "16":
+            ranges = [[0.0, scale]]
+        elif scale is not None or depth == 16:
             only_deep = scale is None  # auto: 8-bit files keep their range
-            sample = sample_bands(manifest, probe_settings(cfg), cfg.train.seed, only_deep=only_deep, progress=progress)
-            cfg.data.band_range = sample.ranges(*(scale or _AUTO_PERCENTILES)) if sample.files else None
-    manifest.decided = {"depth": cfg.data.depth, "band_range": cfg.data.band_range}
+            settings = probe_settings(cfg, replace(band_plan(cfg), depth=depth))
+            sample = sample_bands(manifest, settings, cfg.train.seed, only_deep=only_deep, progress=progress)
+            ranges = sample.ranges(*(scale or _AUTO_PERCENTILES)) if sample.files else None
+    manifest.decided = {"depth": str(depth), "band_range": ranges}
 
 
-def adopt(cfg: Any, manifest: Manifest) -> None:
-    """Puts what was decided for the run's index into `cfg`, unless that has it already."""
-    decided = manifest.decided
-    if cfg.data.depth == "auto":
-        cfg.data.depth = decided.get("depth", "8")
-    if cfg.data.band_range is None:
-        cfg.data.band_range = decided.get("band_range")
-
-
-def describe(cfg: Any) -> str:
+def describe(cfg: Config) -> str:
     """One line for the log; empty where DALI decodes 8-bit images as ever."""
     if probe_settings(cfg).encoded:
         return ""

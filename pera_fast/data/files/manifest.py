@@ -70,13 +70,6 @@ class Manifest:
     summary: str = field(default="", compare=False)  # one line: what making it took
     decided: dict[str, Any] = field(default_factory=dict, compare=False)  # depth and band_range of a run, see `sensor`
 
-    @classmethod
-    def from_results(
-        cls, root: Path, results: list[ProbeResult], settings: ProbeSettings, dali: str = ""
-    ) -> "Manifest":
-        """From results whose paths are relative to `root`."""
-        return cls(root, to_table(sorted(results, key=attrgetter("path"))), settings, dali)
-
     @cached_property
     def readable(self) -> ReadableFiles:
         """The rows that are ok. Where all are, the columns are the table's own and take no memory."""

@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
-from pera_fast.data.bands.sensor import is_deep, measure, probe_settings
+from pera_fast.config import Config
+from pera_fast.data.bands.sensor import band_plan, is_deep, measure, probe_settings
 from pera_fast.data.bars import Bars, bars
 from pera_fast.data.decoding.decode import Bands
 from pera_fast.data.decoding.probe import ProbeSettings
@@ -44,19 +44,25 @@ def load_index(path: str | os.PathLike[str]) -> Manifest:
     return Manifest.load(path)
 
 
-def open_or_build(root: str | os.PathLike[str], cfg: Any, *, progress: bool = True) -> Manifest:
-    """`index_for`; puts what data.band_range comes to into `cfg` and the manifest too, see `sensor`."""
-    manifest = index_for(root, cfg, progress=progress)
-    measure(cfg, manifest, progress)
+def open_or_build(root: str | os.PathLike[str], cfg: Config, *, progress: bool = True) -> Manifest:
+    """`index_for`, with the depth and the ranges of its bands decided: `sensor.band_plan` has them."""
+    manifest, depth = _index_for(root, cfg, None, progress)
+    measure(cfg, manifest, depth, progress)
     return manifest
 
 
-def index_for(root: str | os.PathLike[str], cfg: Any, *, workers: int | None = None, progress: bool = True) -> Manifest:
+def index_for(
+    root: str | os.PathLike[str], cfg: Config, *, workers: int | None = None, progress: bool = True
+) -> Manifest:
     """The manifest for a run: kept at cfg.data.index (or the default place), brought up to date with the folder.
 
-    Puts what data.depth comes to into `cfg`, as it decides which decoders check the files. Arguments and errors as of
-    `build_index`.
+    Arguments and errors as of `build_index`.
     """
+    return _index_for(root, cfg, workers, progress)[0]
+
+
+def _index_for(root: str | os.PathLike[str], cfg: Config, workers: int | None, progress: bool) -> tuple[Manifest, int]:
+    """The manifest, and what data.depth comes to: it decides which decoders check the files."""
 
     def build(settings: ProbeSettings) -> Manifest:
         return build_index(
@@ -73,13 +79,13 @@ def index_for(root: str | os.PathLike[str], cfg: Any, *, workers: int | None = N
 
     settings = probe_settings(cfg)
     if cfg.data.depth != "auto":
-        return build(settings)
+        return build(settings), int(cfg.data.depth)
     if settings.encoded and _were_scaled(cfg.data.index or default_index_path(root)):
         settings = replace(settings, scaled=True)  # it will come out so again
     manifest = build(settings)
-    cfg.data.depth = "16" if is_deep(manifest) else "8"
-    needed = probe_settings(cfg)
-    return manifest if needed.decoders == settings.decoders else build(needed)
+    depth = 16 if is_deep(manifest) else 8
+    needed = probe_settings(cfg, replace(band_plan(cfg), depth=depth))
+    return manifest if needed.decoders == settings.decoders else build(needed), depth
 
 
 def _were_scaled(target: str | os.PathLike[str]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pera_fast.data.bands.sensor import probe_settings, scaling_of
+from pera_fast.data.bands.sensor import band_plan, probe_settings, scaling_of
 from pera_fast.data.decoding.dali import error_reason
 from pera_fast.data.files.manifest import Manifest
 from pera_fast.data.files.skipped import SkippedFiles
@@ -73,7 +73,8 @@ class Producer:
         self._order, self._device, self._transform = order, device, transform
         self._crops_on = device if decoding.on == "gpu" else torch.device("cpu")
         self._next_step = start_micro_step
-        settings, scaling = probe_settings(cfg), scaling_of(cfg)
+        plan = band_plan(cfg, manifest)
+        settings, scaling = probe_settings(cfg, plan), scaling_of(cfg, plan)
         self._raw = None if settings.encoded else scaling.depth
         self._has_colors = cfg.has_colors()
         sandboxes = min(self._threads, _MAX_SANDBOXES)

@@ -116,14 +116,15 @@ def measure_data(
     if path.is_file():
         manifest = Manifest.load(path)
         cfg = load_config("vit_b16", [f"model.in_chans={manifest.settings.channels}", *overrides])
-        cfg.data.bands = list(manifest.settings.bands) or cfg.data.bands
-        adopt(cfg, manifest)
+        cfg = cfg.with_values({"data.bands": list(manifest.settings.bands) or cfg.data.bands})
     else:
         cfg = load_config("vit_b16", overrides)
         manifest = open_or_build(path, cfg, progress=progress)
     if not manifest.decided:
-        cfg.data.depth = "16" if is_deep(manifest) else "8"
-        measure(cfg, manifest, progress)
+        depth = 16 if is_deep(manifest) else 8
+        cfg = cfg.with_values({"data.depth": str(depth)})
+        measure(cfg, manifest, depth, progress)
+    cfg = adopt(cfg, manifest)
     count = len(manifest.readable)
     if not count:
         raise UserError(f"data {data} holds no readable image")

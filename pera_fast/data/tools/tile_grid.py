@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-FORMATS = ("tif", "jpg", "png")
 _READ_BYTES = 2**27  # of one read; a scene is never held as a whole
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels

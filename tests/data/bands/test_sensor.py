@@ -12,7 +12,8 @@ from data_support import encoded, raster, shared_data, small_config, write_scene
 from PIL import Image
 from rasterio.io import MemoryFile
 
-from pera_fast.data.bands.sensor import adopt, describe, is_deep, probe_settings, scaling_of
+from pera_fast.config import Config
+from pera_fast.data.bands.sensor import BandPlan, adopt, band_plan, describe, is_deep, probe_settings, scaling_of
 from pera_fast.data.decoding.decode import band_numbers, read, read_header
 from pera_fast.data.decoding.scaling import Raster, Scaling
 from pera_fast.data.files.manifest import Manifest
@@ -187,9 +188,13 @@ def config(*overrides: str):
     return small_config("data.bands=[1,2,3,4,5,6]", *overrides)
 
 
-def ranges(cfg) -> list[list[float]]:
-    assert cfg.data.band_range is not None
-    return cfg.data.band_range
+def plan_of(folder: Path, cfg: Config) -> BandPlan:
+    return band_plan(cfg, open_or_build(folder, cfg))
+
+
+def ranges(plan: BandPlan) -> np.ndarray:
+    assert plan.ranges is not None
+    return np.array(plan.ranges)
 
 
 def test_most_files_decide_the_depth(tmp_path):
@@ -198,30 +203,31 @@ def test_most_files_decide_the_depth(tmp_path):
         (tmp_path / f"{number}.tif").write_bytes(raster(deep))
         (tmp_path / f"{number + 3}.tif").write_bytes(raster(shallow))
     half = open_or_build(tmp_path, cfg := small_config())
-    assert cfg.data.depth == "8"
+    assert band_plan(cfg, half).depth == 8
     assert not is_deep(half)
     assert half.readable.decoder.to_pylist().count("dali") > 0
     (tmp_path / "7.tif").write_bytes(raster(deep))
     most = open_or_build(tmp_path, cfg := small_config())
-    assert cfg.data.depth == "16"
+    assert band_plan(cfg, most).depth == 16
+    assert cfg == small_config()
     assert is_deep(most)
     assert set(most.readable.decoder.to_pylist()) == {"rasterio"}
     assert "(7 known, 0 checked" in open_or_build(tmp_path, small_config()).summary  # not checked in turns
-    open_or_build(tmp_path, cfg := small_config("data.depth=8"))
-    assert (cfg.data.depth, cfg.data.band_range) == ("8", None)
+    assert plan_of(tmp_path, small_config("data.depth=8")) == BandPlan(3, 8, None)
 
 
 def test_ranges_are_percentiles_of_the_files(folder):
     manifest = open_or_build(folder, cfg := config("data.band_scale=percentile:2,98"))
     values = np.stack([scene(key) for key in range(8)], 1).reshape(6, -1)
     expected = np.percentile(values, [2, 98], axis=1).T
-    np.testing.assert_allclose(ranges(cfg), expected, rtol=0.01)
-    assert cfg.data.depth == "16"
-    assert manifest.decided == {"depth": "16", "band_range": cfg.data.band_range}
-    open_or_build(folder, again := config("data.band_scale=percentile:2,98"))
-    assert again.data.band_range == cfg.data.band_range
-    open_or_build(folder, auto := config())
-    np.testing.assert_allclose(ranges(auto), np.percentile(values, [0.5, 99.5], axis=1).T, rtol=0.01)
+    plan = band_plan(cfg, manifest)
+    np.testing.assert_allclose(ranges(plan), expected, rtol=0.01)
+    assert plan.depth == 16
+    assert manifest.decided == {"depth": "16", "band_range": ranges(plan).tolist()}
+    assert plan_of(folder, config("data.band_scale=percentile:2,98")) == plan
+    np.testing.assert_allclose(
+        ranges(plan_of(folder, config())), np.percentile(values, [0.5, 99.5], axis=1).T, rtol=0.01
+    )
 
 
 def test_no_data_is_not_measured(tmp_path):
@@ -229,9 +235,9 @@ def test_no_data_is_not_measured(tmp_path):
     bands[0, :40] = -9999
     bands[1, 3, 3] = np.nan
     (tmp_path / "a.tif").write_bytes(geotiff(bands, nodata=-9999))
-    open_or_build(tmp_path, cfg := small_config("model.in_chans=2"))
-    assert ranges(cfg)[0][0] > 90
-    assert np.isfinite(ranges(cfg)).all()
+    found = ranges(plan_of(tmp_path, small_config("model.in_chans=2")))
+    assert found[0][0] > 90
+    assert np.isfinite(found).all()
     (tmp_path / "a.tif").write_bytes(geotiff(np.full_like(bands, -9999), nodata=-9999))
     with pytest.raises(UserError, match=r"channel 1 has no value in the 1 file\(s\) that were measured"):
         open_or_build(tmp_path, small_config("model.in_chans=2"))
@@ -240,31 +246,33 @@ def test_no_data_is_not_measured(tmp_path):
 def test_given_and_divided_ranges_are_not_measured(folder, monkeypatch):
     monkeypatch.setattr(index_module, "measure", measure := index_module.measure)
     monkeypatch.setattr("pera_fast.data.bands.sensor.sample_bands", None)
-    open_or_build(folder, cfg := config("data.band_range=[[0,4095]]"))
+    plan = plan_of(folder, cfg := config("data.band_range=[[0,4095]]"))
     assert measure
-    assert scaling_of(cfg) == Scaling(16, ((0, 4095),), keep_8_bit=False)
-    open_or_build(folder, cfg := config("data.band_scale=divide:10000"))
-    assert scaling_of(cfg) == Scaling(16, ((0, 10000),), keep_8_bit=False)
+    assert scaling_of(cfg, plan) == Scaling(16, ((0, 4095),), keep_8_bit=False)
+    plan = plan_of(folder, cfg := config("data.band_scale=divide:10000"))
+    assert scaling_of(cfg, plan) == Scaling(16, ((0, 10000),), keep_8_bit=False)
 
 
 def test_what_was_decided_is_kept_with_the_index(folder, tmp_path):
     manifest = open_or_build(folder, cfg := config())
     manifest.save(tmp_path / "index.parquet")
-    adopt(fresh := config(), Manifest.load(tmp_path / "index.parquet"))
-    assert (fresh.data.depth, fresh.data.band_range) == (cfg.data.depth, cfg.data.band_range)
-    assert describe(cfg).startswith("6 band(s) at 16 bits; auto scale [")
+    fresh = adopt(config(), Manifest.load(tmp_path / "index.parquet"))
+    assert fresh == adopt(cfg, manifest)
+    assert (fresh.data.depth, fresh.data.band_range) == ("16", ranges(band_plan(cfg, manifest)).tolist())
+    assert band_plan(fresh) == band_plan(cfg, manifest)
+    assert describe(fresh).startswith("6 band(s) at 16 bits; auto scale [")
     own = config("data.band_range=[[0,9]]", "data.depth=8")
-    adopt(own, manifest)
-    assert (own.data.depth, own.data.band_range) == ("8", [[0, 9]])
+    assert adopt(own, manifest) == own
 
 
 def test_8_bit_images_stay_with_dali(tmp_path):
     write_scenes(tmp_path, 4)
     manifest = open_or_build(tmp_path, cfg := small_config())
-    assert (cfg.data.depth, cfg.data.band_range) == ("8", None)
-    assert probe_settings(cfg).encoded
+    plan = band_plan(cfg, manifest)
+    assert plan == BandPlan(3, 8, None)
+    assert probe_settings(cfg, plan).encoded
     assert set(manifest.readable.decoder.to_pylist()) == {"dali"}
-    assert describe(cfg) == ""
+    assert describe(adopt(cfg, manifest)) == ""
 
 
 def test_files_without_the_bands_are_listed(folder, tmp_path):
@@ -304,7 +312,7 @@ def test_8_bit_bands_stay_at_8_bits(tmp_path):
         (tmp_path / f"{key}.tif").write_bytes(geotiff((scene(key, bands=5) // 16).astype(np.uint8)))
     batch = batch_of(tmp_path, tmp_path, cfg := small_config("model.in_chans=5"))
     assert batch.global_.pixels.dtype == torch.uint8
-    assert (cfg.data.depth, cfg.data.band_range) == ("8", None)
+    assert plan_of(tmp_path, cfg) == BandPlan(5, 8, None)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 6])
@@ -344,8 +352,9 @@ def test_real_sensor_data(tmp_path):
     for number in (1, 2, 3):
         (tmp_path / f"{number}.tif").symlink_to(bands / f"solaris__ms{number}.tif")
     batch = batch_of(tmp_path, tmp_path, cfg := small_config("model.in_chans=4"), size=3)
-    assert cfg.data.depth == "16"
-    assert all(100 < high < 2047 for _, high in ranges(cfg))
+    plan = plan_of(tmp_path, cfg)
+    assert plan.depth == 16
+    assert all(100 < high < 2047 for _, high in ranges(plan))
     values = batch.global_.pixels.float().flatten(0, 2) / 65535
     assert (values.mean(0) > 0.05).all()  # unscaled: 0.002
     assert (values.amax(0) > 0.9).all()

@@ -9,7 +9,7 @@ from data_support import small_config
 
 from pera_fast.config import load_config
 from pera_fast.data.decoding.probe import ProbeResult, ProbeSettings
-from pera_fast.data.files.manifest import Manifest
+from pera_fast.data.files.manifest import Manifest, to_table
 from pera_fast.data.loading import decode_on
 from pera_fast.data.loading.cores import usable_cores
 from pera_fast.data.loading.decode_on import choose, image_seconds, pixels, plan
@@ -65,7 +65,7 @@ def manifest_of(*rows):
         ProbeResult(path=f"{i}", ok=ok, reason="" if ok else "bad", format=kind, width=w, height=h, decoder="dali")
         for i, (kind, w, h, ok) in enumerate(rows)
     ]
-    return Manifest.from_results(Path("/nowhere"), results, ProbeSettings(3, 2**28))
+    return Manifest(Path("/nowhere"), to_table(results), ProbeSettings(3, 2**28))
 
 
 def test_pixels_of_readable_files_by_format():

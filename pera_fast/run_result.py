@@ -1,0 +1,22 @@
+"""What `pretrain` returns. A leaf, so that the package itself names the type without importing the trainer."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        exit_code: 0 done; 130 (SIGINT) or 143 (SIGTERM) stopped, with a checkpoint written.
+        out: the run folder.
+        steps: optimiser steps done, those before resuming included.
+        metrics: of the last step that this call made (the keys of metrics.jsonl); empty if there was none left.
+    """
+
+    exit_code: int
+    out: Path
+    steps: int
+    metrics: dict[str, Any] = field(default_factory=dict)
