@@ -5,7 +5,7 @@ from os import PathLike
 
 from pera_fast.run_result import RunResult
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["RunResult", "__version__", "pretrain"]
 
 

@@ -1,3 +1,3 @@
 """Operators of sparse two-view pretraining: one folder an operator, usable without the trainer."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
