@@ -1,7 +1,6 @@
 """The teacher as others load it: timm's parameter names in one safetensors file."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from pera_fast import __version__
 from pera_fast.config import Config
+from pera_fast.durable import whole_file
 
 from .pera import PerA
 
@@ -41,16 +41,9 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[
         OSError: the folder cannot be written or is full; the old file stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:  # not safetensors' own writer, whose files only their owner may read
-            file.write(save(tensors, metadata={key: json.dumps(value) for key, value in metadata.items()}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    contents = save(tensors, metadata={key: json.dumps(value) for key, value in metadata.items()})
+    with whole_file(path, sync=True) as partial:
+        partial.write_bytes(contents)  # not safetensors' own writer, whose files only their owner may read
 
 
 def export_teacher(model: PerA, path: str | Path) -> None:

@@ -6,7 +6,6 @@ reason.
 """
 
 import logging
-import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any, TypedDict, cast
 
 import torch
 
+from pera_fast.durable import whole_file
 from pera_fast.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -67,14 +67,11 @@ def save_checkpoint(folder: Path, state: CheckpointState, keep: int) -> Path | N
     and None is returned: training goes on, and older checkpoints stay good.
     """
     path = checkpoint_path(folder, state["step"])
-    partial = path.with_name(f".{path.name}.partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(partial, state)
-        os.replace(partial, path)
-        _sync_folder(folder)
+        with whole_file(path, sync=True) as partial:
+            _write(partial, state)
     except (OSError, RuntimeError) as error:  # torch.save turns some write errors into RuntimeError
-        partial.unlink(missing_ok=True)
         last = find_checkpoints(folder)
         kept = f"the last good one is {last[-1].name}" if last else "there is none yet"
         log.warning("checkpoint %s could not be written (%s); %s, training goes on", path, _reason(error), kept)
@@ -84,19 +81,8 @@ def save_checkpoint(folder: Path, state: CheckpointState, keep: int) -> Path | N
 
 
 def _write(path: Path, state: CheckpointState) -> None:
-    with open(path, "wb") as file:
+    with open(path, "wb") as file:  # torch's own writer ends the process where a file may not grow
         torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the new name survive a power cut too."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _reason(error: BaseException) -> str:

@@ -7,7 +7,6 @@ keeps the run exact; a few that do not are noted in the log; the rest is refused
 import fcntl
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from pera_fast.config import Config, Differences, differences, from_yaml, load_config, to_yaml
 from pera_fast.config.keys import flatten
+from pera_fast.durable import whole_file
 from pera_fast.errors import UserError
 from pera_fast.train.checkpoint import CheckpointState, find_checkpoints, load_newest
 
@@ -94,12 +94,10 @@ class RunFolder:
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a small file whole or not at all. Raises UserError if it cannot be written."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 

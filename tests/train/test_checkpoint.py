@@ -51,7 +51,7 @@ def test_no_space_keeps_the_last_good(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert save_checkpoint(tmp_path, state(2), keep=1) is None
     assert names(tmp_path) == ["step_00000001.pt"]
     assert "No space left on device" in caplog.text

@@ -16,6 +16,7 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from pera_fast.data.decoding.probe import ProbeResult, ProbeSettings
+from pera_fast.durable import partial_path
 from pera_fast.errors import UserError
 
 pc: Any = pyarrow.compute  # made when it is imported: type checkers see none of its functions
@@ -179,7 +180,7 @@ class ManifestWriter:
         self._held: list[pa.Table] = []
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._part = self.target.with_name(f".{self.target.name}.partial")
+            self._part = partial_path(self.target)
             self._writer = pq.ParquetWriter(self._part, schema, compression="zstd")
         except OSError as error:
             raise UserError(not_writable(self.target, error)) from error

@@ -1,13 +1,13 @@
 """The list of files that a run could not use."""
 
-import contextlib
 import csv
-import fcntl
 import io
 import logging
 import os
 import threading
 from pathlib import Path
+
+from pera_fast.durable import lock
 
 _log = logging.getLogger("pera_fast")
 _COLUMNS = ("file", "reason")
@@ -44,8 +44,7 @@ class SkippedFiles:
     def _enter(self, name: str, reason: str) -> bool:
         # newline="" leaves line ends to csv; a byte that is no text must not end the run
         with open(self.path, "a+", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            with contextlib.suppress(OSError):  # some network file systems have no locks: at worst a file appears twice
-                fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, wait=True)  # some network file systems have no locks: at worst a file appears twice
             file.seek(self._read_up_to)  # what other ranks, or this run before it was resumed, have entered
             self._known.update(row[0] for row in csv.reader(io.StringIO(file.read(), newline="")) if row)
             new = name not in self._known

@@ -1,6 +1,5 @@
 """`pera-fast data pack`: the readable images of a folder into shards, resumable, the same bits for the same input."""
 
-import fcntl
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.index.build import build_index
 from pera_fast.data.progress import progress_bar
 from pera_fast.data.tools.pack_images import ImagePacker, PackSettings, Sample
+from pera_fast.durable import lock, whole_file
 from pera_fast.errors import UserError
 
 _log = logging.getLogger("pera_fast")
@@ -52,9 +52,8 @@ class _State:
         return sum(shard.samples for shard in self.shards)
 
     def save(self, folder: Path) -> None:
-        part = folder / f".{_STATE}.part"
-        part.write_text(json.dumps({"version": _VERSION, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, folder / _STATE)
+        with whole_file(folder / _STATE) as partial:
+            partial.write_text(json.dumps({"version": _VERSION, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "_State | None":
@@ -128,10 +127,10 @@ def _check(root: Path, folder: Path, settings: PackSettings) -> None:
 def _locked(folder: Path) -> Iterator[None]:
     with open(folder / _LOCK, "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            error = lock(file)
         except BlockingIOError:
             raise UserError(f"--out {folder}: another process is packing there; wait for it or stop it") from None
-        except OSError as error:
+        if error:
             _log.info("%s: its disk knows no locks (%s); see that no other process packs there", folder, error)
         yield
 

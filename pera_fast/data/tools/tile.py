@@ -1,6 +1,5 @@
 """`pera-fast data tile`: large georeferenced scenes into tiles, resumable, scene by scene whole or not at all."""
 
-import fcntl
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.progress import progress_bar
 from pera_fast.data.tools.tile_grid import TileSettings
 from pera_fast.data.tools.tile_scene import TileCounts
+from pera_fast.durable import lock, whole_file
 from pera_fast.errors import UserError
 
 _log = logging.getLogger("pera_fast")
@@ -90,10 +90,10 @@ def _locked(folder: Path, settings: TileSettings) -> Iterator[None]:
     state.mkdir(exist_ok=True)
     with open(state / "lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            error = lock(file)
         except BlockingIOError:
             raise UserError(f"--out {folder}: another process is cutting tiles there; wait for it or stop it") from None
-        except OSError as error:
+        if error:
             _log.info("%s: its disk knows no locks (%s); see that no other process cuts there", folder, error)
         about = state / "settings.json"
         before = _load(about)
@@ -249,6 +249,5 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _save(path: Path, about: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.partial")
-    part.write_text(json.dumps(about) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(about) + "\n", encoding="utf-8")

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from pera_fast.data.tools.tile_grid import Box, TileSettings, reads
+from pera_fast.durable import whole_file
 
 _GDAL_CACHE_MIB = 64
 _QUALITY = 95
@@ -232,10 +232,9 @@ class _Cutter:
 
 def _replace(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all."""
-    part = path.with_name(f".{path.name}.partial")
     try:
-        part.write_bytes(data)
-        os.replace(part, path)
+        with whole_file(path) as partial:
+            partial.write_bytes(data)
     except OSError as error:
         raise _FolderError(error) from error
 
