@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pera_fast.errors import UserError
 from pera_fast.profile import machine
@@ -20,6 +19,7 @@ from pera_fast.profile.fits import CARDS, CONTEXT, FRAGMENTATION, compare_simula
 from pera_fast.profile.points import DEVICES, POLICIES, Point, Variant, parse_batch_sizes, parse_choices, plan
 from pera_fast.profile.processes import run_points, simulating_jobs
 from pera_fast.profile.tables import GIB, Profile, show, write_csv
+from pera_fast.progress import progress_display
 
 FORMAT = 1
 FAR = (4, 8)  # times the largest batch asked for
@@ -122,12 +122,13 @@ def _run(points: Sequence[Point], jobs: int | None) -> list[Point]:
     """All points, with a bar on a terminal."""
     simulated = bool(points) and points[0].device == "simulate"
     at_once = (jobs or simulating_jobs()) if simulated else 1
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, disable=not sys.stdout.isatty(), transient=True) as bar:
-        task = bar.add_task("simulating" if simulated else "measuring", total=len(points))
+    with progress_display(stderr=False, elapsed=True) as display:
+        task = display and display.add_task("simulating" if simulated else "measuring", total=len(points))
 
         def done(point: Point) -> None:
-            bar.update(task, advance=1, description=f"{point.variant.name()}, batch {point.batch_size}: {point.status}")
+            if display is not None and task is not None:
+                what = f"{point.variant.name()}, batch {point.batch_size}: {point.status}"
+                display.update(task, advance=1, description=what)
 
         return run_points(points, at_once, done)
 

@@ -11,10 +11,10 @@ from pera_fast.data.decoding.probe import ProbeSettings
 from pera_fast.data.decoding.scaling import Raster
 from pera_fast.data.files.manifest import Manifest
 from pera_fast.data.files.skipped import SkippedFiles
-from pera_fast.data.progress import progress_bar
 from pera_fast.data.reading.source import SampleSource
 from pera_fast.errors import UserError
 from pera_fast.keyed import Purpose, generator
+from pera_fast.progress import progress_bar
 
 FILES = 256  # of a sample
 PIXELS = 2**16  # of each of them

@@ -15,12 +15,12 @@ import pyarrow as pa
 
 from pera_fast.config import Config
 from pera_fast.data.bands.sensor import band_plan, is_deep, measure, probe_settings
-from pera_fast.data.bars import Bars, bars
 from pera_fast.data.decoding.decode import Bands
 from pera_fast.data.decoding.probe import ProbeSettings
 from pera_fast.data.files.manifest import Manifest, ManifestWriter, StoredManifest, not_writable
 from pera_fast.data.files.scan import LISTED, Listing, scan
 from pera_fast.data.files.shards import list_shards
+from pera_fast.data.index.bars import Bars, bars
 from pera_fast.data.index.checks import Checks
 from pera_fast.data.index.journal import Journal
 from pera_fast.data.index.known import FIRST_REASONS, Counts, Known, tasks

@@ -4,23 +4,22 @@ import csv
 import logging
 import os
 import shutil
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from pera_fast.data.ahead import map_ahead
 from pera_fast.data.decoding import decode
 from pera_fast.data.decoding.probe import os_reason, read_file
 from pera_fast.data.files.manifest import Manifest, ReadableFiles
 from pera_fast.data.files.shards import locate
 from pera_fast.data.index.build import build_index
-from pera_fast.data.progress import progress_bar
 from pera_fast.data.tools.fingerprint import GRID, fingerprint, read_small
 from pera_fast.data.tools.similar import MAX_BITS, distances, similar_pairs
 from pera_fast.errors import UserError
+from pera_fast.progress import progress_bar
 
 _log = logging.getLogger("pera_fast")
 BITS = 5
@@ -128,19 +127,10 @@ def _fingerprints(manifest: Manifest, workers: int, progress: bool) -> tuple[np.
                 path = manifest.readable.paths[row].as_py()
                 _log.warning("left alone %s: %s", path, told or type(error).__name__)
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="pera-dedupe")
-    under_way: deque[Future[None]] = deque()
-    try:
-        with progress_bar("hashing", count, wanted=progress) as bar:
-            for start in range(0, count, _FILES):
-                under_way.append(pool.submit(look, start))
-                if len(under_way) > _AHEAD * workers:
-                    under_way.popleft().result()
-                bar(min(_FILES, count - start))
-            for future in under_way:
-                future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    starts = range(0, count, _FILES)
+    with progress_bar("hashing", count, wanted=progress) as bar:
+        for start, _ in zip(starts, map_ahead(look, starts, workers, _AHEAD, "pera-dedupe"), strict=True):
+            bar(min(_FILES, count - start))
     return hashes, means, ok
 
 

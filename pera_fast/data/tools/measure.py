@@ -17,10 +17,10 @@ from pera_fast.data.decoding.scaling import LARGEST
 from pera_fast.data.files.manifest import Manifest
 from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.index.build import open_or_build
-from pera_fast.data.progress import progress_bar
 from pera_fast.data.reading.source import SampleSource
 from pera_fast.errors import UserError
 from pera_fast.keyed import Purpose, generator
+from pera_fast.progress import progress_bar
 
 PERCENTILES = (0.5, 2.0, 50.0, 98.0, 99.5)
 _BINS = 256

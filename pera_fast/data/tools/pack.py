@@ -3,14 +3,13 @@
 import json
 import logging
 import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pera_fast.data.ahead import map_ahead
 from pera_fast.data.decoding import decode
 from pera_fast.data.decoding.probe import os_reason, read_file
 from pera_fast.data.files.manifest import Manifest, ReadableFiles
@@ -18,10 +17,10 @@ from pera_fast.data.files.shard_writer import ShardWriter, remove_others
 from pera_fast.data.files.shards import locate
 from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.index.build import build_index
-from pera_fast.data.progress import progress_bar
 from pera_fast.data.tools.pack_images import ImagePacker, PackSettings, Sample
 from pera_fast.durable import lock, whole_file
 from pera_fast.errors import UserError
+from pera_fast.progress import progress_bar
 
 _log = logging.getLogger("pera_fast")
 _STATE, _SOURCE, _SKIPPED, _LOCK = "pack.json", "source.parquet", "skipped.csv", ".lock"
@@ -226,14 +225,4 @@ def _samples(
         except Exception as error:  # hostile bytes: any library may raise anything
             return f"cannot be packed: {' '.join(str(error).split())[:160] or type(error).__name__}"
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="pera-pack")
-    under_way: deque[Future[list[Sample] | str]] = deque()
-    try:
-        for row in range(first, len(files)):
-            under_way.append(pool.submit(make, row))
-            if len(under_way) > workers * _AHEAD:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    yield from map_ahead(make, range(first, len(files)), workers, _AHEAD, "pera-pack")

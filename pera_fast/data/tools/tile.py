@@ -15,11 +15,11 @@ from typing import Any
 from pera_fast.data.decoding.worker_process import DiedError, WorkerProcess
 from pera_fast.data.files.scan import scan
 from pera_fast.data.files.skipped import SkippedFiles
-from pera_fast.data.progress import progress_bar
 from pera_fast.data.tools.tile_grid import TileSettings
 from pera_fast.data.tools.tile_scene import TileCounts
 from pera_fast.durable import lock, whole_file
 from pera_fast.errors import UserError
+from pera_fast.progress import progress_bar
 
 _log = logging.getLogger("pera_fast")
 _STATE, _SKIPPED = ".tiles", "skipped.csv"

@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from pera_fast.progress import progress_display
+
 
 class Bars:
     """Progress on a terminal."""
@@ -31,13 +33,6 @@ class Bars:
 
 @contextlib.contextmanager
 def bars(wanted: bool) -> Iterator[Bars]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not wanted or not console.is_terminal:
-        yield Bars()
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as display:
+    """Bars of an index, shown on a terminal if wanted."""
+    with progress_display(wanted) as display:
         yield Bars(display)
