@@ -1,4 +1,4 @@
-"""What decoding JPEG files at a part of their size changes in the crops, by how much of it the crops have left.
+"""Measures how far crops change when JPEG files are decoded at a part of their size.
 
     python bench/reduced_decoding.py --scenes FOLDER --sizes 1536 2048 3072 --images 4
 

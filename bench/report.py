@@ -1,4 +1,4 @@
-"""Turns bench/results/ (docs/bench.md) into docs/results.md and the part of README.md on measurements.
+"""Writes the tables of the docs from the records in bench/results/ (docs/bench.md).
 
 python bench/report.py            writes what stands between the README's two markers, and the page
 python bench/report.py --check    names what is not what the results give, and exits with 1

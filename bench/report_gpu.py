@@ -1,4 +1,4 @@
-"""The GPU's part of the report: steps beside the published implementation, training from JPEG, the kernels of a step.
+"""Tables of GPU measurements: steps beside the published implementation, training from JPEG, kernels of a step.
 
 python bench/report_gpu.py LINES.jsonl --name 2-h200 [--kernels K.csv] [--pretrain P.jsonl]
 

@@ -1,4 +1,4 @@
-"""The table and the ranges of loaders side by side, from what `pera-fast bench data` wrote."""
+"""Tables of the loader comparison, from the records of `pera-fast bench data`."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The command line: parses and calls, nothing else. torch is imported only by the commands that need it."""
+"""The command line: parses arguments and calls functions. Only commands that need torch import it."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""`pera-fast data ...`: the commands that look at images before training on them. Parses and calls, nothing else."""
+"""`pera-fast data ...`: commands on images before training. Parses arguments and calls functions."""
 
 from enum import Enum
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`pera-fast profile ...`: memory and speed against batch size, and traces. Parses and calls, nothing else."""
+"""`pera-fast profile ...`: memory and speed against batch size, and traces. Parses arguments and calls functions."""
 
 from pathlib import Path
 from typing import Annotated, Any

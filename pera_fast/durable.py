@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and locks between processes. No third-party imports: workers load it."""
+"""Atomic file writes, and locks between processes. Imports no third-party package, so that workers can load it."""
 
 import fcntl
 import os

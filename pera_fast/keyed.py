@@ -1,4 +1,4 @@
-"""Keyed randomness: every draw comes from a counter-based generator named by what it is for.
+"""Keyed randomness: each draw comes from a counter-based generator with a key for its purpose.
 
 A stream of random numbers depends on everything that was drawn before it; a keyed draw depends on its key only. So a
 resumed run, another number of ranks or loader threads, or a skipped file changes nothing for the other samples.

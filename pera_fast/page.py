@@ -1,4 +1,4 @@
-"""One HTML file with everything in it: text, numbers, pictures as inline PNGs. Works offline."""
+"""One self-contained HTML file: text, numbers, pictures as inline PNGs. Works offline."""
 
 import base64
 import html

@@ -1,4 +1,4 @@
-"""Progress bars on a terminal; nothing elsewhere."""
+"""Progress bars, which appear on terminals only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names for the parts of a step, for traces and profiles. A leaf: model and train mark their parts, profile listens."""
+"""Named ranges of a step for traces and profiles: model and train mark their parts, the profile listens."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

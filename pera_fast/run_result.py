@@ -1,4 +1,4 @@
-"""What `pretrain` returns. A leaf, so that the package itself names the type without importing the trainer."""
+"""The result of `pretrain`, in a module that does not import the trainer."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which implementations of an op run on this CPU, and a fixture that forces each of them in turn."""
+"""The implementations of an op that run on this CPU, and a fixture that forces each of them in turn."""
 
 from collections.abc import Iterable, Iterator
 

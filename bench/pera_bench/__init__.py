@@ -1,4 +1,4 @@
-"""What pera-fast costs: benches of every op, of blocks and whole steps, against measured ceilings of the machine.
+"""Benchmarks of every op, of blocks and of whole steps, against measured ceilings of the machine.
 
 `pera-fast bench` runs them. A bench is a row: one suite (`suites/<name>.py`), one of its cases, a direction (forward,
 forward+backward), an implementation, a recipe, a number of images. pytest-benchmark takes the times.

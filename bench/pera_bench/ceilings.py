@@ -1,4 +1,4 @@
-"""What the machine can do at most: bandwidth of a large copy, rate of large matrix products. Measured once, then kept.
+"""Measures the machine's ceilings once and caches them: bandwidth of a large copy, rate of large matrix products.
 
 Every percentage of a bench is of these. Kept in the user's cache by device, torch, threads and precision;
 `pera-fast bench --remeasure` takes them again.

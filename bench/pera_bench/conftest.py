@@ -1,4 +1,4 @@
-"""The runner: pytest collects the benches that were asked for, pytest-benchmark times them, rows go to a file.
+"""Runs the benchmarks: pytest collects those that were asked for, pytest-benchmark times them, rows go to a file.
 
 `pera-fast bench` calls it; its options are those of the command.
 """

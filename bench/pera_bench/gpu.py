@@ -1,4 +1,4 @@
-"""All that needs a GPU, part by part: `bench/gpu/run_all.sh OUT`.
+"""Runs every check and benchmark that needs a GPU, part by part: `bench/gpu/run_all.sh OUT`.
 
 Each part is a process with a time limit; one that fails, hangs or runs out of memory is reported and the rest goes on.
 The results are written anew after every part, so a machine that goes away leaves what was done. Only the standard

@@ -1,4 +1,4 @@
-"""The loaders that `loaders.py` compares: ours, and a Pillow and PyTorch pipeline of the same recipe."""
+"""The two sides of the loader comparison: our loader, and a Pillow and PyTorch pipeline of the same recipe."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""Loaders side by side: a Pillow and PyTorch pipeline of the same recipe, ours on a folder, ours on its shards.
+"""Compares loaders: a Pillow and PyTorch pipeline, ours on a folder, ours on shards, all with the same recipe.
 
 `pera-fast bench data` calls it. Ours goes up to the normalised bf16 patch rows of student and teacher; the other side
 to its float views, as published code hands them to the networks. Every measurement is pinned to as many cores as it has

@@ -1,4 +1,4 @@
-"""What a measurement was taken on: device, threads, versions, commit."""
+"""Describes the machine of a measurement: device, threads, versions, commit."""
 
 from __future__ import annotations
 

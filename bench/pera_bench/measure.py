@@ -1,4 +1,4 @@
-"""One row: the times of one implementation, its memory, its error."""
+"""Measures one row of a table: the times of one implementation, its memory, its error."""
 
 from __future__ import annotations
 

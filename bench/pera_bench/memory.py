@@ -1,4 +1,4 @@
-"""Memory of real steps against simulated ones: `python -m pera_bench.memory DEVICE RECIPE 16,32 OUT.json`."""
+"""Compares the memory of real steps with simulated ones: `python -m pera_bench.memory DEVICE RECIPE 16,32 OUT.json`."""
 
 from __future__ import annotations
 

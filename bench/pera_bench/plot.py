@@ -1,4 +1,4 @@
-"""Pictures of a measurement: how much faster than the definition, how near to what the machine can do; sweeps."""
+"""Plots a measurement: speed-ups over the reference, shares of the machine's ceilings, sweeps."""
 
 from __future__ import annotations
 

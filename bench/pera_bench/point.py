@@ -1,4 +1,4 @@
-"""Where a bench measures: a recipe's shapes, a number of images, a precision, a device."""
+"""The setting of a benchmark: a recipe's shapes, a number of images, a precision, a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The authors' implementation as a benchmark's other side, from a checkout that PERA_OFFICIAL names.
+"""Benchmarks the authors' implementation beside ours, from a checkout that PERA_OFFICIAL names.
 
 Nothing of it is in this repository. Its packages import every framework that its other methods need, so the modules of
 PerA alone are imported; where xFormers does not run, attention is PyTorch's fused one, per sequence group.

@@ -1,4 +1,4 @@
-"""A finished measurement: machine, ceilings, rows and what was left out; its file, and the comparison of two."""
+"""Records of finished measurements: machine, ceilings, rows and omissions; reading, writing, comparing two."""
 
 from __future__ import annotations
 

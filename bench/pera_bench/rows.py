@@ -1,4 +1,4 @@
-"""The file of rows: a line of JSON for the machine, then one for each bench as soon as it is done."""
+"""Writes rows to a file as they are measured: a line of JSON for the machine, then one for each benchmark."""
 
 from __future__ import annotations
 

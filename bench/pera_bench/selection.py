@@ -1,4 +1,4 @@
-"""Which suites, cases and implementations a run has."""
+"""Selects the suites, cases and implementations of a run."""
 
 from __future__ import annotations
 

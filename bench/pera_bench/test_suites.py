@@ -1,4 +1,4 @@
-"""The one test that every bench is an instance of; `conftest.py` says which there are."""
+"""The one test of which every benchmark is an instance; `conftest.py` lists the instances."""
 
 from functools import lru_cache
 

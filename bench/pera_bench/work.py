@@ -1,4 +1,4 @@
-"""What a suite gives: an op with its definition, its arguments and its cost; or a whole, such as a training step."""
+"""A benchmark case: an op with its reference, arguments and cost, or a whole such as a training step."""
 
 from __future__ import annotations
 

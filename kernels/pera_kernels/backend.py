@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and the reason why a faster one cannot.
+"""Chooses the implementation of each op, and says why a faster one cannot run.
 
 Each op registers its implementations, fastest first, each with a check that says why it cannot run on a device:
 

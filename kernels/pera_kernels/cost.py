@@ -1,4 +1,4 @@
-"""Launches, bytes and FLOPs of ops on a GPU: each op states its own beside its definition.
+"""Launches, bytes and FLOPs of ops on a GPU, as each op states them beside its definition.
 
     @cost.of("pera::gelu")
     def _(result, x):

@@ -1,4 +1,4 @@
-"""Rows in e4m3, for Triton kernels: their scale, and how long they may be."""
+"""Scales of rows in e4m3 for Triton kernels, and the longest row that they take."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""Packed token groups in Triton kernels: which row of the stream a branch's row comes from, and tiles of rows.
+"""Triton functions on packed token groups: the row of the stream for a branch's row, and tiles of rows.
 
 Two groups (global, local) share a launch; more groups are launched in pairs. Rows and sequences are counted in 32 bits,
 addresses in 64.

@@ -1,4 +1,4 @@
-"""Packed token groups: how sequences of several lengths lie in one [T, D] tensor without padding.
+"""Packed token groups: sequences of several lengths in one [T, D] tensor without padding.
 
 ``groups`` is a flat list ``[n0, len0, n1, len1, ...]``: n0 sequences of len0 tokens, then n1 sequences of len1 tokens,
 and so on, each sequence's tokens next to each other. ``keep`` names a subset of the sequences for stochastic depth: the

@@ -1,4 +1,4 @@
-"""What makes a configuration impossible, each rule with the one line that says so."""
+"""Rules that a configuration must fulfil, each with its one-line message."""
 
 import math
 from collections.abc import Mapping

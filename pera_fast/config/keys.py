@@ -1,4 +1,4 @@
-"""The keys of the configuration by their dotted names, and the words that messages about them use."""
+"""Dotted keys of the configuration, and the words that messages use for them."""
 
 import difflib
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Recipes and overrides into a checked Config, and a Config into YAML and back."""
+"""Builds a checked Config from a recipe and overrides, and converts it to YAML and back."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""Work on a few items ahead, in threads, with results in the order of the items."""
+"""Works on a few items ahead in threads, and yields results in the order of the items."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

@@ -1,1 +1,1 @@
-"""The demonstration: procedural scenes, a short pretraining, and one report that shows what happened."""
+"""The demo: procedural scenes, a short pretraining, and one report that shows the result."""

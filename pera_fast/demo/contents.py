@@ -1,4 +1,4 @@
-"""What the demo's report says and shows."""
+"""Text and pictures of the demo's report."""
 
 import platform
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The report's pictures: masks, losses, kNN, PCA maps. Every function returns a PNG."""
+"""Pictures of the report, as PNG: masks, losses, kNN, PCA maps."""
 
 from collections.abc import Sequence
 

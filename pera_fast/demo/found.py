@@ -1,4 +1,4 @@
-"""What the demo found."""
+"""Results of the demo: probes before and after pretraining, and the verdict."""
 
 from dataclasses import dataclass
 from pathlib import Path

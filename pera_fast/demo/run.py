@@ -1,4 +1,4 @@
-"""The demo: scenes (or a folder), a short pretraining as a user would start it, a probe before and after, a report."""
+"""Runs the demo: scenes or a folder, a short pretraining, a probe before and after, a report."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The teacher as others load it: timm's parameter names in one safetensors file."""
+"""Exports the teacher as one safetensors file with timm's parameter names."""
 
 import json
 from collections.abc import Mapping

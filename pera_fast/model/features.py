@@ -1,4 +1,4 @@
-"""Features of a frozen backbone: every patch is seen, nothing is masked or dropped."""
+"""Features of a frozen backbone, which sees every patch."""
 
 from collections.abc import Sequence
 

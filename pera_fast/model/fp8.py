@@ -1,4 +1,4 @@
-"""The branches of a block without gradients in FP8, for the teacher (``model.teacher_precision``).
+"""Branches of a transformer block in FP8, without gradients, for the teacher (``model.teacher_precision``).
 
 The four products of a block take e4m3 with a scale a row (``pera_kernels.fp8``). Attention, the stream, the last block,
 of which few rows are read, and all that is outside the blocks stay in the compute dtype.

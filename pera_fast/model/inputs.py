@@ -1,4 +1,4 @@
-"""What one micro-batch brings to the networks: crops, colours, indices and kept sequences."""
+"""Inputs of one micro-batch: crops, colours, patch indices and kept sequences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear layers of the heads, by what each keeps for the backward pass.
+"""Linear layers of the heads, which save little for the backward pass.
 
 No layer keeps a weight in the compute dtype, nor the GELU's result, which is one pass over memory away from its
 argument. Products run in the dtype that the device is fast in (``pera_kernels.products``).

@@ -1,4 +1,4 @@
-"""The rows of packed tokens that a network's result is read at: each sequence's cls token and its last tokens.
+"""Selects the rows of packed tokens that the losses read: each sequence's cls token and its predicted tokens.
 
 ``tails`` says how many last tokens of a sequence of each group are read: those of the predicted patches in the
 student's global group, none elsewhere.

@@ -1,1 +1,1 @@
-"""Memory and speed of a training step, before renting the hardware."""
+"""Predicts and measures the memory and speed of a training step."""

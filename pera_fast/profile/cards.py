@@ -1,4 +1,4 @@
-"""GPUs that a step's time is predicted for: rates by their makers' data sheets.
+"""Rates of the GPUs that a step's time is predicted for, from their makers' data sheets.
 
 Sources, NVIDIA: A100 80GB data sheet (June 2021), H100 data sheet (SXM5, 2023), H200 data sheet (SXM, 2024), HGX B200
 (SXM, 2025), L40S data sheet (2023), Ada GPU architecture whitepaper v2.1 (RTX 4090). Matrix rates are dense, with

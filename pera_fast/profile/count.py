@@ -1,4 +1,4 @@
-"""Count the work of a training step on a GPU: the trainer's own step on fake tensors, with its update and its graph."""
+"""Counts the work of a training step on a GPU, by running the trainer's own step on fake tensors."""
 
 from __future__ import annotations
 

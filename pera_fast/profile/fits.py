@@ -1,4 +1,4 @@
-"""From peaks at some batch sizes to a line, and from the line to the largest batch that fits a card."""
+"""Fits a line to the peaks of some batch sizes, and finds the largest batch that fits a card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Live memory of a program, without running it: FakeTensor storages counted from birth to death.
+"""Counts the live memory of a program without running it, from the lifetimes of FakeTensor storages.
 
 A fake tensor has a shape, a dtype and a storage that holds no bytes but dies when the last tensor on it dies. Counting
 storages by lifetime gives the memory that the program's tensors need, with no allocator's rounding, no workspace of a

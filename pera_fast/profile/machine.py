@@ -1,4 +1,4 @@
-"""Where something was measured: device, versions, commit, date."""
+"""Describes the machine of a profile: device, versions, commit, date."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Points in this process: ``python -m pera_fast.profile.measure``, one a line of stdin, and on stdout what was found.
+"""Worker process of the profile (``python -m pera_fast.profile.measure``): points on stdin, results on stdout.
 
 A real point has a process of its own: its peak is its own, and running out of memory ends nothing else.
 """

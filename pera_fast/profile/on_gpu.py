@@ -1,4 +1,4 @@
-"""Make a step on fake CPU tensors take the paths that it takes on a GPU, without a GPU and without CUDA in PyTorch.
+"""Makes a step on fake CPU tensors take its GPU code paths, without a GPU and without CUDA in PyTorch.
 
 Python code that asks a fake tensor for its device is told that it is a GPU. Autograd and the fake tensors' own
 machinery, which would want CUDA's libraries, see a CPU. Launches of Triton kernels do nothing but report themselves.

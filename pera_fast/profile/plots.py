@@ -1,4 +1,4 @@
-"""The profile's pictures. Every function returns a PNG."""
+"""Plots of a profile, as PNG."""
 
 from __future__ import annotations
 

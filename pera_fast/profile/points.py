@@ -1,4 +1,4 @@
-"""What is profiled: recipes, their variants, and the points (variant and batch size) that are run or simulated."""
+"""Points of a profile: recipes, their variants, and the batch sizes to run or simulate."""
 
 from __future__ import annotations
 

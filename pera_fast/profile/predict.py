@@ -1,4 +1,4 @@
-"""Predict a step's time on a card from its work: a launch takes as long as its FLOPs or its bytes, whichever is more.
+"""Predicts a step's time on a card from its work: each launch takes as long as its FLOPs or its bytes.
 
 Each class of work reaches a share of the card's rates, the same on every card. The shares are those of an H200. They
 stay as they are until a GPU measures them again: better kernels show as fewer launches, bytes and FLOPs.

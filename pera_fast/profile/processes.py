@@ -1,4 +1,4 @@
-"""Points in processes of their own: real ones in a fresh one each, simulated ones side by side in one a core."""
+"""Runs points in processes: each real one in a fresh process, simulated ones in parallel, one a core."""
 
 from __future__ import annotations
 

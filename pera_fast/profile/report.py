@@ -1,4 +1,4 @@
-"""The profile's page: the claim, the cards, the pictures, all numbers."""
+"""The HTML page of a profile: summary, cards, plots, all numbers."""
 
 from __future__ import annotations
 

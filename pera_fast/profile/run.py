@@ -1,4 +1,4 @@
-"""`pera-fast profile`: plan the points, run them, fit, show, write. The command line calls this and nothing else."""
+"""`pera-fast profile`: plans the points, runs them, fits, shows and writes the result."""
 
 from __future__ import annotations
 

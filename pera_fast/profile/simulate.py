@@ -1,4 +1,4 @@
-"""A training step on fake tensors: its memory by what it belongs to, with no GPU and within seconds."""
+"""Simulates the memory of a training step on fake tensors, by owner, without a GPU and within seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a profile found, in rows: for the terminal, for CSV, for the page."""
+"""Tables of a profile for the terminal, for CSV and for the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`pera-fast profile trace`: a few steps through torch's profiler. The command line calls this and nothing else."""
+"""`pera-fast profile trace`: records a few steps with torch.profiler."""
 
 from __future__ import annotations
 

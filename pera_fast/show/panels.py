@@ -1,4 +1,4 @@
-"""What a network sees of a crop, as pictures: its coloured view, and the patches of it that are visible."""
+"""Pictures of a network's input: the coloured view of a crop, with the patches that are visible."""
 
 import numpy as np
 import torch

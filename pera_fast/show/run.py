@@ -1,4 +1,4 @@
-"""`pera-fast data show`: which samples, of which run, on which sheet."""
+"""`pera-fast data show`: chooses samples of a data set or a run, and draws their sheet."""
 
 import os
 from collections.abc import Sequence

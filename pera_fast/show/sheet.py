@@ -1,4 +1,4 @@
-"""A contact sheet: what the networks see of some samples in some epoch, drawn with Pillow."""
+"""Draws a contact sheet of the networks' inputs for some samples of an epoch, with Pillow."""
 
 import os
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""Training: schedules, optimiser, checkpoints, metrics and the loop that joins them; `train.api.pretrain` runs it."""
+"""Training: schedules, optimiser, checkpoints, metrics and the loop; `train.api.pretrain` is the entry point."""

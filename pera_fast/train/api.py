@@ -1,4 +1,4 @@
-"""`pretrain`: from a folder of images to teacher weights. The command line calls this and nothing else."""
+"""`pretrain`: trains on a folder of images and exports the teacher's weights."""
 
 import hashlib
 import logging

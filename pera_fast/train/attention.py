@@ -1,4 +1,4 @@
-"""Which attention a run uses: the configured one, or what is the fastest for its sequences."""
+"""Chooses the attention of a run: the configured one, or the fastest for its sequence lengths."""
 
 import torch
 

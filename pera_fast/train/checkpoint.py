@@ -1,4 +1,4 @@
-"""Checkpoints: one file that holds all a run needs to go on, written whole or not at all, read without executing code.
+"""Checkpoints: one file with all that a run needs to resume, written atomically, read without executing code.
 
 `CheckpointState` lists the contents, all plain values and tensors, so that `torch.load(weights_only=True)` reads them.
 The data position is the step: every draw of the data is keyed by it. Randomness needs no saving either, for the same

@@ -1,4 +1,4 @@
-"""What the user sees of a run: messages, a bar on a terminal, elsewhere a plain line now and then; train.log."""
+"""Messages and progress of a run for the user: a bar on a terminal, else a line now and then; train.log."""
 
 import contextlib
 import logging

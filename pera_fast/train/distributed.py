@@ -1,4 +1,4 @@
-"""Data parallelism under torchrun: process group, DDP, the few collectives of a step. Does nothing in one process."""
+"""Data parallelism under torchrun: process group, DDP, the few collectives of a step. A single process needs none."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Model FLOP utilisation: the matrix products that the method needs, against the device's published peak.
+"""Model FLOP utilisation: FLOPs of the method's matrix products over the device's published peak.
 
 Counted: multiply-adds (as 2) of matrix products and attention, once for each token that a network sees; in the
 student's last block, keys and values of all tokens and the rest for the rows that are read; in the teacher's, what

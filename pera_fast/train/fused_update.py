@@ -1,4 +1,4 @@
-"""The update on a GPU: norm, clipping, AdamW, EMA and center without the host.
+"""The update on a GPU: gradient norm, clipping, AdamW, EMA and center, without a wait of the host.
 
 What is not finite is found on the device, and the update, which changes nothing then, is launched all the same.
 """

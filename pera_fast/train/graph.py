@@ -1,4 +1,4 @@
-"""Forward and backward of a micro-batch as one CUDA graph: hundreds of launches become one.
+"""Records forward and backward of a micro-batch as one CUDA graph, so that hundreds of launches become one.
 
 Shapes are the same in every step of a run and nothing in between waits for the host, so the work is recorded once and
 replayed. The update stays outside: its numbers change with every step, and it is a few launches over all parameters

@@ -1,4 +1,4 @@
-"""From a batch of crops to what the networks take: mask indices and stochastic depth's subsets are drawn here.
+"""Makes the networks' inputs from a batch of crops: draws mask indices and the subsets of stochastic depth.
 
 Everything is NumPy on the loader's prefetch thread, keyed by sample and step: the networks draw nothing.
 """

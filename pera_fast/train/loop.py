@@ -1,4 +1,4 @@
-"""The training loop: step by step through the schedules, with metrics, checkpoints and a clean way to stop."""
+"""The training loop: steps, metrics, checkpoints, and a clean stop."""
 
 import logging
 import time

@@ -1,4 +1,4 @@
-"""Choose what the backward pass computes again, by the memory that a training step takes.
+"""Chooses the recomputation policy of the backward pass by the memory that a training step takes.
 
 The bytes come from shapes alone. ``pera_fast.profile.simulate`` counts the same step tensor by tensor;
 tests/train/test_memory_plan.py holds the two together.

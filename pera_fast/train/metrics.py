@@ -1,4 +1,4 @@
-"""Numbers of every step: metrics.jsonl and TensorBoard."""
+"""Metrics of every step: metrics.jsonl and TensorBoard."""
 
 import json
 import logging

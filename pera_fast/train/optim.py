@@ -1,4 +1,4 @@
-"""AdamW over everything trained, gradient clipping, loss scaling for fp16 (docs/method.md section 6.1).
+"""AdamW over all trained parameters, gradient clipping, loss scaling for fp16 (docs/method.md section 6.1).
 
 A step whose loss or gradients are not finite must change nothing. That is decided on the device: the fused AdamW takes
 a flag `found_inf` and does nothing where it is set, so the update is launched without the host having to look first.

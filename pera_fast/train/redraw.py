@@ -1,4 +1,4 @@
-"""What any samples give in any epoch, drawn again: crops, colours and masks as in training, from their keys."""
+"""Draws the crops, colours and masks of any sample in any epoch again, as training draws them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

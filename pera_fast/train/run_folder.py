@@ -1,4 +1,4 @@
-"""The run folder: what may be started in it, what may be resumed from it (docs/architecture.md "Contracts").
+"""Rules of the run folder: what may be started or resumed in it (docs/architecture.md "Contracts").
 
 Resuming continues the run as it was: its own configuration holds. Overrides given with --resume change it where that
 keeps the run exact; a few that do not are noted in the log; the rest is refused.

@@ -1,4 +1,4 @@
-"""What changes from step to step, in closed form: learning rate, weight decay, teacher momentum, teacher temperature.
+"""Schedules in closed form: learning rate, weight decay, teacher momentum, teacher temperature.
 
 docs/method.md section 6.3. Every value is a function of the step alone, so nothing of a schedule needs saving.
 """

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM ask the loop to finish its step and save; asked twice, they stop at once."""
+"""Handles SIGINT and SIGTERM: the first asks the loop to finish its step and save, the second stops at once."""
 
 import os
 import signal

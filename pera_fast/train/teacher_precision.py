@@ -1,4 +1,4 @@
-"""Whether a run's device can do what ``model.teacher_precision`` asks for."""
+"""Checks whether the device can run what ``model.teacher_precision`` asks for."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""How times, memory, errors and ceilings are taken."""
+"""Measuring: times, memory, errors and ceilings."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Which implementation of attention takes which groups, and what surrounds the GPU operators.
+"""The choice of an attention implementation for each group, and the code around the GPU operators.
 
 Without a GPU the operators of xformers and torch are replaced by the formula, in the layouts that they use.
 """

@@ -1,4 +1,4 @@
-"""What only a GPU can show: simulated slopes are the measured ones, out of memory is survived, kernels are traced."""
+"""The profile on a GPU: simulated slopes against measured ones, out of memory, traced kernels."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Which variants are compared, and what is said to wrong arguments."""
+"""The points of a profile, and the messages to wrong arguments."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a profile writes and shows: from points that are known, and from a real run of a tiny network on the CPU."""
+"""The files and tables of a profile: from known points, and from a real run of a tiny network on the CPU."""
 
 import csv
 import json

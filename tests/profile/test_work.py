@@ -1,4 +1,4 @@
-"""What a step launches, moves and computes on a GPU, counted without one."""
+"""Launches, bytes and FLOPs of a step on a GPU, counted without one."""
 
 import os
 from collections import Counter

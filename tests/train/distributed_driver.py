@@ -1,4 +1,4 @@
-"""What two processes do together in test_distributed.py: three short runs on random crops, results as JSON per rank."""
+"""The two processes of test_distributed.py: three short runs on random crops, results as JSON per rank."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What may be started in a folder, what may be resumed from it, and the line that the user gets otherwise."""
+"""The run folder's rules for starting and resuming, and the messages to the user."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What an optimiser step does, in which order, seen from a model that only keeps a diary."""
+"""The order of an optimiser step, seen from a model that only keeps a diary."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""One module a suite, in the order in which a training step comes to them.
+"""Benchmark suites, one module each, in the order in which a training step calls them.
 
 A suite has `CASES` (name -> directions), `IMPLEMENTATIONS` (names, or the name of the op in `pera_kernels.backend`
 whose implementations they are) and `make(point, case)`, which gives a `Work` or a `Whole`. Bytes and FLOPs are stated

@@ -1,4 +1,4 @@
-"""The update's interface: checks the tensors, keeps them, and chooses who does the work."""
+"""The interface of the update: checks and keeps the tensors, and chooses an implementation."""
 
 import math
 from collections.abc import Sequence

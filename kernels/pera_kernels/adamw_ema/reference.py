@@ -1,4 +1,4 @@
-"""Define the update in plain PyTorch: gradient norm, AdamW, EMA, copies; nothing where something is not finite."""
+"""Definition of the update in plain PyTorch: gradient norm, AdamW, EMA, copies; skipped if a number is not finite."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Multi-tensor kernels of the update: they find the tensors by addresses in a table on the device.
+"""Multi-tensor Triton kernels of the update, which find their tensors through a table of addresses on the device.
 
 The addresses of parameters, moments and copies stay the same over a run, so the table is written once; those of the
 gradients have a table of their own, which is written again where they moved. A chunk is `CHUNK` elements of one tensor.

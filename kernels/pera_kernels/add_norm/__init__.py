@@ -1,4 +1,4 @@
-"""Residual add and LayerNorm of what follows, in one pass over the stream."""
+"""Residual add and the LayerNorm after it, in one pass over the stream."""
 
 from .op import add_norm, add_norm_, add_norm_backward
 

@@ -1,4 +1,4 @@
-"""pera::add_norm: schema, shapes, gradient, and the implementations on a GPU and elsewhere."""
+"""pera::add_norm: schema, shapes, gradient, choice of implementation."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The fastest attention for sequences of more than 32 tokens, as far as it was measured.
+"""The fastest attention for sequences of more than 32 tokens, by what was measured.
 
 A compute capability without a row has no measurement: there xformers runs, or what follows it.
 """

@@ -1,4 +1,4 @@
-"""pera::attention: schema, shapes, gradient, and which implementation takes which groups.
+"""pera::attention: schema, shapes, gradient, and the choice of an implementation for each group.
 
 Short sequences and long ones want different kernels. Where Triton runs, groups of short sequences go there and the
 others to the first of xformers, varlen and sdpa that can take them; otherwise one implementation takes all groups.

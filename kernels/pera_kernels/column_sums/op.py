@@ -1,4 +1,4 @@
-"""pera::column_sums: schema, shapes; elsewhere than on a GPU the definition runs."""
+"""pera::column_sums: schema and shapes; without a GPU the definition runs."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The arguments of `distillation_loss`, and what its forward keeps, as tuples below the boundary of the ops."""
+"""Named tuples of the arguments of `distillation_loss` and of what its forward saves, for code below the op."""
 
 from __future__ import annotations
 

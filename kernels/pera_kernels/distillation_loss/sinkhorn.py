@@ -1,4 +1,4 @@
-"""Sinkhorn centering expressed as a center vector: the loss needs no second form. Not in the published method."""
+"""Sinkhorn centering as a center vector, which the loss takes as it is. Not part of the published method."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Walks over the weight-normalised prototype matrix chunk by chunk, and what needs no more than such a walk.
+"""Chunked iteration over the weight-normalised prototypes.
 
 The effective row k is ``w_k = g_k * v_k / ||v_k||``. Products take a *direction* and a *scale* per row instead of w
 itself: ``x . w_k = (x . direction_k) * scale_k``, so the scale touches [N, chunk] products and not the [chunk, d]

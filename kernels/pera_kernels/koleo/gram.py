@@ -1,4 +1,4 @@
-"""KoLeo on prototype logits from sums over prototypes; portable PyTorch. README.md beside this has the maths.
+"""KoLeo on prototype logits from sums over the prototypes, in portable PyTorch. README.md beside this has the maths.
 
 Everything that depends on K is one of: G = W'W, s = W'1 (``gram``), or products of a few [R, d] rows with chunks of W
 (``streamed``). Both end in the same few [R, d] quantities, from which the rest is written once, here. That rest is tiny

@@ -1,4 +1,4 @@
-"""Triton kernels of KoLeo for whatever has no prototypes in it: four kernels around the products, in float64.
+"""Triton kernels of KoLeo's part on the rows alone, in float64, between its matrix products.
 
 With PyTorch's operators these few kilobytes are 72 launches more. The maths is that of ``gram``, whose products stay
 with cuBLAS: ``koleo_neighbours_kernel`` finds each row's neighbour and D, ``koleo_distances_kernel`` the loss's terms

@@ -1,4 +1,4 @@
-"""GELU of a linear layer's result as one op, and the gradient that comes back through GELU and the layer after it."""
+"""A linear layer with its GELU as one op, and the gradient through the GELU and the next layer."""
 
 from .op import linear_gelu, linear_gelu_backward
 

@@ -1,4 +1,4 @@
-"""GPUs on which one kernel for product and GELU was measured to be at least 5 % faster than two.
+"""The GPUs on which one kernel for product and GELU was measured to be at least 5 % faster than two.
 
 The two are cuBLAS's product and the kernel of ``pera_kernels.gelu``. They run where this table has no row: by what is
 computed, and by compute capability.

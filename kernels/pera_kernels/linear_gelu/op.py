@@ -1,4 +1,4 @@
-"""linear_gelu: one kernel where it was measured to be faster, else a product and ``pera_kernels.gelu``."""
+"""linear_gelu: one kernel where that was measured to be faster, else a product and ``pera_kernels.gelu``."""
 
 import torch
 from torch import Tensor

@@ -1,1 +1,1 @@
-"""Totals of the partial sums that the programs of a Triton kernel leave, in one launch and a fixed order."""
+"""Adds up the partial sums of a Triton kernel's programs, in one launch and in a fixed order."""

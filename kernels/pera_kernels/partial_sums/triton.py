@@ -1,4 +1,4 @@
-"""Triton kernel that adds up the partial sums of other kernels' programs."""
+"""Triton kernel that adds up the partial sums of another kernel's programs."""
 
 import triton
 import triton.language as tl

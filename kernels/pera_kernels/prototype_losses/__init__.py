@@ -1,4 +1,4 @@
-"""Distillation and KoLeo on the same prototypes, with one walk over them for the gradients of both."""
+"""Distillation loss and KoLeo on the same prototypes; the gradients of both take one pass over them."""
 
 from .op import prototype_losses
 

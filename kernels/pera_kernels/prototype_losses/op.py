@@ -1,4 +1,4 @@
-"""Op ``pera::prototype_losses``: schema, fake, autograd. It has no kernels of its own: README.md beside this."""
+"""Op ``pera::prototype_losses``: schema, fake, autograd. It uses the kernels of distillation_loss and koleo."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""The definition: the two losses one after the other."""
+"""Definition of prototype_losses: the two losses, one after the other."""
 
 from torch import Tensor
 

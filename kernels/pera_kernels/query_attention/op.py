@@ -1,4 +1,4 @@
-"""pera::query_attention: schema, shapes, gradient, group by group through PyTorch's fused attention.
+"""pera::query_attention: schema, shapes, gradient; PyTorch's fused attention for each group.
 
 The last block needs a network's result for a few tokens of each sequence: all tokens are keys and values, those alone
 are queries. It is one call a network and step, so it has no kernels of its own.

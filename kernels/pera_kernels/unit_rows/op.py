@@ -1,4 +1,4 @@
-"""pera::unit_rows: schema, shapes, gradient; elsewhere than on a GPU the definition runs."""
+"""pera::unit_rows: schema, shapes, gradient; without a GPU the definition runs."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Triton kernels of unit_rows: a row stays in registers between its length and its result."""
+"""Triton kernels of unit_rows: a row stays in registers while its length is computed."""
 
 import torch
 import triton

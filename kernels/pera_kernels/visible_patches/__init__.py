@@ -1,4 +1,4 @@
-"""Ops `contrast_mean` and `visible_patches`: from uint8 crops to normalised rows of the patches that are seen."""
+"""Ops `contrast_mean` and `visible_patches`, which turn uint8 crops into normalised rows of the visible patches."""
 
 from .op import contrast_mean, visible_patches
 

@@ -1,4 +1,4 @@
-"""The arguments that `visible_patches` and `pixel_loss` share, as one tuple below the boundary of the ops."""
+"""A named tuple of the arguments that `visible_patches` and `pixel_loss` share, for code below the ops."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Triton functions that the kernels of visible_patches, contrast_mean and pixel_loss share: pixels and their colours.
+"""Triton functions on pixels and colours that visible_patches, contrast_mean and pixel_loss share.
 
 Packed RGB crops are read as 64-bit words: three words hold eight pixels, so a patch of 16 x 16 pixels is 96 loads and
 not 768. The eight pixels stay in one thread, which writes 16 bytes of bfloat16 at once. A program works on patches of

@@ -1,4 +1,4 @@
-"""Definition of `contrast_mean` and `visible_patches` in plain PyTorch: whole crops, one after the other.
+"""Definition of `contrast_mean` and `visible_patches` in plain PyTorch, on one whole crop after the other.
 
 Nothing here is fast. Tests and benches compare every other implementation with this one; it runs in float64 when
 float64 rows are asked for, in float32 otherwise. Source: docs/method.md section 2.

@@ -1,4 +1,4 @@
-"""Values of a data set's bands, over a keyed sample of its files and pixels."""
+"""Samples values of a data set's bands, from a keyed choice of its files and pixels."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor

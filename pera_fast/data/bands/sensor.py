@@ -1,4 +1,4 @@
-"""What a data set's values are: how many bits, which range of each band. Decided once for a run, for all its files.
+"""Decides a data set's bit depth and the value range of each band, once for a run.
 
 `data.depth=auto` is 16 if most readable files store more than 8 bits a value, as the index says. Ranges that nobody
 gave are percentiles over a keyed sample of the files (`band_sample`). What was decided stands in the run's index,

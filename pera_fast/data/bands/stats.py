@@ -1,4 +1,4 @@
-"""Statistics of the values of bands, in one pass over any number of images, of any numeric type, mergeable.
+"""Statistics of band values in one pass over any number of images, of any numeric type, mergeable.
 
 Every band keeps a table of counts. Integers of up to 16 bits have a bin for each value, so everything about them is
 exact. The others are counted by their float32 bits in an order-preserving code: bins are 1/512 of their value wide,

@@ -1,4 +1,4 @@
-"""DALI as a decoder: imported late, and used alone to check files. No torch here: checking workers import this."""
+"""DALI as a decoder, imported late; the processes that check files load this without torch."""
 
 import os
 from collections.abc import Sequence

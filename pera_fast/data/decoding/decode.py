@@ -1,4 +1,4 @@
-"""What DALI cannot decode, decoded by Pillow or rasterio to uint8, and read from a header without decoding.
+"""Decodes files that DALI cannot, with Pillow or rasterio, and reads headers without decoding.
 
 Two ways. `decode`: 1 or 3 channels of 8 bits by type (`scaling.by_type`), which enter the same pipeline as DALI's
 files, as an in-memory PPM or PGM. `read`: any bands as they are stored, with the pixels that the file declares to be no

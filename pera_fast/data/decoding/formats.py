@@ -1,4 +1,4 @@
-"""What kind of file it is: by suffix (is it meant to be an image?) and by its first bytes (is it one?)."""
+"""Tells the format of a file by its suffix and by its first bytes."""
 
 SUFFIXES = (
     frozenset(("jpg", "jpeg", "jpe", "jfif", "png", "tif", "tiff", "btf", "webp", "bmp", "dib", "gif", "tga", "ico"))

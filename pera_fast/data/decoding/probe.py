@@ -1,4 +1,4 @@
-"""Checks whether files can be decoded, and by what. A decoder may kill or hang the process: see `sandbox`."""
+"""Checks whether a file can be decoded, and by which decoder. Runs in a `sandbox`: a decoder may die or hang."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""A worker process that may die: a decoder that is killed by a signal or hangs costs one file, not the run."""
+"""A worker process that may die: a decoder that crashes or hangs costs one file, not the run."""
 
 import os
 import threading

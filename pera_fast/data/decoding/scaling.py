@@ -1,4 +1,4 @@
-"""From stored values of any type to the pipeline's integers, band by band.
+"""Scales stored values of any type to the pipeline's integers, band by band.
 
 The largest integer (255 or 65535) stands for 1. With a range [low, high] for each channel, values map linearly, low to
 0 and high to the largest; beyond that they are clamped. What is not finite, and what a file declares to be no data,

@@ -1,4 +1,4 @@
-"""Members of uncompressed tar files: listed by their headers, read by their place.
+"""Lists the members of uncompressed tar files by their headers, and reads one by its offset.
 
 Python's own tarfile parses a header; walking from one to the next is done here, because a hostile or damaged tar must
 neither hang nor end anything: the position only grows, and whatever does not fit stops the walk with a reason.

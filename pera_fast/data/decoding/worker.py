@@ -1,4 +1,4 @@
-"""The process at the other end of `sandbox.Sandbox`: `python -m pera_fast.data.decoding.worker SOCKET`.
+"""The worker process of `sandbox.Sandbox`: `python -m pera_fast.data.decoding.worker SOCKET`.
 
 Messages sent: ("ready",), then per call any number of ("stage", text) and one ("done", results). No torch here: the
 process must start fast.

@@ -1,4 +1,4 @@
-"""A process of its own for libraries that hostile bytes can kill or hang."""
+"""Runs libraries that hostile bytes can crash or hang in a process of their own."""
 
 import contextlib
 import os

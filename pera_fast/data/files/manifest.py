@@ -1,4 +1,4 @@
-"""The manifest: one row per file of a data folder, kept as Parquet, written and read in pieces where it is large."""
+"""The manifest: one row for each file of a data folder, as Parquet, written and read in pieces where it is large."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Finds the files of a folder, in parallel: on a network disk the time goes into waiting.
+"""Finds the files of a folder with several threads, because a network disk makes each call wait.
 
 What is found is handed on in record batches, so that the number of files does not show in the memory.
 """

@@ -1,4 +1,4 @@
-"""DALI's index of a shard (.idx, text format v1.2), read as a listing of its members: one file, not every header."""
+"""Reads DALI's index of a shard (.idx, text format v1.2) as a listing of its members, without their headers."""
 
 import os
 import tarfile

@@ -1,4 +1,4 @@
-"""Writes one shard: a tar in WebDataset's layout with its index for DALI, whole or not at all, always the same bits."""
+"""Writes a shard, a tar in WebDataset's layout, with its index for DALI: whole or not at all, always the same bits."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Folders of shards: tar files of images, as `data pack` and the webdataset tools write them.
+"""Reads folders of shards: tar files of images, as `data pack` and the webdataset tools write them.
 
 A folder is one of shards if there are tar files in it and no image files. Every member of a tar that is named like an
 image is a sample, also where several share a key; the other members (labels, JSON) are left alone.

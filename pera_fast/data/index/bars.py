@@ -1,4 +1,4 @@
-"""Progress of an index on a terminal; nothing elsewhere."""
+"""Progress bars of an index on a terminal."""
 
 import contextlib
 from collections.abc import Iterator

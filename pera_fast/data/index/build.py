@@ -1,4 +1,4 @@
-"""`pera-fast data index`: every file of a folder checked once, the result kept and brought up to date."""
+"""`pera-fast data index`: checks every file of a folder once, and keeps the manifest up to date."""
 
 import contextlib
 import fcntl

@@ -1,4 +1,4 @@
-"""Checks files in worker processes, a bounded number at a time; results come in the order of the files."""
+"""Checks files in worker processes, a bounded number at a time, and yields results in the order of the files."""
 
 import os
 from collections import deque

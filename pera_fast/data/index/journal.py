@@ -1,4 +1,4 @@
-"""What an index that was not finished has found out: kept beside the manifest, taken up by the next attempt."""
+"""Crash journal of an unfinished index: kept beside the manifest, taken up by the next attempt."""
 
 import contextlib
 import shutil

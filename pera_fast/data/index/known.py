@@ -1,4 +1,4 @@
-"""What earlier manifests know of a folder's files, and so which of them are left to check."""
+"""Looks up files in earlier manifests, so that only new and changed ones are checked."""
 
 import contextlib
 import logging

@@ -1,4 +1,4 @@
-"""Tables too large for memory: written in sorted parts, read side by side, a range of paths at a time."""
+"""External sort of tables too large for memory: sorted parts on disk, merged one range of paths at a time."""
 
 import os
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What the loader hands to the training step: crops made once, and how each of their two views is coloured."""
+"""A batch of the loader: crops, and the colour parameters of their two views."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""CPU cores that this process may use: those that it may run on, or fewer where its cgroup has a quota."""
+"""Counts the CPU cores that this process may use, by its affinity and its cgroup's quota."""
 
 import os
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Where a run's images are decoded and cropped (`data.decode_on`): on the GPU, or on the CPU beside it.
+"""Chooses the decoder of a run (`data.decode_on`): the GPU, or the CPU beside it.
 
 On the GPU decoder and resize take multiprocessors and bandwidth from the step. On the CPU they cost it nothing, and
 uint8 crops cross to the GPU by its copy engine, as long as the cores make them faster than the step takes them.

@@ -1,5 +1,7 @@
-"""Crops on the CPU, several times as fast there as DALI's: PyTorch's antialiased resize for RGB and gray of 8 bits,
-whose kernel is made for that, and `pera_kernels.crop_resize` for more bands or bits.
+"""Crops and resizes images on the CPU, several times as fast as DALI does there.
+
+PyTorch's antialiased resize takes RGB and gray of 8 bits, which its kernel is made for; `pera_kernels.crop_resize`
+takes more bands or bits.
 
 As torchvision does for the published code, a window is cut out first and then resized: the filter reads nothing beyond
 the window. (On a GPU DALI resizes, and reads the image's own pixels there: a crop's outermost pixels differ.)

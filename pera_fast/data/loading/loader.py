@@ -1,4 +1,4 @@
-"""Endless micro-batches of one rank, read, decoded and cropped ahead of the training step."""
+"""The loader: endless micro-batches of one rank, read, decoded and cropped ahead of the training step."""
 
 import time
 import weakref

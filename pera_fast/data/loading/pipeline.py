@@ -1,4 +1,4 @@
-"""The image pipeline: encoded bytes or arrays and crop windows in, integer crops out.
+"""The image pipeline: takes encoded bytes or arrays with crop windows, returns integer crops.
 
 Each crop is made once; student and teacher share it. Windows and flips come from `views.Windows.roi`. The resize is
 bilinear with antialias. On a CPU DALI decodes, unless images come as arrays, and `host_crops` resizes. On a GPU DALI

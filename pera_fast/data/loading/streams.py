@@ -1,4 +1,4 @@
-"""Batches are made on a CUDA stream of their own, beside the training's work and not behind it.
+"""CUDA streams of the loader, so that batches are made beside the training's work and not behind it.
 
 A batch comes with an event, for which the stream that uses it waits on the device: no thread waits for a copy. The
 stream has the lowest priority, as DALI's have, and training one above it (`step_stream`), so that the loader's kernels

@@ -1,4 +1,4 @@
-"""JPEG files decoded at a half, a quarter or an eighth of their size, where all crops of a sample are smaller still.
+"""Decodes JPEG files at 1/2, 1/4 or 1/8 of their size where all crops of a sample are smaller still.
 
 libjpeg then transforms the low frequencies of each block of 8 x 8 pixels only: one pixel for 2 x 2, 4 x 4 or 8 x 8 of
 the image, exactly, with what a crop of that size could not show left out. The crops are drawn by key, so it is known

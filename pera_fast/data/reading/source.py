@@ -1,4 +1,4 @@
-"""From a sample's number to what the pipeline takes, whatever has become of its file since the index was made."""
+"""Reads the encoded bytes or the raster of a sample, and handles files that changed or vanished since the index."""
 
 import errno
 import logging

@@ -1,4 +1,4 @@
-"""Disjoint masks: which patches the student sees, which it predicts, which the teacher sees.
+"""Draws disjoint masks: the patches that the student sees, those that it predicts, those that the teacher sees.
 
 Source: docs/method.md section 3.1.
 A mask is a rank per patch: the student sees the lowest ranks, the teacher the highest, the ones between are predicted.

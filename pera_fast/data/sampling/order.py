@@ -1,4 +1,4 @@
-"""Which samples a micro-batch of a rank takes: a pure function of its position in the run."""
+"""The order of samples: maps a rank's position in the run to the samples of its micro-batch."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""`pera-fast data dedupe`: near-duplicates among the readable images of a folder. Reports; moves only on request."""
+"""`pera-fast data dedupe`: reports near-duplicates among the readable images of a folder; moves them on request."""
 
 import csv
 import logging

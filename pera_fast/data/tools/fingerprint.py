@@ -1,4 +1,4 @@
-"""A fingerprint of an image that small changes hardly move: for finding near-duplicates among millions.
+"""Fingerprints of images that small changes hardly move, to find near-duplicates among millions.
 
 The hash is the classic perceptual one: 32 x 32 gray means, their two-dimensional cosine transform (DCT-II), the signs
 of the 63 lowest frequencies without the mean and of one more, against their median. Scaling, encoding and light

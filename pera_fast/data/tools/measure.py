@@ -1,4 +1,4 @@
-"""`pera-fast data stats`: the values of a data set's bands, as they are stored and as the networks get them."""
+"""`pera-fast data stats`: statistics of a data set's bands, as they are stored and as the networks get them."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`pera-fast data pack`: the readable images of a folder into shards, resumable, the same bits for the same input."""
+"""`pera-fast data pack`: packs the readable images of a folder into shards, resumable and reproducible."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""From one image file to what a shard holds of it: its own bytes, or resized, cut into tiles and encoded anew."""
+"""Makes the samples of a shard from one image file: its own bytes, or resized, tiled and encoded anew."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Pairs of fingerprints that are alike, among millions: multi-index hashing (Norouzi, Punjani and Fleet, 2014).
+"""Finds pairs of similar fingerprints among millions by multi-index hashing (Norouzi, Punjani and Fleet, 2014).
 
 Two hashes that differ in at most t of 64 bits differ in at most t // m bits of one of m parts. So hashes are sorted by
 each part, and only those are compared whose part differs in so few bits. m follows from the number of hashes.

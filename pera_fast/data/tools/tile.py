@@ -1,4 +1,4 @@
-"""`pera-fast data tile`: large georeferenced scenes into tiles, resumable, scene by scene whole or not at all."""
+"""`pera-fast data tile`: cuts large georeferenced scenes into tiles; resumable, each scene whole or not at all."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Where a scene's tiles lie, and which of them are read at once."""
+"""Positions of a scene's tiles, and the groups of tiles that are read at once."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Where images are decoded: the rule, what it is told about files and cores."""
+"""The rule that chooses the decoder of a run, and its inputs: files and cores."""
 
 from dataclasses import replace
 from pathlib import Path

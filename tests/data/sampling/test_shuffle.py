@@ -1,4 +1,4 @@
-"""How well an epoch mixes many shards, against what a perfect shuffle gives; the shuffle of a buffer fails."""
+"""The mixing of many shards in an epoch, against that of a perfect shuffle; the shuffle of a buffer fails."""
 
 import numpy as np
 import pytest
