@@ -50,7 +50,7 @@ wheel: $(INSTALLED)
 
 # Reads the sources without importing them, so its environment holds no torch. A broken link fails it.
 docs: $(DOCS_VENV)/locked.stamp
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --clean --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --clean # --quiet would hide broken links from --strict
 	@echo "site/index.html"
 
 $(DOCS_VENV)/locked.stamp: requirements-docs.lock
@@ -60,7 +60,7 @@ $(DOCS_VENV)/locked.stamp: requirements-docs.lock
 
 clean:
 	rm -rf $(VENV) $(DOCS_VENV) site build dist demo-report *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis .import_linter_cache
-	find pera_fast kernels tests bench -name __pycache__ -type d -exec rm -rf {} +
+	find pera_fast kernels tests bench docs -name __pycache__ -type d -exec rm -rf {} +
 	rm -f kernels/pera_kernels/_native.so
 
 $(LOCKED): requirements.lock
