@@ -1,11 +1,13 @@
 # make test     all checks and tests      make demo [DATA=dir]   pretrain the tiny recipe, write demo-report/
 # make lint     the checks alone          make wheel             dist/*.whl
-# make venv     .venv with everything     make clean             removes what these made
+# make venv     .venv with everything     make docs              the documentation site, site/index.html
+# make clean    removes what these made
 #
-# Each sets up .venv by itself, from requirements.lock. PYTHON=python3.12 chooses the interpreter of a new .venv.
+# Each sets up .venv by itself, from requirements.lock; docs its own, from requirements-docs.lock. PYTHON=python3.12 chooses the interpreter of a new .venv.
 
 PYTHON ?= python3
 VENV := .venv
+DOCS_VENV := .venv-docs
 BIN := $(VENV)/bin
 LOCKED := $(VENV)/locked.stamp
 INSTALLED := $(VENV)/installed.stamp
@@ -19,7 +21,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
-.PHONY: test demo lint venv wheel clean
+.PHONY: test demo lint venv wheel docs clean
 
 # A failed check does not hide what the tests say; either fails the target.
 test: $(INSTALLED)
@@ -46,9 +48,19 @@ wheel: $(INSTALLED)
 	rm -rf build/lib*
 	$(BIN)/python -m build --wheel --no-isolation
 
+# Reads the sources without importing them, so its environment holds no torch. A broken link fails it.
+docs: $(DOCS_VENV)/locked.stamp
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --clean # --quiet would hide broken links from --strict
+	@echo "site/index.html"
+
+$(DOCS_VENV)/locked.stamp: requirements-docs.lock
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-docs.lock
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist demo-report *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis .import_linter_cache
-	find pera_fast kernels tests bench -name __pycache__ -type d -exec rm -rf {} +
+	rm -rf $(VENV) $(DOCS_VENV) site build dist demo-report *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis .import_linter_cache
+	find pera_fast kernels tests bench docs -name __pycache__ -type d -exec rm -rf {} +
 	rm -f kernels/pera_kernels/_native.so
 
 $(LOCKED): requirements.lock

@@ -1,6 +1,6 @@
-"""Writes the tables of the docs from the records in bench/results/ (docs/bench.md).
+"""Writes docs/results.md and the three numbers in README.md from the records in bench/results/ (docs/bench.md).
 
-python bench/report.py            writes what stands between the README's two markers, and the page
+python bench/report.py            writes the list between the README's two markers, and the page
 python bench/report.py --check    names what is not what the results give, and exits with 1
 """
 
@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from report_front import front
 from report_gpu import gpu_page, load_gpu
 from report_loaders import loaders_table
 from report_summary import summary
@@ -50,6 +51,7 @@ def page(folder: Path) -> str:
     gpu = load_gpu(folder / "gpu")
     on_gpu = gpu or any(record["machine"]["kind"] == "cuda" for record in records)
     lines = ["# What has been measured", "", *paragraph(HEAD), *([] if on_gpu else paragraph(NOTHING))]
+    lines += ["## In short", "", summary(records, folder), ""]
     lines += gpu_page(gpu) + step_table(records)
     lines += loader_lines(records) + loaders_table(folder / "loaders") + memory_table(folder)
     tables = [line for record in records for line in op_tables(record)]
@@ -65,7 +67,7 @@ def wanted(root: Path) -> dict[Path, str]:
     _, end, tail = rest.partition(END)
     if not begin or not end:
         raise SystemExit(f"{readme}: lacks {BEGIN} or, behind it, {END}")
-    part = f"{head}{BEGIN}\n{summary(load(results), results)}\n{END}{tail}"
+    part = f"{head}{BEGIN}\n{front(results)}\n{END}{tail}"
     return {readme: part, root / "docs" / "results.md": page(results)}
 
 

@@ -26,10 +26,10 @@ STEPS = """
 crops, forward to EMA; least to most in parentheses. Reserved is what the allocator held, a CUDA graph's pool included.
 Published is the authors' code on the same machine; the ratio is over its row of the same batch in the same run.
 """
-README = """
+SUMMARY = """
 **On a GPU**, a vit_b16 training step in bf16 with the exact method, beside the published implementation in the same run
 on the same card ({device}, torch {torch}; {commit}, {date}). Ours runs as it comes; every row that was measured, the
-slower ones too, is in [docs/results.md](docs/results.md).
+slower ones too, is [below](#training-steps-on-a-gpu).
 """
 PRETRAIN = """
 Images/s of `pera-fast pretrain` from 512 px JPEG files, beside the step alone on random crops; device time that waited
@@ -68,14 +68,14 @@ def _percent(value: float | None) -> str:
 
 
 def gpu_summary(files: list[File]) -> list[str]:
-    """The README's table: the newest run that has both sides."""
+    """The summary's table: the newest run that has both sides."""
     with_both = [file for file in files if _published(file)]
     if not with_both:
         return []
     file = with_both[-1]
     theirs = _published(file)
     columns = "batch", "ms a step", "images/s", "MFU", "reserved MiB", "published ms", "published reserved MiB", "ratio"
-    lines = [*paragraph(README.format(**file)), *heading(*columns)]
+    lines = [*paragraph(SUMMARY.format(**file)), *heading(*columns)]
     for row in sorted(file["steps"], key=lambda row: row["batch"]):
         if row["what"] == PUBLISHED or row["variant"] != "as it comes":
             continue
@@ -104,6 +104,19 @@ def gpu_page(files: list[File]) -> list[str]:
     return [*lines, "", *_pretrain(files), *_kernels(files)]
 
 
+def step_alone(file: File, row: File) -> float | None:
+    """Images/s of the default step in the same run at the batch of a training from files; None: not measured."""
+    steps = [s for s in file["steps"] if (s["what"], s["variant"], s["batch"]) == (OURS, "as it comes", row["batch"])]
+    return steps[0]["images_per_s"] if steps else None
+
+
+def steps_of_both(file: File) -> list[tuple[File, File]]:
+    """(default step, published step) of each recipe and batch that both sides ran in a run."""
+    theirs = _published(file)
+    ours = [row for row in file["steps"] if (row["what"], row["variant"]) == (OURS, "as it comes")]
+    return [(row, theirs[_key(row)]) for row in ours if _key(row) in theirs]
+
+
 def _pretrain(files: list[File]) -> list[str]:
     rows = [(file, row) for file in files for row in file.get("pretrain", ())]
     if not rows:
@@ -111,10 +124,7 @@ def _pretrain(files: list[File]) -> list[str]:
     columns = "device", "settings", "images/s", "step alone, images/s", "share", "waited for data", "commit"
     lines = ["### Training from files", "", *paragraph(PRETRAIN), *heading(*columns)]
     for file, row in rows:
-        steps = [
-            s for s in file["steps"] if (s["what"], s["variant"], s["batch"]) == (OURS, "as it comes", row["batch"])
-        ]
-        alone = steps[0]["images_per_s"] if steps else None
+        alone = step_alone(file, row)
         share = f"{alone:.0f} | {_percent(row['images_per_s'] / alone)}" if alone else " | "
         settings = ", ".join(row["settings"]) or "as it comes"
         cells = (

@@ -1,4 +1,4 @@
-"""The README's part: a step, each op, the loader and memory in few lines; the rest is on docs/results.md."""
+"""The first section of docs/results.md: a step, each op, the loader and memory in few lines."""
 
 import json
 from itertools import groupby
@@ -17,7 +17,7 @@ BUSY = 0.9  # share of its cores that the busiest side has to itself on a quiet 
 FORWARD, BOTH, STEP = "forward", "forward+backward", "step"
 NO_GPU = """
 **Nothing has been measured on a GPU yet**: no step, no op, no loader, no memory. The Triton kernels are compiled for
-A100, H100 and B200 without spills ([resources](docs/kernel_resources.md)) and tested in Triton's interpreter, which
+A100, H100 and B200 without spills ([resources](kernel_resources.md)) and tested in Triton's interpreter, which
 says nothing of their speed.
 """
 STEPS = """
@@ -51,16 +51,15 @@ MEMORY = """
 --out P`; {commit}, {date}): what an image adds to the peak of a {recipe} step, and the largest batch predicted for a
 card of 80 GB.
 """
-ALL = "All tables, with spread, shares of the machine's ceilings and errors: [docs/results.md](docs/results.md)."
 
 
 def summary(records: list[Record], folder: Path) -> str:
-    """The text between the README's markers."""
+    """Lines of the section, in one text."""
     gpu = load_gpu(folder / "gpu")
     on_gpu = gpu or any(record["machine"]["kind"] == "cuda" for record in records)
     lines = gpu_summary(gpu) if on_gpu else paragraph(NO_GPU)
     lines += steps(records) + ops(records) + loaders(folder / "loaders") + memory(folder / "memory")
-    return "\n".join([*lines, *paragraph(ALL)]).strip()
+    return "\n".join(lines).strip()
 
 
 def steps(records: list[Record]) -> list[str]:

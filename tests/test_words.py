@@ -13,8 +13,6 @@ FILES = [
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 RIDDLE = re.compile(r"(What|Which|From|Where|Of|Whether|Whom|How)\b")  # says no subject, verb or object
-    r"(What|Which|From|Where|Of|Whether|Whom|How)\b"
-)  # a first line that does not say what the module does
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import report_front
 import report_gpu
 
 COMMON = {"device": "H200", "torch": "2.11", "cudnn": "9", "commit": "abc", "date": "2026-11-26", "precision": "bf16"}
@@ -34,7 +35,7 @@ def made(tmp_path: Path) -> list[dict]:
 def test_ratio_is_of_the_same_batch_and_run(tmp_path: Path) -> None:
     text = "\n".join(report_gpu.gpu_summary(made(tmp_path)))
     assert "| 64 | 50.0 | 1280 | 41 % | 20 | 150.0 | 20 | 3.00 |" in text
-    assert "60.0" not in text  # the README shows what runs as it comes
+    assert "60.0" not in text  # the summary shows what runs as it comes
 
 
 def test_page_has_every_row_and_says_what_ran(tmp_path: Path) -> None:
@@ -54,3 +55,19 @@ def test_lines_of_two_commits_are_refused() -> None:
 def test_nothing_measured_gives_nothing(tmp_path: Path) -> None:
     assert report_gpu.gpu_summary(report_gpu.load_gpu(tmp_path)) == []
     assert report_gpu.gpu_page(report_gpu.load_gpu(tmp_path)) == []
+
+
+def test_front_has_a_number_of_each_kind_with_its_device(tmp_path: Path) -> None:
+    (tmp_path / "gpu").mkdir()
+    made(tmp_path / "gpu")
+    text = " ".join(report_front.front(tmp_path).split())
+    assert text.startswith("- **3.00 times as fast** as the published implementation: a vit_b16 training step in bf16")
+    assert "50.0 ms (1280 images/s) and 20 MiB of GPU memory; theirs takes 150.0 ms" in text
+    assert "H200 (abc, 2026-11-26)" in text
+    assert "JPEG" not in text  # training from files was measured with a setting, not as it comes
+    file = json.loads((tmp_path / "gpu" / "1.json").read_text())
+    file["pretrain"][0]["settings"] = []
+    (tmp_path / "gpu" / "1.json").write_text(json.dumps(file))
+    text = " ".join(report_front.front(tmp_path).split())
+    assert "- **1205 images/s** when it trains from 512 px JPEG files at batch 64: 94 % of what" in text
+    assert report_front.front(tmp_path / "none") == report_front.NOTHING
