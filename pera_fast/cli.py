@@ -51,7 +51,7 @@ def pretrain(
         str | None,
         typer.Option(help="vit_b16, vit_g16, vit_s16, vit_l16 or tiny.", show_default="vit_b16; resuming: the run's"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest checkpoint in --out.")] = False,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings, such as train.steps=60 train.batch_size=8."),
@@ -78,50 +78,62 @@ def info() -> None:
 @app.command()
 def bench(
     benches: Annotated[
-        list[str] | None, typer.Argument(metavar="[OP[/CASE]]...", help="Such as attention, koleo, block, step/none.")
+        list[str] | None,
+        typer.Argument(metavar="[OP[/CASE]]...", help="Benchmarks to run, such as attention, koleo, block, step/none."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Whose shapes; or several, with commas.", show_default="vit_b16")
+        str | None,
+        typer.Option(help="Recipe whose shapes are used, or several separated by commas.", show_default="vit_b16"),
     ] = None,
     images: Annotated[
-        str | None, typer.Option(help="Of a step; or several numbers, with commas.", show_default="4, on a GPU 16")
+        str | None,
+        typer.Option(help="Images per step, or several numbers separated by commas.", show_default="4, on a GPU 16"),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Of products: bf16, fp16 or fp32.", show_default="fp32, on a GPU bf16")
+        str | None,
+        typer.Option(help="Precision of matrix products: bf16, fp16 or fp32.", show_default="fp32, on a GPU bf16"),
     ] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="vit_s16, vit_b16, vit_g16 at three numbers of images.")
     ] = False,
     every: Annotated[
-        bool, typer.Option("--all", help="Every implementation; else eager PyTorch and what would run.")
+        bool,
+        typer.Option("--all", help="Time every implementation, not only eager PyTorch and the one that would run."),
     ] = False,
     only: Annotated[
-        str | None, typer.Option(help="These implementations, such as reference,compiled,triton.", show_default=False)
+        str | None, typer.Option(help="Implementations to time, such as reference,compiled,triton.", show_default=False)
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="File for the numbers.")] = None,
+    json: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
     compare: Annotated[
-        Path | None, typer.Option(metavar="OLD.json", help="Say what moved beyond the spread since then.")
+        Path | None, typer.Option(metavar="OLD.json", help="Earlier results; show changes larger than the spread.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.png.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU.", show_default="one per core")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="one per core")] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0, help="For the timed calls of one bench.", show_default="0.5, loaders 8")
+        float | None, typer.Option(min=0, help="Seconds of timed calls per benchmark.", show_default="0.5, loaders 8")
     ] = None,
-    passes: Annotated[int | None, typer.Option(min=1, help="Over all benches.", show_default="3, on a GPU 1")] = None,
+    passes: Annotated[
+        int | None, typer.Option(min=1, help="Passes over all benchmarks.", show_default="3, on a GPU 1")
+    ] = None,
     processor_time: Annotated[
-        bool, typer.Option("--processor-time", help="Of the process, on a CPU: with --threads 1 on a busy machine.")
+        bool,
+        typer.Option(
+            "--processor-time", help="Time the process rather than the clock, for a busy CPU; with --threads 1."
+        ),
     ] = False,
     remeasure: Annotated[
         bool, typer.Option("--remeasure", help="Measure bandwidth and matrix rate of this machine again.")
     ] = False,
     formats: Annotated[
-        str | None, typer.Option(help="Of `bench data`: of the files.", show_default="jpeg,png,tiff")
+        str | None, typer.Option(help="File formats of `bench data`.", show_default="jpeg,png,tiff")
     ] = None,
-    sizes: Annotated[str | None, typer.Option(help="Of `bench data`: pixels a side.", show_default="512")] = None,
+    sizes: Annotated[
+        str | None, typer.Option(help="Image sizes of `bench data`, in pixels a side.", show_default="512")
+    ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Of `bench data`: images to make the files from.", show_default="procedural scenes"),
+        typer.Option(help="Images that `bench data` makes its files from.", show_default="procedural scenes"),
     ] = None,
 ) -> None:
     """Time ops, blocks, steps and the loader, and say how near each comes to what the machine can do.
@@ -158,7 +170,7 @@ def bench(
 @app.command()
 def convert(
     weights: Annotated[
-        Path, typer.Argument(metavar="PUBLISHED.params", help="Checkpoint of the authors.", show_default=False)
+        Path, typer.Argument(metavar="PUBLISHED.params", help="Checkpoint in the authors' format.", show_default=False)
     ],
     out: Annotated[Path, typer.Option(help="Folder for the converted weights.", show_default=False)],
 ) -> None:

@@ -18,10 +18,14 @@ def index(
         list[str] | None,
         typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings of the training, such as data.bands=[4,3,2]."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The Parquet manifest.", show_default="in the user's cache")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Path of the Parquet manifest.", show_default="in the user's cache")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Decode every file fully.")] = True,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one per core")] = None,
-    channels: Annotated[int | None, typer.Option(min=1, help="The same as model.in_chans=N.", show_default="3")] = None,
+    channels: Annotated[
+        int | None, typer.Option(min=1, help="Channels per image, as model.in_chans=N.", show_default="3")
+    ] = None,
 ) -> None:
     """Check every image below DIR and write what was found into a manifest that pretraining reuses."""
     from pera_fast.config import load_config
@@ -44,14 +48,16 @@ class _Encoding(str, Enum):
 @data_app.command()
 def pack(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder of the shards.", show_default=False)],
-    size_mib: Annotated[int, typer.Option(min=1, help="Most of one shard.")] = 1024,
+    out: Annotated[Path, typer.Option(help="Folder for the shards.", show_default=False)],
+    size_mib: Annotated[int, typer.Option(min=1, help="Largest size of a shard, in MiB.")] = 1024,
     tile: Annotated[int | None, typer.Option(min=16, help="Cut larger images into tiles of N x N.")] = None,
     resize: Annotated[int | None, typer.Option(min=16, help="Shrink the shorter side to N.")] = None,
-    reencode: Annotated[_Encoding | None, typer.Option(help="Encode all anew.", show_default="as they are")] = None,
-    quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG, where images are encoded anew.")] = 95,
+    reencode: Annotated[
+        _Encoding | None, typer.Option(help="Encode every image anew, in this format.", show_default="as they are")
+    ] = None,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of images that are encoded anew.")] = 95,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="one per core")] = None,
-    channels: Annotated[int, typer.Option(min=1, help="model.in_chans of the training that it is for.")] = 3,
+    channels: Annotated[int, typer.Option(min=1, help="Channels per image: model.in_chans of the training.")] = 3,
 ) -> None:
     """Pack every readable image below DIR into tar files that pretraining and WebDataset read. Stopped, it goes on."""
     from pera_fast.data.tools.pack import pack as run
@@ -69,15 +75,17 @@ class _TileFormat(str, Enum):
 
 @data_app.command()
 def tile(
-    scenes: Annotated[Path, typer.Argument(metavar="SCENES", help="Folder of scenes, or one.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder of the tiles.", show_default=False)],
-    size: Annotated[int, typer.Option(help="Pixels a side.")] = 512,
-    overlap: Annotated[int, typer.Option(help="Pixels that neighbours share.")] = 0,
-    nodata_max: Annotated[float, typer.Option(help="Leave out tiles with a greater fraction without data.")] = 0.5,
+    scenes: Annotated[
+        Path, typer.Argument(metavar="SCENES", help="Folder of scenes, or one scene.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the tiles.", show_default=False)],
+    size: Annotated[int, typer.Option(help="Tile size, in pixels a side.")] = 512,
+    overlap: Annotated[int, typer.Option(help="Overlap of neighbouring tiles, in pixels.")] = 0,
+    nodata_max: Annotated[float, typer.Option(help="Largest fraction of a tile without data.")] = 0.5,
     nodata: Annotated[
-        float | None, typer.Option(help="Value that is no data.", show_default="what the scene declares")
+        float | None, typer.Option(help="Value of pixels without data.", show_default="what the scene declares")
     ] = None,
-    format_: Annotated[_TileFormat, typer.Option("--format", help="Of the tiles.")] = _TileFormat.tif,
+    format_: Annotated[_TileFormat, typer.Option("--format", help="File format of the tiles.")] = _TileFormat.tif,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one per core")] = None,
 ) -> None:
     """Cut large georeferenced scenes into tiles, each with a JSON file that says where it lies. Stopped, it goes on."""
@@ -91,13 +99,15 @@ def tile(
 @data_app.command()
 def dedupe(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.", show_default=False)],
-    threshold: Annotated[int, typer.Option(help="Bits of 64 in which near-duplicates' hashes differ at most.")] = 5,
-    out: Annotated[Path, typer.Option(help="The report.")] = Path("duplicates.csv"),
+    threshold: Annotated[
+        int, typer.Option(help="Largest number of differing bits, of 64, between hashes of near-duplicates.")
+    ] = 5,
+    out: Annotated[Path, typer.Option(help="CSV file for the report.")] = Path("duplicates.csv"),
     move: Annotated[
         Path | None, typer.Option(help="Move the duplicates to this folder.", show_default="only report")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="one per core")] = None,
-    channels: Annotated[int, typer.Option(min=1, help="model.in_chans of the training that it is for.")] = 3,
+    channels: Annotated[int, typer.Option(min=1, help="Channels per image: model.in_chans of the training.")] = 3,
 ) -> None:
     """Report near-duplicate images. Of a group the one with the most pixels is kept; nothing is ever deleted."""
     from pera_fast.data.tools.dedupe import dedupe as run
@@ -111,13 +121,15 @@ def show(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings, such as train.seed=1.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="The picture.")] = Path("sheet.png"),
-    sample: Annotated[list[int] | None, typer.Option(help="Number; may be repeated.", show_default="the first")] = None,
-    epoch: Annotated[int, typer.Option(help="Counted from 0.")] = 0,
-    count: Annotated[int, typer.Option(help="Samples, where none is named.")] = 6,
-    recipe: Annotated[str, typer.Option(help="Of the training that it is for.")] = "vit_b16",
+    out: Annotated[Path, typer.Option(help="PNG file for the sheet.")] = Path("sheet.png"),
+    sample: Annotated[
+        list[int] | None, typer.Option(help="Sample number; may be given several times.", show_default="the first")
+    ] = None,
+    epoch: Annotated[int, typer.Option(help="Epoch, counted from 0.")] = 0,
+    count: Annotated[int, typer.Option(help="Number of samples, without --sample.")] = 6,
+    recipe: Annotated[str, typer.Option(help="Recipe of the training.")] = "vit_b16",
     run: Annotated[
-        Path | None, typer.Option(help="Show what this run sees.", show_default="the recipe's own settings")
+        Path | None, typer.Option(help="Run folder whose settings are used.", show_default="the recipe's own settings")
     ] = None,
 ) -> None:
     """Draw what the networks see: crops, both colourings, masks; exactly as training draws them."""
@@ -139,14 +151,16 @@ def show(
 
 @data_app.command()
 def stats(
-    data: Annotated[Path, typer.Argument(metavar="DIR|MANIFEST", help="Folder, or index.parquet.", show_default=False)],
+    data: Annotated[
+        Path, typer.Argument(metavar="DIR|MANIFEST", help="Folder of images, or its index.parquet.", show_default=False)
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings, such as data.bands=[4,3,2].")
     ] = None,
-    sample: Annotated[int, typer.Option(help="Files that are read; 0: all.")] = 4096,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice of files.")] = 0,
-    json: Annotated[Path | None, typer.Option(help="Also write everything here.", show_default=False)] = None,
-    plot: Annotated[Path | None, typer.Option(help="Also draw the histograms here.", show_default=False)] = None,
+    sample: Annotated[int, typer.Option(help="Files to read; 0: all.")] = 4096,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of files.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="JSON file for all statistics.", show_default=False)] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file for the histograms.", show_default=False)] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="one per core")] = None,
 ) -> None:
     """Mean, deviation and percentiles of each band, and the settings for pretraining that follow."""

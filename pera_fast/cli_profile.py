@@ -27,7 +27,7 @@ def _options() -> None:
 
 
 _Recipes = Annotated[
-    list[str] | None, typer.Option("--recipe", help="May be given several times.", show_default="vit_b16")
+    list[str] | None, typer.Option("--recipe", help="Recipe; may be given several times.", show_default="vit_b16")
 ]
 
 
@@ -38,19 +38,28 @@ def batches(
     device: Annotated[
         str, typer.Option(help="simulate (no GPU needed), cuda, cpu; auto: cuda if there is one, else simulate.")
     ] = "auto",
-    batch_sizes: Annotated[str, typer.Option(help="Two or more give a line to predict from.")] = "8,16,32",
+    batch_sizes: Annotated[
+        str, typer.Option(help="Batch sizes; two or more allow a prediction for others.")
+    ] = "8,16,32",
     policies: Annotated[
-        str | None, typer.Option(help="Of model.recompute: none,cheap,block.", show_default="all")
+        str | None, typer.Option(help="Values of model.recompute to compare: none,cheap,block.", show_default="all")
     ] = None,
-    dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Also without masks.")] = True,
-    sweep_ratios: Annotated[bool, typer.Option("--sweep-ratios", help="Also at other mask ratios.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps a point (cuda, cpu).")] = 10,
+    dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Compare with dense (unmasked) training.")] = True,
+    sweep_ratios: Annotated[bool, typer.Option("--sweep-ratios", help="Compare mask ratios.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps per point (cuda, cpu).")] = 10,
     compare_simulated: Annotated[
-        bool | None, typer.Option("--compare-simulated/--no-compare-simulated", show_default="on cuda")
+        bool | None,
+        typer.Option(
+            "--compare-simulated/--no-compare-simulated",
+            help="Simulate the measured points too, to compare.",
+            show_default="on cuda",
+        ),
     ] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Simulations at a time.", show_default="one a core")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Simulations that run in parallel.", show_default="one a core")
+    ] = None,
     world_size: Annotated[
-        int, typer.Option(min=1, help="GPUs that train together, for the predicted times (simulate).")
+        int, typer.Option(min=1, help="Number of GPUs in data parallelism, for the predicted times (simulate).")
     ] = 1,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings, such as model.prototypes=65536.")
@@ -71,7 +80,7 @@ def trace(
     out: Annotated[Path, typer.Option(help="Folder for trace.json.gz and tables.", show_default=False)],
     recipe: Annotated[str, typer.Option(help="vit_b16, vit_g16, vit_s16, vit_l16 or tiny.")] = "vit_b16",
     device: Annotated[str, typer.Option(help="cuda or cpu; auto: cuda if there is one.")] = "auto",
-    steps: Annotated[int, typer.Option(min=1, help="Recorded steps, after some that warm up.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to record, after warm-up.")] = 3,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings, such as train.batch_size=8.")
     ] = None,

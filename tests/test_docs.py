@@ -54,7 +54,7 @@ def test_generated_pages_have_every_key_and_command() -> None:
     assert {"pera-fast pretrain", "pera-fast data tile", "pera-fast profile", "pera-fast profile trace"} <= set(
         re.findall("^## (.*)$", commands, re.MULTILINE)
     )
-    assert "| `--size INT` | Pixels a side. | 512 |" in commands
+    assert "| `--size INT` | Tile size, in pixels a side. | 512 |" in commands
 
 
 def test_batches_of_a_small_gpu_are_those_of_the_profile() -> None:

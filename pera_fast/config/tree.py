@@ -46,23 +46,25 @@ class ModelConfig:
     """Networks and masks (docs/method.md sections 3 and 4)."""
 
     patch_size: int = _count(16)  # pixels a side
-    embed_dim: int = _count(768)  # width of the transformer; num_heads must divide it
+    embed_dim: int = _count(768)  # width of the transformer; a multiple of num_heads
     depth: int = _count(12)  # blocks; mask tokens enter before block depth // 2
-    num_heads: int = _count(12)
-    mlp_ratio: float = _key(4.0, above=0)
+    num_heads: int = _count(12)  # attention heads; divides embed_dim
+    mlp_ratio: float = _key(4.0, above=0)  # width of a block's MLP over embed_dim
     drop_path: float = _key(0.3, low=0, below=1)  # fraction of sequences that skip a student branch; uniform over depth
     in_chans: int = _count(3)  # channels of an image (follows data.bands); views.mean, views.std have as many entries
     head_hidden: int = _count(2048)  # width of the heads' MLP
     bottleneck: int = _count(384)  # width of the L2-normalised rows that meet the prototypes
-    prototypes: int = _count(131072, low=2)
-    # Activations that the backward pass computes again. auto: none where a step then leaves a tenth of the GPU's memory
-    # free, else cheap, else block; cheap on a CPU.
+    prototypes: int = _count(131072, low=2)  # number of prototypes
+    # Activations to recompute in the backward pass: none, cheap ones (norms, GELU), or whole blocks. auto: the first
+    # of these that leaves a tenth of the GPU's memory free; cheap on a CPU.
     recompute: str = _key("auto", choices=("auto", "none", "cheap", "block"))
-    # Attention on a GPU. auto: what was measured to be the fastest for the card and the sequences, else xformers.
+    # Attention implementation on a GPU. auto: the fastest that was measured for the card and the sequence lengths, else
+    # xformers.
     attention: str = _key("auto", choices=("auto", "xformers", "cudnn", "varlen", "triton", "sdpa"))
-    # Matrix products of the teacher's blocks. same: as train.precision says; fp8: e4m3 with a scale a row.
+    # Precision of matrix products in the teacher's blocks. same: train.precision; fp8: e4m3 with a scale for each row.
     teacher_precision: str = _key("same", choices=("same", "fp8"))
-    masking: str = _key("random", choices=("random", "block", "grid", "none"))  # none: dense, both see every patch
+    # Shape of the masks. none: dense, both networks see every patch.
+    masking: str = _key("random", choices=("random", "block", "grid", "none"))
     student_ratio: float = _key(0.2, above=0, high=1)  # fraction of patches that the student sees
     teacher_ratio: float = _key(0.6, above=0, high=1)  # fraction that the teacher sees; disjoint from the student's
 
@@ -87,55 +89,57 @@ class ViewsConfig:
     num_local: int = _count(8, low=0)  # crops per image
     global_size: int = _count(448)  # pixels a side; a multiple of model.patch_size
     local_size: int = _count(96)  # pixels a side; a multiple of model.patch_size
-    global_scale: list[float] = _key([0.4, 1.0], above=0, high=1, rising=True)  # area of the crop / area of the image
-    local_scale: list[float] = _key([0.05, 0.4], above=0, high=1, rising=True)
+    global_scale: list[float] = _key([0.4, 1.0], above=0, high=1, rising=True)  # area of a crop / area of the image
+    local_scale: list[float] = _key([0.05, 0.4], above=0, high=1, rising=True)  # the same for local crops
     aspect: list[float] = _key([0.75, 1.33], above=0, rising=True)  # width / height of the crop's window
-    hflip: float = _fraction(0.5)  # probabilities from here ...
-    vflip: float = _fraction(0.5)
-    student_color: float = _fraction(0.8)  # student view is changed at all
-    student_gray: float = _fraction(0.1)  # within that: grayscale instead of jitter
-    teacher_color: float = _fraction(0.1)  # teacher view is jittered; ... to here
-    brightness: float = _fraction(0.4)  # factor U(1-b, 1+b); contrast and saturation likewise
-    contrast: float = _fraction(0.4)
-    saturation: float = _fraction(0.2)
-    hue: float = _key(0.1, low=0, high=0.5)  # shift U(-h, h), in turns of the colour wheel
+    hflip: float = _fraction(0.5)  # probability of a horizontal flip
+    vflip: float = _fraction(0.5)  # probability of a vertical flip
+    student_color: float = _fraction(0.8)  # probability that the student's view changes colour
+    student_gray: float = _fraction(0.1)  # probability of grayscale instead of jitter, if it does
+    teacher_color: float = _fraction(0.1)  # probability that the teacher's view is jittered
+    brightness: float = _fraction(0.4)  # jitter: factor from U(1-b, 1+b)
+    contrast: float = _fraction(0.4)  # jitter: factor from U(1-c, 1+c)
+    saturation: float = _fraction(0.2)  # jitter: factor from U(1-s, 1+s)
+    hue: float = _key(0.1, low=0, high=0.5)  # jitter: shift from U(-h, h), in turns of the colour wheel
     # Red, green and blue among the bands, as data.bands names them: saturation, hue and grayscale act on these,
     # brightness and contrast on all. null: the three of three channels, none of another number; []: none.
     rgb_bands: list[int | str] | None = None
-    mean: list[float] = _key([0.485, 0.456, 0.406])  # per channel, of values scaled to [0, 1]
-    std: list[float] = _key([0.229, 0.224, 0.225], above=0)
+    mean: list[float] = _key([0.485, 0.456, 0.406])  # mean of each channel, of values scaled to [0, 1]
+    std: list[float] = _key([0.229, 0.224, 0.225], above=0)  # standard deviation of each channel, likewise
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """Loss terms (docs/method.md section 5)."""
 
-    student_temp: float = _key(0.1, above=0)
+    student_temp: float = _key(0.1, above=0)  # temperature of the student's logits
     center_momentum: float = _fraction(0.9)  # EMA of the mean teacher logits
     centering: str = _key("center", choices=("center", "sinkhorn"))
-    koleo_weight: float = _key(0.1, low=0)
-    koleo_on: str = _key("logits", choices=("logits", "bottleneck"))  # logits is the published one
-    pixel_weight: float = _key(0.01, low=0)
+    koleo_weight: float = _key(0.1, low=0)  # weight of the KoLeo loss
+    koleo_on: str = _key(
+        "logits", choices=("logits", "bottleneck")
+    )  # input of KoLeo; the published method takes logits
+    pixel_weight: float = _key(0.01, low=0)  # weight of the pixel loss
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW, schedules and the teacher's EMA (docs/method.md section 6). Every schedule is per optimiser step."""
 
-    lr: float = _key(1e-3, low=0)  # peak; not scaled by the batch size
-    warmup_lr: float = _key(0.0, low=0)  # where the linear warm-up starts
-    final_lr: float = _key(1e-6, low=0)  # where the cosine ends
-    warmup_epochs: float = _key(20.0, low=0)  # as a fraction of train.epochs where train.steps is given
-    weight_decay: float = _key(0.04, low=0)  # cosine from here ...
-    final_weight_decay: float = _key(0.2, low=0)  # ... to here; all parameters decay
-    betas: list[float] = _key([0.9, 0.999], low=0, below=1)
-    eps: float = _key(2e-5, above=0)
-    clip: float = _key(3.0, above=0)  # largest gradient norm over everything trained
-    teacher_momentum: float = _fraction(0.992)  # EMA, cosine from here ...
-    final_teacher_momentum: float = _fraction(1.0)  # ... to here
-    teacher_temp: float = _key(0.05, above=0)  # after the warm-up
-    warmup_teacher_temp: float = _key(0.03, above=0)  # where its linear warm-up starts
-    teacher_temp_warmup_epochs: float = _key(30.0, low=0)  # as a fraction of train.epochs where train.steps is given
+    lr: float = _key(1e-3, low=0)  # peak learning rate; not scaled by the batch size
+    warmup_lr: float = _key(0.0, low=0)  # learning rate at the start of the linear warm-up
+    final_lr: float = _key(1e-6, low=0)  # learning rate at the end of the cosine
+    warmup_epochs: float = _key(20.0, low=0)  # length of the warm-up; train.steps stretches it
+    weight_decay: float = _key(0.04, low=0)  # weight decay of all parameters at the start of its cosine
+    final_weight_decay: float = _key(0.2, low=0)  # weight decay at the end
+    betas: list[float] = _key([0.9, 0.999], low=0, below=1)  # AdamW's decay rates of the moments
+    eps: float = _key(2e-5, above=0)  # AdamW's epsilon
+    clip: float = _key(3.0, above=0)  # largest gradient norm over all trained parameters
+    teacher_momentum: float = _fraction(0.992)  # momentum of the teacher's EMA at the start of its cosine
+    final_teacher_momentum: float = _fraction(1.0)  # momentum at the end
+    teacher_temp: float = _key(0.05, above=0)  # temperature of the teacher's logits after the warm-up
+    warmup_teacher_temp: float = _key(0.03, above=0)  # temperature at the start of its linear warm-up
+    teacher_temp_warmup_epochs: float = _key(30.0, low=0)  # length of that warm-up; train.steps stretches it
 
 
 @dataclass(frozen=True)
@@ -156,19 +160,19 @@ class BatchPlan:
 class TrainConfig:
     """Length, batch, precision and checkpoints. Read the batch through `resolve_batch`, never from the keys."""
 
-    epochs: int = _count(200)
+    epochs: int = _count(200)  # passes over the images
     steps: int | None = _count(None)  # optimiser steps; replaces epochs and stretches the schedules to fit
     batch_size: int | None = _count(16)  # images per device and micro-batch; null: derived from total_batch_size
     total_batch_size: int | None = _count(None)  # images per optimiser step over all devices; null: derived
     accumulate: int | None = _count(1)  # micro-batches per optimiser step; null: derived from total_batch_size
-    precision: str = _key("bf16", choices=("bf16", "fp16", "fp32"))
-    seed: int = _key(0, low=0, high=2**63 - 1)
-    checkpoint_every: int = _count(1000)  # optimiser steps
-    keep_checkpoints: int = _count(3)
-    max_nonfinite: int = _count(10)  # steps with a non-finite loss in a row that end the run
+    precision: str = _key("bf16", choices=("bf16", "fp16", "fp32"))  # of activations and matrix products
+    seed: int = _key(0, low=0, high=2**63 - 1)  # of every random draw
+    checkpoint_every: int = _count(1000)  # optimiser steps between checkpoints
+    keep_checkpoints: int = _count(3)  # newest checkpoints to keep
+    max_nonfinite: int = _count(10)  # successive steps with a non-finite loss after which the run ends
     device: str = _key("auto", choices=("auto", "cpu", "cuda"))
-    compile: bool = False  # the transformer's blocks, by torch.compile
-    # Forward and backward as one CUDA graph. auto: on a GPU, where shapes are the same in every step.
+    compile: bool = False  # compile the transformer's blocks with torch.compile
+    # Replay forward and backward as one CUDA graph. auto: on a GPU, where shapes are the same in every step.
     cuda_graph: str = _key("auto", choices=("auto", "true", "false"))
 
     def resolve_batch(self, world_size: int) -> BatchPlan:
@@ -206,27 +210,27 @@ def _share(total: int, parts: int, what: str) -> int:
 class DataConfig:
     """Reading and decoding."""
 
-    # Where images are decoded and cropped for a GPU: on it, or on the CPU, so that only the crops cross. auto: on the
-    # CPU where its cores are enough for the step, which then has the GPU to itself. The run says which it is.
+    # Device that decodes and crops images for training on a GPU. cpu leaves the GPU to the step; only crops go there.
+    # auto: cpu where its cores keep up with the step. The run prints the choice.
     decode_on: str = _key("auto", choices=("auto", "gpu", "cpu"))
     loader_threads: int | None = _count(None)  # decoding threads per process; null: as many as the step needs
     prefetch: int = _count(2)  # batches ready ahead of the step
     verify: bool = True  # decode every file fully when the index is built
     index: str | None = None  # path of the Parquet manifest; null: in the user's cache
     max_pixels: int = _count(2**28)  # width * height of the largest image that is read
-    # Where the CPU decodes, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the windows of all its crops still have
-    # this many times their crop's pixels a side then. null: never.
+    # Decode a JPEG on the CPU at 1/2, 1/4 or 1/8 of its size, if the windows of all its crops then still have this many
+    # times their crop's pixels a side. null: never.
     reduced_decoding: float | None = _key(1.25, low=1)
-    # Bands of a file that are the channels: numbers from 1 and names (GeoTIFF band descriptions). null: all, in order.
+    # Bands of a file that become channels: numbers from 1, or names (GeoTIFF band descriptions). null: all, in order.
     bands: list[int | str] | None = None
-    # Bits of a pixel's channel up to the network. auto: 16 if most readable files store more than 8, else 8. The run's
-    # config.yaml says which it was.
+    # Bits of a channel between decoder and network. auto: 16 if most readable files store more than 8, else 8. The
+    # run's config.yaml has the choice.
     depth: str = _key("auto", choices=("auto", "8", "16"))
     # How stored values become pixels: percentile:LO,HI of each band over a sample of the files; divide:X (0 to X);
     # given (by band_range); auto: 8-bit files as they are, others percentile:0.5,99.5 at 16 bits, by their type at 8.
     band_scale: str = "auto"
-    # Stored values that become black and white: a [low,high] for each channel, or one for all. null: as band_scale
-    # says; the run's config.yaml has what that came to.
+    # Stored values that become black and white: [low,high] for each channel, or one for all. null: band_scale decides;
+    # the run's config.yaml has the ranges.
     band_range: list[list[float]] | None = None
 
 
