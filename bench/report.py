@@ -60,7 +60,7 @@ def page(folder: Path) -> str:
 
 
 def wanted(root: Path) -> dict[Path, str]:
-    """What each of the two files is to hold. Raises SystemExit where the README has no markers."""
+    """Contents that the two files are to have. Raises SystemExit where the README has no markers."""
     readme, results = root / "README.md", root / "bench" / "results"
     text = readme.read_text(encoding="utf-8")
     head, begin, rest = text.partition(BEGIN)

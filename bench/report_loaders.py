@@ -60,6 +60,6 @@ def ratio_range(record: Loaders, kind: str) -> str:
 
 
 def _ratios(row: dict[str, Any]) -> list[float]:
-    """Of folder and shards to Pillow, per second of processor time."""
+    """Speed-up of folder and shards over Pillow, per second of processor time."""
     pillow, *ours = (side["images_per_core_s"] for side in row["sides"].values())
     return [side / pillow for side in ours]

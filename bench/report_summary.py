@@ -181,7 +181,7 @@ def loaders(folder: Path) -> list[str]:
 
 
 def memory(folder: Path) -> list[str]:
-    """Of each simulated profile a line for each policy, and one without masks."""
+    """Lines of each simulated profile: one for each policy, and one without masks."""
     lines = []
     for path in sorted(folder.glob("*.json")):
         profile = json.loads(path.read_text(encoding="utf-8"))

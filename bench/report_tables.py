@@ -84,7 +84,7 @@ def loader_lines(records: list[Record]) -> list[str]:
 
 
 def memory_table(folder: Path) -> list[str]:
-    """What an image adds to the memory of a step: measured on a GPU, and by `pera-fast profile --device simulate`."""
+    """Memory that an image adds to a step: measured on a GPU, and by `pera-fast profile --device simulate`."""
     lines = []
     for path in sorted(folder.glob("*.json")):
         file = json.loads(path.read_text(encoding="utf-8"))
@@ -151,7 +151,7 @@ def undisturbed(record: Record) -> float:
 
 
 def fastest(rows: list[Row]) -> list[Row]:
-    """Of each bench, the first row after the definition's: the implementation that runs by default."""
+    """Row of the implementation that runs by default, of each benchmark: the first after the definition's."""
     chosen = []
     for _, some in groupby(rows, lambda r: (r["suite"], r["case"], r["direction"])):
         others = [row for row in some if row["implementation"] not in (REFERENCE, COMPILED)]

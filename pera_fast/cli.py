@@ -212,7 +212,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _usage(error: Any) -> str:
-    """What typer has to say about wrong usage, in one line."""
+    """Typer's message about wrong usage, in one line."""
     message = " ".join(error.format_message().split()).rstrip(".")
     if (
         hasattr(error, "possibilities") and not error.possibilities

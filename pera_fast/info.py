@@ -45,7 +45,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Info:
-    """What `collect` found; every text is for people to read."""
+    """Results of `collect`; every text is for people to read."""
 
     device: str  # that train.device=auto trains on
     devices: list[str]  # names of the GPUs; empty without one
@@ -103,7 +103,7 @@ def show(info: Info, console: Console | None = None) -> None:
 
 
 def _choices(device: str) -> dict[str, str]:
-    """What the settings that are "auto" come to for the recipe vit_b16 on this machine."""
+    """Values of the "auto" settings for the recipe vit_b16 on this machine."""
     import torch
 
     from pera_fast.config import load_config
@@ -120,7 +120,7 @@ def _choices(device: str) -> dict[str, str]:
 
 
 def _decoding(device: str) -> str:
-    """Where data.decode_on=auto decodes JPEG files of 512 px for the recipe vit_b16, one process on this machine."""
+    """Choice of data.decode_on=auto for JPEG files of 512 px, recipe vit_b16, one process on this machine."""
     import torch
 
     from pera_fast.config import load_config

@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Purpose(IntEnum):
-    """What a draw is for. The numbers are part of a run's reproducibility: never renumber, only append."""
+    """Purposes of draws. The numbers are part of a run's reproducibility: never renumber, only append."""
 
     SHUFFLE = 1  # counter: epoch
     WINDOW = 2  # crop windows and flips; counter: epoch, sample

@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended.
+    """Result of a run.
 
     Attributes:
         exit_code: 0 done; 130 (SIGINT) or 143 (SIGTERM) stopped, with a checkpoint written.

@@ -32,7 +32,7 @@ PRECISION = {"cpu": "fp32", "cuda": "bf16"}  # plain CPUs have no fast bfloat16
 
 @dataclass
 class Wish:
-    """What to measure. Fields that are None follow from the device.
+    """Options of a benchmark run. Fields that are None follow from the device.
 
     Attributes:
         benches: suites, or suite/case; none: all of them.

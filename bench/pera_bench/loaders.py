@@ -47,7 +47,7 @@ GPU_SIDES = {"pillow": "Pillow, PyTorch", "gpu": "ours, GPU decodes", "cpu": "ou
 
 @dataclass
 class LoaderWish:
-    """What to compare.
+    """Options of a loader comparison.
 
     Attributes:
         recipe: its crops and colours.
@@ -80,7 +80,7 @@ def compare_loaders(
     files: tuple[Path | None, Path | None] = (None, None),
     console: Console | None = None,
 ) -> int:
-    """What `pera-fast bench data` does with its options; returns 0. Raises UserError.
+    """Run `pera-fast bench data`; returns 0. Raises UserError.
 
     Args:
         asked: the options that other benches have too. `images` is the size of a batch.
@@ -108,7 +108,7 @@ def compare_loaders(
 
 
 def numbers(option: str, text: str | None) -> list[int]:
-    """Of a list with commas. Raises UserError."""
+    """Numbers of a list with commas. Raises UserError."""
     parts = text.split(",") if text else []
     if not all(part.isdigit() and int(part) for part in parts):
         raise UserError(f"{option} {text}: wants whole numbers from 1 on, separated by commas")
@@ -217,12 +217,12 @@ def measure(batches: Iterator[Any], size: int, seconds: float) -> dict[str, floa
 
 
 def sides_of(wish: LoaderWish) -> dict[str, str]:
-    """What is compared on the device, by the names of the record."""
+    """Sides to compare on the device, by their names in the record."""
     return SIDES if wish.device == "cpu" else GPU_SIDES
 
 
 def processor_seconds() -> float:
-    """Of this process and its workers, those that have ended too: a loader may start new ones for each epoch."""
+    """Processor time of this process and its workers, ended ones too: a loader may start new ones for each epoch."""
     alive = multiprocessing.active_children()  # waits for those that have ended, which are counted from then on
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     total = time.process_time() + ended.ru_utime + ended.ru_stime

@@ -15,7 +15,7 @@ from pera_fast.profile.machine import commit, device_name
 
 
 def describe(device: torch.device, processor: bool = False) -> dict[str, Any]:
-    """What belongs to every record of a measurement; `processor`: its times are processor time."""
+    """Machine part of a measurement's record; `processor`: its times are processor time."""
     facts = {
         "device": device_name(device.type),
         "kind": device.type,

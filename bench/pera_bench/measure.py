@@ -38,7 +38,7 @@ class Measure:
     _lasts: float = field(default=0.0, init=False)  # seconds of the last call
 
     def __call__(self, made: Work | Whole, direction: str, implementation: str) -> dict[str, Any]:
-        """What `record.summarise` makes a row of. Skips the test where the implementation cannot run."""
+        """Measure the input of `record.summarise` for a row. Skips the test where the implementation cannot run."""
         try:
             return self._measure(made, direction, implementation)
         except Unavailable as reason:
@@ -101,7 +101,7 @@ class Measure:
         return (time.thread_time() - ran) / (time.perf_counter() - start)
 
     def _rounds(self, seconds: float) -> int:
-        """Of this pass, for a call that lasts so long."""
+        """Rounds of this pass, for a call that lasts so long."""
         least = FEW_ROUNDS if seconds > LONG or self.seconds < 0.1 else MIN_ROUNDS
         all_passes = min(max(int(self.seconds / max(seconds, 1e-7)), least), MAX_ROUNDS)
         return -(-all_passes // self.passes)

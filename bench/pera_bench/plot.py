@@ -82,7 +82,7 @@ def _share(row: dict[str, Any]) -> float:
 
 
 def _name(row: dict[str, Any], record: Record) -> str:
-    """Of a line; with recipe and images where the record has several."""
+    """Name of a line, with recipe and images where the record has several."""
     name = f"{row['suite']}/{row['case']} {SHORT.get(row['direction'], row['direction'])}"
     several = len({(r["recipe"], r["images"]) for r in record.rows}) > 1
     return f"{name}, {row['recipe']}, {row['images']}" if several else name

@@ -37,7 +37,7 @@ class Point:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations."""
+        """Dtype of activations."""
         return PRECISIONS[self.precision]
 
     @property

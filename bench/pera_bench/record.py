@@ -17,7 +17,7 @@ LATER_PASS = ", pass "  # in the name of a bench that is measured again
 
 @dataclass
 class Record:
-    """What `pera-fast bench` writes.
+    """Record that `pera-fast bench` writes.
 
     Attributes:
         machine: see `machine.describe`.
@@ -51,7 +51,7 @@ class Record:
 
     @classmethod
     def from_lines(cls, text: str) -> Record | None:
-        """From what the runner wrote so far; None before it has begun. A line that is not whole yet is left out."""
+        """Read what the runner has written so far; None before it has begun. An incomplete last line is left out."""
         record, measured = None, []
         for line in text.splitlines(keepends=True):
             if not line.endswith("\n"):

@@ -37,7 +37,7 @@ def select(names: str) -> list[tuple[str, str]]:
 
 
 def chosen_implementations(named: str | tuple[str, ...], device: torch.device, wanted: str = "") -> list[str]:
-    """What to measure of a suite.
+    """Implementations of a suite to measure.
 
     Args:
         named: the suite's IMPLEMENTATIONS.

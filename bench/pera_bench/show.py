@@ -91,7 +91,7 @@ def duration(seconds: float) -> str:
 
 
 def show_changes(changes: list[Change], new: Record, old: Record, console: Console) -> None:
-    """What moved beyond the spread of both runs."""
+    """Print the changes larger than the spread of both runs."""
     for name in ("device", "threads", "clock", "torch"):
         if new.machine.get(name) != old.machine.get(name):
             console.print(

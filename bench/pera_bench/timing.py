@@ -36,7 +36,7 @@ def clock(device: torch.device, processor: bool = False) -> Callable[[], Any]:
 
 
 def flusher(device: torch.device) -> Callable[[], None]:
-    """What to call before each timed call: on a GPU it overwrites the L2 cache.
+    """Function to call before each timed call: on a GPU it overwrites the L2 cache.
 
     It waits for nothing. The device is busy with it for some 0.2 ms, in which the host runs ahead and launches what is
     timed, so that short kernels are timed and not their launches.

@@ -24,7 +24,7 @@ class Unavailable(Exception):  # noqa: N818 - not an error: the row is left out,
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call has to do: bytes moved at least (0: not stated), FLOPs of matrix products (0: none)."""
+    """Least work of one call: bytes moved (0: not stated), FLOPs of matrix products (0: none)."""
 
     moved: int = 0
     flops: int = 0

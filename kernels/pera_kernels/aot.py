@@ -48,7 +48,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Resources:
-    """What the compiler needed for one variant on one architecture.
+    """Resources that one variant takes on one architecture.
 
     Attributes:
         registers: per thread.

@@ -167,7 +167,7 @@ def choose(op: str, device: torch.device) -> str:
 
 
 def kernels(op: str, x: Tensor) -> Any | None:
-    """What has an op's kernels for x: its Triton module, or the native library; None: PyTorch does it.
+    """Kernels of an op for x: its Triton module, or the native library; None: PyTorch does it.
 
     For ops whose Triton module and whose part of the library have functions of the same names.
     """

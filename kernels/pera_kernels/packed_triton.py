@@ -31,7 +31,7 @@ def stream_row(row, inside, keep_ptr, kept0, len0, n0, len1, HAS_KEEP: tl.conste
 
 @triton.jit
 def program_place(program, count0, len0, len1, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Where a program works that takes BLOCK values of one sequence, ``count0`` sequences being in the first group.
+    """Place of a program that takes BLOCK values of one sequence; the first group has ``count0`` sequences.
 
     Returns: is it in the first group; number of the sequence in its group; length; first value within the sequence.
     """

@@ -33,7 +33,7 @@ def kind(key: str) -> tuple[Any, bool]:
 
 
 def wants(key: str) -> str:
-    """What may be written for a key, in words."""
+    """Values that a key takes, in words."""
     base, optional = kind(key)
     rule = KEYS[key].metadata
     text = " | ".join(rule["choices"]) if "choices" in rule else _WANTS[base]

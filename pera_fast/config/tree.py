@@ -256,7 +256,7 @@ class Config:
         return replace(self, **changed)
 
     def rgb_channels(self) -> list[int] | None:
-        """Which channels are red, green and blue, as the kernels take it; []: none; None: three of three, else none.
+        """Channels that are red, green and blue, as kernels take them; []: none; None: three of three, else none.
 
         Raises:
             ValueError: views.rgb_bands names a band that is no channel.
@@ -273,5 +273,5 @@ class Config:
 
 
 def band_key(band: int | str) -> int | str:
-    """What makes two names of a band the same: case and surrounding space do not count."""
+    """Normalised name of a band, without case and surrounding space, for comparisons."""
     return band.strip().casefold() if isinstance(band, str) else band

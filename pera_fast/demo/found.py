@@ -24,7 +24,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found.
+    """Results of the demo.
 
     Attributes:
         report: the HTML file.
@@ -42,7 +42,7 @@ class DemoResult:
 
 @dataclass(frozen=True)
 class Images:
-    """What to pretrain on, and what to probe with.
+    """Images to pretrain on, and images to probe with.
 
     Attributes:
         folder: images to pretrain on.

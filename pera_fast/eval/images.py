@@ -137,7 +137,7 @@ def _resized_8_bit(data: bytes, channels: int, size: int) -> Tensor:
 
 
 def _first(data: bytes, settings: ProbeSettings) -> Raster:
-    """What the first decoder that can reads."""
+    """Raster from the first decoder that can read it."""
     failures = []
     for decoder in settings.decoders:
         if decode.can_decode(decoder, sniff(data[:HEAD_BYTES]), raw=True):

@@ -27,7 +27,7 @@ REQUIRED = (
 
 @dataclass(frozen=True)
 class Converted:
-    """What was found in a published checkpoint and where it went.
+    """Contents of a published checkpoint, and the files that they were written to.
 
     Attributes:
         teacher: safetensors of the teacher's backbone, timm's names.

@@ -28,7 +28,7 @@ from .rows import add_to_rows_, rows_gradient, take_rows
 
 
 class Plan(NamedTuple):
-    """What the branches of a network share.
+    """Settings that the branches of a network share.
 
     Attributes:
         groups: [n0, len0, n1, len1, ...], see ``pera_kernels.packing``.
@@ -83,7 +83,7 @@ def _norm(
 
 
 class _Branch(torch.autograd.Function):
-    """What both branches share: the beginning, and its gradient."""
+    """Base of both branches: their beginning, and its gradient."""
 
     @staticmethod
     def begin(ctx, x, y, y_bias, norm_weight, norm_bias, eps, before, subset, plan):

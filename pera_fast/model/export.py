@@ -60,7 +60,7 @@ def export_teacher(model: PerA, path: str | Path) -> None:
 
 
 def teacher_metadata(cfg: Config) -> dict[str, object]:
-    """What one needs to build the network and feed it: sizes, patch, bands and their ranges, normalisation."""
+    """Metadata to build the network and feed it: sizes, patch, bands and their ranges, normalisation."""
     keys = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "in_chans")
     sizes = {key: getattr(cfg.model, key) for key in keys}
     views = {"img_size": cfg.views.global_size, "mean": list(cfg.views.mean), "std": list(cfg.views.std)}

@@ -125,7 +125,7 @@ class PerA(nn.Module):
     def _loss(
         self, student_rows: Tensor, teacher_rows: Tensor, pixel: Tensor, num_global: int, teacher_temp: float | Tensor
     ) -> dict[str, Tensor]:
-        """What ``forward`` returns, from both networks' rows [crops * B, bottleneck] and the pixel loss."""
+        """Compute the result of ``forward`` from both networks' rows [crops * B, bottleneck] and the pixel loss."""
         cfg, center = self.cfg, self.center[0]
         prototypes = self.teacher.cls_head.last_layer
         if cfg.loss.centering == "sinkhorn":

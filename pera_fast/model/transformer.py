@@ -268,5 +268,5 @@ def _plan(groups: Sequence[int], subsets: Tensor | None, kept_counts: Sequence[i
 
 
 def _subsets(subsets: Tensor | None, block: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """What a block's attention and MLP branch see."""
+    """Subsets of sequences for a block's attention and MLP branch."""
     return (None, None) if subsets is None else (subsets[block, 0], subsets[block, 1])

@@ -120,17 +120,17 @@ class Claim:
 
     @property
     def memory(self) -> float:
-        """How many times the memory an image takes without masks."""
+        """Memory of an image without masks over that with masks."""
         return self.dense_slope / self.sparse_slope
 
     @property
     def flops(self) -> float:
-        """How many times the FLOPs an image takes without masks."""
+        """FLOPs of an image without masks over those with masks."""
         return self.dense_flops / self.sparse_flops
 
     @property
     def speed(self) -> float | None:
-        """How many times as fast a step is with masks, None if not measured."""
+        """Speed-up of a step by masks, None if not measured."""
         return self.sparse_rate / self.dense_rate if self.sparse_rate and self.dense_rate else None
 
     def __str__(self) -> str:

@@ -135,7 +135,7 @@ def throughput(profile: Profile) -> bytes:
 
 
 def breakdown(profile: Profile) -> bytes:
-    """What the bytes at the peak belong to, a stacked bar a variant, all at one batch size where all ran it."""
+    """Bytes at the peak by owner, a stacked bar a variant, all at one batch size where all ran it."""
     chosen = breakdown_points(profile)
     figure, axes = plt.subplots(figsize=(9.2, 0.62 * len(chosen) + 1.9))
     _style(axes)
@@ -158,7 +158,7 @@ def breakdown(profile: Profile) -> bytes:
 
 
 def ratios(profile: Profile) -> bytes:
-    """What an image takes at other mask ratios: memory and FLOPs over the student's share, a line a teacher's share."""
+    """Memory and FLOPs of an image over the student's ratio, with a line for each teacher's ratio."""
     figure, panels = plt.subplots(1, 2, figsize=(9.2, 3.9))
     points_of, fits = by_variant([p for p in profile.points if p.ok]), profile.fits()
     recipes = list(dict.fromkeys(v.recipe for v in points_of if v.purpose == "ratios"))

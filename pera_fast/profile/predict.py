@@ -42,7 +42,7 @@ class Efficiency:
     host: float
 
     def share(self, row: Row) -> float:
-        """Of the matrix rate, for a row that has FLOPs."""
+        """Share of the matrix rate that a row with FLOPs reaches."""
         if row.kind == "products":
             return self.fp8_products if row.dtype.startswith("float8") else self.products
         return {

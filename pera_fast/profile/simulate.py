@@ -122,7 +122,7 @@ def _make_state(optimizer: torch.optim.AdamW) -> None:
 
 
 def part(label: Label) -> str:
-    """What a storage belongs to, for a label as the spans of model and step give it.
+    """Owner of a storage, from a label as the spans of model and step give it.
 
     Between steps: weights, optimiser state, crops (and indices, colours). Made by a step: gradients (of parameters),
     weight copies (in the compute dtype), and by module: student ..., teacher, loss. What the backward pass makes on its

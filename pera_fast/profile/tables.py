@@ -196,7 +196,7 @@ def _yes(value: bool) -> str:
 
 
 def notes(profile: Profile) -> list[str]:
-    """What did not run, and why; what the claim is."""
+    """Notes: points that did not run, with the reason, and the claim."""
     lines = [f"{p.variant.name()}, batch {p.batch_size}: {p.status}: {p.note}" for p in profile.points if not p.ok]
     lines += dict.fromkeys(p.note for p in profile.points if p.ok and p.note)
     if profile.device == "cuda" and (outside := max((p.outside for p in profile.points if p.ok), default=0)):

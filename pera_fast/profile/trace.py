@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a trace found: ``ops`` (kernels on a GPU) and named ``ranges``, most time first."""
+    """Results of a trace: ``ops`` (kernels on a GPU) and named ``ranges``, most time first."""
 
     path: Path
     ops: list[Row]

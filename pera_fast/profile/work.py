@@ -66,7 +66,7 @@ class Work:
         return sum(times * getattr(row, what) for row, times in self.rows.items())
 
     def by_part(self, what: str) -> dict[str, float]:
-        """That sum by part, of the parts that there are."""
+        """Sum by part, of the parts that there are."""
         sums: dict[str, float] = {}
         for row, times in self.rows.items():
             sums[row.part] = sums.get(row.part, 0) + times * getattr(row, what)

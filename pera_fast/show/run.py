@@ -69,7 +69,7 @@ def show(
 
 
 def _of_run(run: Path, root: Path, overrides: Sequence[str]) -> tuple[Config, Manifest]:
-    """What a run was started with, its files now below `root`."""
+    """Configuration and files of a run, the files now below `root`."""
     folder = RunFolder(run)
     if overrides:
         raise UserError(f"{overrides[0]}: --run takes the run's own settings; leave one of the two out")

@@ -217,7 +217,7 @@ def _known_data(data: Path, folder: RunFolder) -> Manifest:
 
 
 def _digest(manifest: Manifest) -> str:
-    """Of the readable images' names in their order: two runs with equal digests number their samples alike."""
+    """Digest of the readable images' names in order: runs with equal digests number their samples alike."""
     digest = hashlib.sha256()
     for chunk in manifest.readable.paths.chunks:
         for start in range(0, len(chunk), 2**14):
@@ -235,7 +235,7 @@ def _tokens(cfg: Config) -> dict[str, tuple[int, int, int]]:
 
 
 def _announce(run: Run) -> None:
-    """What is about to happen, in a few lines."""
+    """Log the plan of the run in a few lines."""
     cfg, device = run.cfg, run.world.device
     threads = torch.get_num_threads()
     cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"

@@ -50,7 +50,7 @@ _NAME = re.compile(r"step_(\d{8,})\.pt")
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` optimiser steps lies."""
+    """Path of the checkpoint after `step` optimiser steps."""
     return folder / f"step_{step:08d}.pt"
 
 
@@ -104,7 +104,7 @@ def _prune(folder: Path, keep: int) -> None:
 
 
 class _DamagedError(Exception):
-    """Why a file is not a whole checkpoint."""
+    """A file that is not a whole checkpoint; the message says why."""
 
 
 def load_newest(folder: Path) -> tuple[Path, CheckpointState] | None:

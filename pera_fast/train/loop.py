@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Batches(Iterator[StepInputs], Protocol):
-    """What the loop needs of a loader."""
+    """Interface of a loader, as the loop uses it."""
 
     wait_seconds: float  # that the last __next__ blocked
     steps_per_epoch: int
@@ -65,7 +65,7 @@ class Run:
         return self.position if self.cfg.train.steps is None else self.step
 
     def state(self) -> CheckpointState:
-        """What a checkpoint holds (checkpoint.CheckpointState)."""
+        """State for a checkpoint (checkpoint.CheckpointState)."""
         return {
             "format": FORMAT,
             "step": self.step,

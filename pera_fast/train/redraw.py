@@ -37,7 +37,7 @@ class Redrawn:
 
 
 def redraw(cfg: Config, manifest: Manifest, epoch: int, samples: Sequence[int], skipped: SkippedFiles) -> Redrawn:
-    """What the run of `cfg` on `manifest` makes of some samples.
+    """Draw some samples as the run of `cfg` on `manifest` does.
 
     Args:
         cfg: the run's configuration.

@@ -103,7 +103,7 @@ def replace_text(path: Path, text: str) -> None:
 
 @dataclass
 class Start:
-    """How a run begins: its configuration, and the checkpoint to continue from (None: from scratch)."""
+    """Start of a run: its configuration, and the checkpoint to continue from (None: from scratch)."""
 
     cfg: Config
     checkpoint: CheckpointState | None = None
@@ -197,7 +197,7 @@ def check_resumed_batch(state: CheckpointState, total: int, devices: int) -> Non
 
 
 def resumed_position(state: CheckpointState, total: int, devices: int, images: int) -> tuple[int, str]:
-    """Where in the data a run goes on, in steps of `total` images from its start, and what to say about it.
+    """Position in the data to resume at, in steps of `total` images, and a message about it.
 
     With the total batch of the checkpoint that is where it stopped, to the image, on any number of devices. With
     another one (another number of devices, `train.batch_size` as it was) steps do not meet: the epoch begins again.

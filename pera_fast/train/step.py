@@ -23,7 +23,7 @@ LOSSES: tuple[str, ...] = ("loss", "global_cls_loss", "local_cls_loss", "koleo_l
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave, on the host.
+    """Result of a step, on the host.
 
     Attributes:
         losses: total and logged parts, means over micro-batches and ranks (docs/method.md section 5.5).

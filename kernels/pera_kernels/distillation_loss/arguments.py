@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Network(NamedTuple):
-    """What a network brings to the loss: bottleneck rows and weight-normalised prototypes."""
+    """A network's side of the loss: bottleneck rows and weight-normalised prototypes."""
 
     rows: Tensor  # [N, d]
     v: Tensor  # [K, d]
@@ -36,7 +36,7 @@ class Arguments(NamedTuple):
         student_temp: float,
         teacher_temp: float,
     ) -> Arguments:
-        """From the op's arguments, in their order."""
+        """Build from the op's arguments, in their order."""
         student, teacher = Network(student_rows, student_v, student_g), Network(teacher_rows, teacher_v, teacher_g)
         return Arguments(student, teacher, center, student_temp, teacher_temp)
 
@@ -47,7 +47,7 @@ class Arguments(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What the forward keeps for the backward."""
+    """Tensors that the forward saves for the backward."""
 
     student_lse: Tensor  # [N, 2]: maximum of a row's logits, and sum of exp(logit - maximum)
     teacher_lse: Tensor  # [N, 2]

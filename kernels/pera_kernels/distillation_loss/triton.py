@@ -314,7 +314,7 @@ def forward(arguments: Arguments) -> tuple[Tensor, Statistics]:
 
 @on_their_device
 def forward_with_weights(arguments: Arguments) -> tuple[Tensor, Statistics, Weights]:
-    """What ``forward`` returns, and W (K, d) of student and teacher, for who needs them again."""
+    """Run ``forward`` and also return W (K, d) of student and teacher, for a later use."""
     (student_rows, student_v, student_g), (teacher_rows, teacher_v, teacher_g) = arguments[:2]
     center, student_temp, teacher_temp = arguments[2:]
     n, k = student_rows.shape[0], student_v.shape[0]

@@ -27,7 +27,7 @@ TINY = 1e-300  # of float64
 
 
 class Pairs(NamedTuple):
-    """What the backward needs of each row and its nearest neighbour."""
+    """Each row and its nearest neighbour, as the backward needs them."""
 
     norms: Tensor  # [R] float64, ||W x|| before it is clamped
     neighbours: Tensor  # [R] int64, into all rows
@@ -37,7 +37,7 @@ class Pairs(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What the forward gives: the loss and what the backward needs."""
+    """Results of the forward: the loss, and the tensors that the backward needs."""
 
     loss: Tensor  # [] float32 (float64 for float64 rows)
     pairs: Pairs

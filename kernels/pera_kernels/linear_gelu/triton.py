@@ -24,7 +24,7 @@ PRODUCT_ROWS = 1024  # rows, at least: fewer do not fill a card with tiles
 
 
 class Tile(NamedTuple):
-    """How the product is cut.
+    """Tile sizes of the product.
 
     Attributes:
         rows, columns, depth: of one tile, and of one step of its inner loop.

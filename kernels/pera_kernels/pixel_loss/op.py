@@ -75,7 +75,7 @@ def pixel_loss(
 
 
 def _implementation(pred: Tensor, patches: Patches) -> Any:
-    """What has the functions pixel_loss and pixel_loss_backward that take these arguments."""
+    """Module with functions pixel_loss and pixel_loss_backward for these arguments."""
     crops, patch_size = patches.crops, patches.patch_size
     match choose("pixel_loss", crops):
         case "triton":

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Patches(NamedTuple):
-    """Which patches of which crops, and how they are coloured and normalised: see `op.visible_patches`.
+    """Patches of crops, with their colours and normalisation: see `op.visible_patches`.
 
     Attributes:
         crops: uint8 or uint16 [N, H, W, C], or float [N, C, H, W].

@@ -35,7 +35,7 @@ DEVICE_VALUES = 1 << 24  # elsewhere: few launches, temporaries of 64 MiB
 
 
 def chunk_length(values: int, device: torch.device) -> int:
-    """How many items of so many values each are worked on at a time."""
+    """Number of items that are worked on at a time, for a number of values each."""
     return max(1, (CACHE_VALUES if device.type == "cpu" else DEVICE_VALUES) // values)
 
 

@@ -23,7 +23,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def color_channels(channels: int, rgb: Sequence[int] | None) -> list[int]:
-    """Which channels are red, green and blue; none of them: []. None means the first three of three, else none."""
+    """Channels that are red, green and blue; [] if there are none. None: the first three of three, else none."""
     if rgb is None:
         return [0, 1, 2] if channels == 3 else []
     return list(rgb)

@@ -39,7 +39,7 @@ MEAN_PIXELS = 2048  # of one program of contrast_mean: 8 for each of 256 threads
 
 @triton.jit
 def contrast_place(order_ptr, crop):
-    """Where contrast stands in the crop's order: 0 to 3, or 4 if it does not."""
+    """Position of contrast in the crop's colour order: 0 to 3, or 4 if it is not there."""
     place = tl.where(tl.load(order_ptr + crop * 4 + 3) == 1, 3, 4)
     place = tl.where(tl.load(order_ptr + crop * 4 + 2) == 1, 2, place)
     place = tl.where(tl.load(order_ptr + crop * 4 + 1) == 1, 1, place)
@@ -191,7 +191,7 @@ def why_not(crops: Tensor, patch_size: int, dtype: torch.dtype) -> str | None:
 def source(
     crops: Tensor, patch_size: int, rgb: Sequence[int] | None
 ) -> tuple[Tensor, tuple[int, int, int, int], dict[str, int]]:
-    """What the kernels read: tensor, strides (N, H, W, C) in its elements, and constants: KIND, C, and of `colors`."""
+    """Input of the kernels: tensor, strides (N, H, W, C) in elements, and constants KIND, C and those of `colors`."""
     if not is_raw(crops):
         n, c, h, w = crops.stride()
         return crops, (n, h, w, c), {"KIND": VIEWS.value, "C": crops.shape[1], **colors(crops.shape[1], None)}

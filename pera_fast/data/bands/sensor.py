@@ -27,7 +27,7 @@ _AUTO_PERCENTILES = (0.5, 99.5)
 
 @dataclass(frozen=True)
 class BandPlan:
-    """How many channels and bits an image has, and which stored values become black and white; the same for all files.
+    """Channels and bits of an image, and the stored values that become black and white; the same for all files.
 
     Attributes:
         channels: of an image.
@@ -57,7 +57,7 @@ def adopt(cfg: Config, manifest: Manifest) -> Config:
 
 
 def probe_settings(cfg: Config, plan: BandPlan | None = None) -> ProbeSettings:
-    """How files will be used. Without a plan, while data.depth is auto, as if it were 8."""
+    """Settings for probing files. Without a plan, data.depth=auto counts as 8."""
     data, channels, bands = cfg.data, cfg.model.in_chans, tuple(cfg.data.bands or ())
     deep = (plan or band_plan(cfg)).depth == 16
     # For other channels and chosen bands it makes no difference: DALI does not decode these in any case.
@@ -66,7 +66,7 @@ def probe_settings(cfg: Config, plan: BandPlan | None = None) -> ProbeSettings:
 
 
 def scaling_of(cfg: Config, plan: BandPlan | None = None) -> Scaling:
-    """How stored values become pixels; the plan, if none is given, is the configuration's own."""
+    """Scaling from stored values to pixels; without a plan, by the configuration alone."""
     plan = plan or band_plan(cfg)
     return Scaling(depth=plan.depth, ranges=plan.ranges, keep_8_bit=cfg.data.band_scale == "auto")
 

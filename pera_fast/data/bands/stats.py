@@ -37,7 +37,7 @@ class Moments:
 
     @classmethod
     def of(cls, values: np.ndarray, counts: np.ndarray | None = None) -> "Moments":
-        """Of float64 values, each one time or `counts` times (> 0)."""
+        """Build from float64 values, each counted once or `counts` times (> 0)."""
         if not len(values):
             return cls()
         weights = np.ones(len(values)) if counts is None else counts
@@ -47,7 +47,7 @@ class Moments:
 
 
 class BandStats:
-    """What is known about one band's values. What is not finite does not count."""
+    """Statistics of one band's finite values."""
 
     def __init__(self) -> None:
         self._short: np.ndarray | None = None  # int64 [_SHORT_BINS]

@@ -29,7 +29,7 @@ _ALL_VALID = "all_valid"
 
 @dataclass
 class Header:
-    """What a file says about itself; width and height as the pipeline sees them (turned upright by EXIF)."""
+    """Facts from a file's header; width and height are those of the upright image (EXIF orientation applied)."""
 
     width: int
     height: int
@@ -195,7 +195,7 @@ def _is_deep_png(data: bytes | memoryview) -> bool:
 
 
 def _stored(data: bytes | memoryview, decoder: str, bands: Bands, convert: bool) -> Raster:
-    """What the library reads. convert: palettes, inks and what else is no plain band become RGB or gray."""
+    """Array that the library reads. convert: palettes, inks and other modes without plain bands become RGB or gray."""
     return _read_rasterio(data, bands, convert) if decoder == "rasterio" else _read_pillow(data, bands, convert)
 
 

@@ -24,7 +24,7 @@ _MEMORY_NAMES = re.compile(r"'?(/vsimem/)?[0-9a-f]{8}-[0-9a-f-]{27}[^\s:']*'?:?\
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How the files will be used."""
+    """Settings that decide how a file is decoded."""
 
     channels: int = 3  # of the decoded image
     max_pixels: int = 2**28
@@ -42,7 +42,7 @@ class ProbeSettings:
 
     @property
     def decoders(self) -> tuple[str, ...]:
-        """What may decode, in this order."""
+        """Decoders to try, in this order."""
         return ("dali", "pillow", "rasterio") if self.encoded else ("rasterio", "pillow")
 
 
@@ -115,7 +115,7 @@ def read_file(path: str | Member, most: int | None = None) -> tuple[bytes, FileS
 
 
 def os_reason(error: OSError) -> str:
-    """What an OSError means, without the path, on one line."""
+    """Reason of an OSError, without the path, on one line."""
     return f"cannot read: {error.strerror or error}"
 
 

@@ -32,7 +32,7 @@ class Raster:
 
 @dataclass(frozen=True)
 class Scaling:
-    """How the stored values of a data set become pixels; the same for every file.
+    """Scaling from stored values to pixels, the same for every file of a data set.
 
     Attributes:
         depth: 8 or 16 bits.

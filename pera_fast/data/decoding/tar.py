@@ -26,7 +26,7 @@ _KINDS = {
 
 
 class FileState(NamedTuple):
-    """What tells whether a file is still the one that was checked."""
+    """Size and time of a file, which tell whether it changed after it was checked."""
 
     st_size: int  # bytes
     st_mtime_ns: int
@@ -164,7 +164,7 @@ def parse_header(block: bytes) -> tarfile.TarInfo:
 
 
 def _extension(kind: bytes, data: bytes) -> dict:
-    """What a long-name or PAX record says of the next member: path, size, sparse."""
+    """Fields that a long-name or PAX record sets for the next member: path, size, sparse."""
     if kind == tarfile.GNUTYPE_LONGNAME:
         return {"path": data.rstrip(b"\0").decode("utf-8", "surrogateescape")}
     found: dict = {}

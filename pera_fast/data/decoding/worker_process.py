@@ -38,7 +38,7 @@ class WorkerProcess:
         self._closed = False
 
     def call(self, message: Any, staged: Callable[[str], None] = lambda stage: None) -> Any:
-        """What the worker answers; `staged` is told what it does meanwhile.
+        """Send a request and return the worker's answer; `staged` is called with its progress.
 
         Raises:
             DiedError: it died, or said nothing for too long and was killed.
@@ -102,7 +102,7 @@ class WorkerProcess:
         return connection
 
     def _why(self) -> str:
-        """How the worker ended; cleans up after it."""
+        """Clean up after the worker, and return the reason of its end."""
         code = self._stop()
         if code is not None and code < 0:
             with contextlib.suppress(ValueError):

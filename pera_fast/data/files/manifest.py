@@ -226,5 +226,5 @@ def to_table(results: Iterable[ProbeResult]) -> pa.Table:
 
 
 def not_writable(target: Path, error: OSError) -> str:
-    """What to tell about a manifest that cannot be written."""
+    """Message for a manifest that cannot be written."""
     return f"cannot write the index {target}: {error.strerror or error} (data.index=PATH puts it elsewhere)"

@@ -29,7 +29,7 @@ BATCH_ROWS = 8192
 
 @dataclass
 class Listing:
-    """What a folder holds, besides the candidates."""
+    """Contents of a folder other than candidates."""
 
     files: int = 0  # candidates handed on
     other_files: int = 0  # neither named like an image nor begins like one: labels, notes, archives
@@ -50,7 +50,7 @@ class Rows:
             column.append(value)
 
     def batch(self) -> pa.RecordBatch:
-        """What was added since the last batch."""
+        """Files that were added since the last batch."""
         batch = pa.record_batch(list(self._columns), schema=LISTED)
         self.__init__()
         return batch

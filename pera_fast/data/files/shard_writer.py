@@ -19,7 +19,7 @@ def shard_name(number: int) -> str:
 
 
 def index_name(shard: str) -> str:
-    """Where DALI's wds2idx puts a shard's index."""
+    """Name of a shard's index, as DALI's wds2idx chooses it."""
     return shard.removesuffix(".tar") + ".idx"
 
 

@@ -23,7 +23,7 @@ _THREADS = 8
 
 
 def locate(root: str, path: str, offset: int, size: int) -> str | Member:
-    """Where a manifest's row lies: a path, or the member of a shard (offset >= 0)."""
+    """Location of a manifest's row: a path, or a member of a shard (offset >= 0)."""
     if offset < 0:
         return os.path.join(root, path)
     shard, name = split_path(path)

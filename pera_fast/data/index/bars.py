@@ -25,7 +25,7 @@ class Bars:
             self._check = self._display.add_task("checking", total=total)
 
     def done(self, files: int, failed: int) -> None:
-        """So many more files are dealt with, so many in all cannot be read."""
+        """Advance the bar by ``files``; ``failed`` is the total of unreadable ones."""
         if self._display is not None and self._check is not None:
             told = f"checking ({failed} not readable)" if failed else "checking"
             self._display.update(self._check, advance=files, description=told)

@@ -31,7 +31,7 @@ _log = logging.getLogger("pera_fast")
 
 
 def default_index_path(root: str | os.PathLike[str]) -> Path:
-    """Where the manifest of a folder is kept: the user's cache, as the folder itself may be read-only."""
+    """Default path of a folder's manifest: in the user's cache, because the folder may be read-only."""
     folder = os.path.realpath(root)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     name = re.sub(r"[^\w.-]", "_", os.path.basename(folder)) or "root"

@@ -24,7 +24,7 @@ FIRST_REASONS = 3  # that are told
 
 @dataclass
 class Counts:
-    """What became of the files."""
+    """Counts of files by their state."""
 
     kept: int = 0
     checked: int = 0
@@ -71,7 +71,7 @@ def tasks(ranges: Iterator[list[pa.Table | None]], counts: Counts) -> Iterator[B
 
 
 def _without_repeats(rows: pa.Table) -> pa.Table:
-    """Of rows with equal paths, which lie together, the first."""
+    """First row of each path; equal paths are neighbours."""
     paths = rows["path"].combine_chunks()
     if len(paths) < 2:
         return rows

@@ -8,7 +8,7 @@ _CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def usable_cores(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> float:
-    """How many cores' worth of time this process can get; a quota of 150 % is 1.5.
+    """Number of cores that this process can use; a quota of 150 % is 1.5.
 
     Args:
         cgroups: where the control groups are mounted.

@@ -33,7 +33,7 @@ _THREADS = 4  # where a GPU decodes, more are slower: 2417 images/s with 4, 1750
 
 @dataclass(frozen=True)
 class Decoding:
-    """What `choose` decided; as a text, one line for the log."""
+    """Decision of `choose`; its text is a line for the log."""
 
     on: str  # "cpu" or "gpu": where images are decoded and crops are made
     threads: int  # that read and decode

@@ -125,7 +125,7 @@ def _pieces(buffer: Tensor, like: list[Tensor], starts: list[int]) -> list[Tenso
 
 
 def receive(made: Any, device: torch.device) -> Any:
-    """What was shipped, for use in the caller's stream, which waits for the copies on the device.
+    """Return what was shipped, for the caller's stream, which waits for the copies on the device.
 
     The stream becomes a user of the tensors: without that, memory that the caller lets go of could be given to the next
     batch while kernels that read it are still waiting in the caller's stream.

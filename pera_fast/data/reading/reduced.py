@@ -57,7 +57,7 @@ class ReducedDecoder:
         self._needed = gap * np.array(sides)
 
     def factor(self, epoch: int, sample: int, height: int, width: int) -> int:
-        """How many times smaller an image of that size may be for the sample's crops: 1, 2, 4 or 8."""
+        """Largest reduction of an image of that size that the sample's crops allow: 1, 2, 4 or 8."""
         if min(height, width) < 2 * self._needed.max():
             return 1
         windows = draw_windows(self._views, self._seed, epoch, np.array([sample]), np.array([[height, width]]))

@@ -160,7 +160,7 @@ class SampleSource:
         raise _UnusableError(reason)
 
     def _known(self, row: int) -> ProbeResult:
-        """What was last found out about the file; size -1 if it was never decoded."""
+        """Last known size of the file; -1 if it was never decoded."""
         if (newer := self._checked.get(row)) is not None:
             return newer
         files = self._files

@@ -29,7 +29,7 @@ _TURN = 16  # files that a thread takes at a time
 
 @dataclass
 class Measured:
-    """What some files of a data set hold."""
+    """Statistics of some files of a data set."""
 
     cfg: Config  # with the depth and ranges that training would use
     stored: list[BandStats]  # of each channel: values as they are stored, pixels without data left out
@@ -46,7 +46,7 @@ class Measured:
         return [round(m.mean / largest, 5) for m in moments], [round(value, 5) for value in std]
 
     def settings(self) -> list[str]:
-        """What to give to `pretrain`."""
+        """Settings for `pretrain`."""
         cfg, (mean, std) = self.cfg, self.normalisation()
         lines = []
         if cfg.model.in_chans != 3:
@@ -84,7 +84,7 @@ class Measured:
         return {**about, "bands": bands}
 
     def names(self) -> list[str]:
-        """Of each channel: its band's name or number."""
+        """Name or number of each channel's band."""
         return [str(band) for band in self.cfg.data.bands or range(1, self.cfg.model.in_chans + 1)]
 
 

@@ -39,7 +39,7 @@ class _Shard:
 
 @dataclass
 class _State:
-    """What is done: pack.json."""
+    """Progress of packing, kept as pack.json."""
 
     root: str
     settings: dict[str, Any]
@@ -137,7 +137,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _begin(
     root: Path, folder: Path, settings: PackSettings, workers: int | None, progress: bool
 ) -> tuple[_State, Manifest]:
-    """What is done already, and the files as they were when it began."""
+    """Load or start the progress of packing, with the files as they were when it began."""
     state = _State.load(folder)
     if state is None:
         other = sorted(set(os.listdir(folder)) - {_LOCK, _SOURCE, _SKIPPED})

@@ -21,7 +21,7 @@ _PNG_LEVEL = 4
 
 @dataclass(frozen=True)
 class PackSettings:
-    """What is done to the images."""
+    """Options of packing images."""
 
     size_mib: float = 1024  # most of one shard; an image that is larger gets a shard of its own
     tile: int | None = None  # pixels a side

@@ -10,7 +10,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 @dataclass(frozen=True)
 class TileSettings:
-    """How scenes are cut."""
+    """Options of cutting scenes."""
 
     size: int = 512  # pixels a side
     overlap: int = 0  # pixels that neighbours share; the last of a row or column may share more
@@ -20,7 +20,7 @@ class TileSettings:
 
 
 def starts(length: int, size: int, overlap: int) -> list[int]:
-    """Where tiles begin: all of one size, the last moved back inside; a single, shorter one where there is no room."""
+    """Starts of tiles of one size, the last moved back inside; a single, shorter one where there is no room."""
     if length <= size:
         return [0]
     inside = list(range(0, length - size, size - overlap))

@@ -22,7 +22,7 @@ _PROGRESS = "progress.json"
 
 @dataclass
 class TileCounts:
-    """What became of a scene."""
+    """Counts of a scene's tiles."""
 
     written: int = 0
     left_out: int = 0  # for want of data
