@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton kernels need Triton")
 ROOT = Path(__file__).parents[1]
 
-PACKED = ["tests/kernels/test_packed_ops.py", "tests/kernels/test_packed_kernels.py", "-k"]
+SHARED = "tests/kernels/test_packed_kernels.py"
 SELECTIONS = {
     "attention": ["tests/kernels/test_attention.py", "-k", "triton and not opcheck"],
     "bands": ["tests/kernels/test_bands.py", "-k", "triton and not opcheck"],
@@ -27,17 +27,19 @@ SELECTIONS = {
     ],
     "add_norm": ["tests/kernels/test_add_norm.py", "-k", "triton and not opcheck"],
     "adamw_ema": ["tests/kernels/test_adamw_ema.py", "-k", "triton"],
-    "rows": ["tests/kernels/test_rows.py", "-k", "triton and not opcheck"],
+    "unit_rows": ["tests/kernels/test_unit_rows.py", "-k", "triton and not opcheck"],
+    "column_sums": ["tests/kernels/test_column_sums.py", "-k", "triton and not opcheck"],
     "partial_sums": ["tests/kernels/test_partial_sums.py"],
     "linear_gelu": ["tests/kernels/test_linear_gelu.py", "-k", "triton"],
     "gelu": ["tests/kernels/test_gelu.py", "-k", "triton and not opcheck"],
-    "embed_tokens": [*PACKED, "embed_tokens and triton and not opcheck"],
-    "mask_tokens": [*PACKED, "mask_tokens and triton and not opcheck"],
-    "sequence_add": [*PACKED, "sequence_add and triton and not opcheck"],
+    "embed_tokens": ["tests/kernels/test_embed_tokens.py", SHARED, "-k", "embed_tokens and triton and not opcheck"],
+    "mask_tokens": ["tests/kernels/test_mask_tokens.py", SHARED, "-k", "mask_tokens and triton and not opcheck"],
+    "sequence_add": ["tests/kernels/test_sequence_add.py", SHARED, "-k", "sequence_add and triton and not opcheck"],
     "prototype_losses": ["tests/kernels/test_prototype_losses.py", "-k", "(triton and not alone) or without_kernels"],
-    "fp8_passes": ["tests/kernels/test_fp8_passes.py", "-k", "triton and not cuda and not opcheck"],
+    "gelu_fp8": ["tests/kernels/test_gelu_fp8.py", "-k", "triton and not cuda and not opcheck"],
+    "add_norm_fp8": ["tests/kernels/test_add_norm_fp8.py", "-k", "triton and not cuda and not opcheck"],
     "quantize_rows": ["tests/kernels/test_quantize_rows.py", "-k", "triton and not cuda and not opcheck"],
-    "sequence_norm": [*PACKED, "sequence_norm and triton and not opcheck"],
+    "sequence_norm": ["tests/kernels/test_sequence_norm.py", SHARED, "-k", "sequence_norm and triton and not opcheck"],
     # With drop path every kernel has its part: blocks take a subset of the sequences, the last norm takes all of them.
     "a whole training step": ["tests/test_official_parity.py", "-k", "every_backend and triton and droppath"],
 }

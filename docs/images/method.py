@@ -154,7 +154,7 @@ def networks() -> list[str]:
 
 
 def losses() -> list[str]:
-    """What the heads give, and the losses on it."""
+    """Results of the heads, and the losses on them."""
     return [
         arrow((940, 98), (972, 98), colour=PREDICTED),
         text(1070, 78, "Pixel loss", bold=True),
