@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow.compute
 import torch
 
+from pera_fast.config import Config
+from pera_fast.config.tree import ViewsConfig
 from pera_fast.data.files.manifest import Manifest
 from pera_fast.data.loading.cores import usable_cores
 
@@ -85,7 +87,7 @@ def choose(
 
 
 def plan(
-    cfg: Any, manifest: Manifest, device: torch.device, *, ranks: int = 1, step_rate: float | None = None
+    cfg: Config, manifest: Manifest, device: torch.device, *, ranks: int = 1, step_rate: float | None = None
 ) -> Decoding:
     """`choose` for a run on this machine.
 
@@ -114,12 +116,12 @@ def local_ranks(ranks: int) -> int:
     return max(1, min(ranks, torch.cuda.device_count()))
 
 
-def cores_image_seconds(views: Any, channels: int, jpeg: float, other: float) -> float:
+def cores_image_seconds(views: ViewsConfig, channels: int, jpeg: float, other: float) -> float:
     """`image_seconds` as the rule takes it: of a core of an older machine."""
     return _SLOWEST * image_seconds(views, channels, jpeg, other)
 
 
-def image_seconds(views: Any, channels: int, jpeg: float, other: float) -> float:
+def image_seconds(views: ViewsConfig, channels: int, jpeg: float, other: float) -> float:
     """Time of one fast core for an image: reading, decoding, crops.
 
     Args:

@@ -3,10 +3,11 @@
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
+from pera_fast.config import Config
 from pera_fast.data.decoding.dali import require_dali
 from pera_fast.data.files.manifest import Manifest
 from pera_fast.data.files.skipped import SkippedFiles
@@ -47,7 +48,7 @@ class Loader(Iterator[T], Generic[T]):
 
     def __init__(
         self,
-        cfg: Any,
+        cfg: Config,
         manifest: Manifest,
         *,
         batch_size: int,

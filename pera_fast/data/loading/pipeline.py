@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pera_fast.config.tree import ViewsConfig
 from pera_fast.data.decoding.dali import require_dali
 from pera_fast.data.decoding.decode import as_pnm
 from pera_fast.data.loading.decode_on import has_jpeg_hardware
@@ -43,7 +44,7 @@ class CropPipeline:
 
     def __init__(
         self,
-        views: Any,
+        views: ViewsConfig,
         channels: int,
         batch_size: int,
         threads: int,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pera_fast.config import Config
 from pera_fast.data.bands.sensor import band_plan, probe_settings, scaling_of
 from pera_fast.data.decoding.dali import error_reason
 from pera_fast.data.files.manifest import Manifest
@@ -59,7 +60,7 @@ class Producer:
 
     def __init__(
         self,
-        cfg: Any,
+        cfg: Config,
         manifest: Manifest,
         order: SampleOrder,
         device: torch.device,

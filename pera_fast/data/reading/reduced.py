@@ -9,11 +9,11 @@ import io
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from pera_fast.config.tree import ViewsConfig
 from pera_fast.data.sampling.views import draw_windows
 
 _log = logging.getLogger("pera_fast")
@@ -51,7 +51,7 @@ class ReducedDecoder:
         gap: how many times a crop's side its window must still have in the smaller image, along both axes.
     """
 
-    def __init__(self, views: Any, seed: int, channels: int, gap: float):
+    def __init__(self, views: ViewsConfig, seed: int, channels: int, gap: float):
         self._views, self._seed, self._channels = views, seed, channels
         sides = [views.global_size] * views.num_global + [views.local_size] * views.num_local
         self._needed = gap * np.array(sides)
