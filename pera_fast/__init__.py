@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from os import PathLike
+from typing import Literal
 
 from pera_fast.run_result import RunResult
 
@@ -13,7 +14,7 @@ def pretrain(
     data: str | PathLike[str],
     out: str | PathLike[str],
     recipe: str | None = None,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     overrides: Sequence[str] = (),
 ) -> RunResult:
     """Pretrains on the images in `data` and leaves everything in the run folder `out`; the twin of the command line.
@@ -22,7 +23,8 @@ def pretrain(
         data: folder of images, searched recursively.
         out: run folder: configuration, metrics, log, checkpoints, exported teacher.
         recipe: a name that `pera_fast.config.recipe_names()` lists. None: vit_b16, or with `resume` the run's own.
-        resume: go on from the newest checkpoint in `out`.
+        resume: go on from the newest checkpoint in `out`. "auto": start where `out` holds no run, and go on where it
+            holds one of the same settings, so that one call serves for both.
         overrides: settings such as `["train.steps=60", "train.batch_size=8"]`.
 
     Returns:

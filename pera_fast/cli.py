@@ -51,7 +51,15 @@ def pretrain(
         str | None,
         typer.Option(help="vit_b16, vit_g16, vit_s16, vit_l16 or tiny.", show_default="vit_b16; resuming: the run's"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest checkpoint in --out.")] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="[auto]",
+            help="Resume from the newest checkpoint in --out; auto: start where --out holds no run.",
+            show_default="off",
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings, such as train.steps=60 train.batch_size=8."),
@@ -63,7 +71,8 @@ def pretrain(
     """
     from pera_fast.train.api import pretrain as run
 
-    result = run(data=data, out=out, recipe=recipe, resume=resume, overrides=overrides or [])
+    how = "auto" if resume == "auto" else resume is not None
+    result = run(data=data, out=out, recipe=recipe, resume=how, overrides=overrides or [])
     raise typer.Exit(result.exit_code)
 
 
@@ -195,7 +204,7 @@ def demo(
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status; wrong usage, settings or data give one line on stderr."""
-    args = list(sys.argv[1:] if arguments is None else arguments)
+    args = _with_resume(list(sys.argv[1:] if arguments is None else arguments))
     try:
         status: Any = app(args, prog_name="pera-fast", standalone_mode=False)
         return int(status or 0)
@@ -209,6 +218,17 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `pera-fast info | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _with_resume(args: list[str]) -> list[str]:
+    """Join ``--resume auto`` to one argument; a bare ``--resume`` takes no value, although settings may follow it."""
+    joined: list[str] = []
+    for arg in args:
+        if arg == "auto" and joined and joined[-1] == "--resume=newest":
+            joined[-1] = "--resume=auto"
+        else:
+            joined.append("--resume=newest" if arg == "--resume" else arg)
+    return joined
 
 
 def _usage(error: Any) -> str:

@@ -90,6 +90,21 @@ def test_pretrain_passes_everything_on_and_returns_its_exit_code(stub):
     assert calls == [((), {**given, "overrides": ["train.steps=60", "train.seed=1"]})]
 
 
+@pytest.mark.parametrize(
+    ("resume", "how", "settings"),
+    [
+        ("--resume auto train.seed=1", "auto", ["train.seed=1"]),
+        ("--resume=auto", "auto", []),
+        ("train.seed=1 --resume", True, ["train.seed=1"]),
+        ("", False, []),
+    ],
+)
+def test_resume_may_be_auto(stub, resume, how, settings):
+    calls = stub("pera_fast.train.api", "pretrain", types.SimpleNamespace(exit_code=0))
+    assert cli.run(["pretrain", "--data", "D", "--out", "R", *resume.split()]) == 0
+    assert (calls[0][1]["resume"], calls[0][1]["overrides"]) == (how, settings)
+
+
 def test_python_call_is_the_twin(stub):
     result = types.SimpleNamespace(exit_code=0)
     calls = stub("pera_fast.train.api", "pretrain", result)

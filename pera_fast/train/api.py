@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -35,7 +36,15 @@ from pera_fast.train.inputs import make_inputs
 from pera_fast.train.loop import Run, fit
 from pera_fast.train.memory_plan import choose_recompute
 from pera_fast.train.optim import make_optimizer, make_scaler
-from pera_fast.train.run_folder import RunFolder, Start, check_resumed_batch, resumed_position, start_new, start_resumed
+from pera_fast.train.run_folder import (
+    RunFolder,
+    Start,
+    check_resumed_batch,
+    resumed_position,
+    start_auto,
+    start_new,
+    start_resumed,
+)
 from pera_fast.train.schedules import make_schedules
 from pera_fast.train.signals import StopRequest, exit_on_termination
 from pera_fast.train.step import make_graph
@@ -50,7 +59,7 @@ def pretrain(
     data: str | PathLike[str],
     out: str | PathLike[str],
     recipe: str | None = "vit_b16",
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     overrides: Sequence[str] = (),
 ) -> RunResult:
     """Pretrains on all images below `data`; everything that results lies in the run folder `out`.
@@ -62,7 +71,8 @@ def pretrain(
         data: folder of images.
         out: run folder; new, empty, or with `resume` one that holds a run.
         recipe: see `pera_fast.config.recipe_names()`. None with `resume`: whichever the run has.
-        resume: continue the run in `out` from its newest checkpoint.
+        resume: continue the run in `out` from its newest checkpoint. "auto": start it where `out` holds no run; the
+            settings are then given in full each time and must be those of the run.
         overrides: `section.key=value` each.
 
     Raises:
@@ -70,7 +80,9 @@ def pretrain(
     """
     folder = RunFolder(Path(out))
     try:
-        if resume:
+        if resume == "auto":
+            start = start_auto(folder, recipe or "vit_b16", overrides)
+        elif resume:
             start = start_resumed(folder, recipe, overrides)
         else:
             start = start_new(folder, recipe or "vit_b16", overrides)
@@ -114,7 +126,7 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
             run = _build(folder, start, here, manifest, loader)
             run.position = position
             if here.main:
-                folder.write_config(cfg)
+                folder.write_config(cfg, start.asked)
                 folder.cut_metrics(run.step)
             _announce(run)
             log.info("%s", decoding)

@@ -4,7 +4,6 @@ Resuming continues the run as it was: its own configuration holds. Overrides giv
 keeps the run exact; a few that do not are noted in the log; the rest is refused.
 """
 
-import fcntl
 import json
 import logging
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from pera_fast.config import Config, Differences, differences, from_yaml, load_config, to_yaml
 from pera_fast.config.keys import flatten
-from pera_fast.durable import whole_file
+from pera_fast.durable import lock, whole_file
 from pera_fast.errors import UserError
 from pera_fast.train.checkpoint import CheckpointState, find_checkpoints, load_newest
 
@@ -41,6 +40,7 @@ class RunFolder:
 
     index = property(lambda self: self.root / "index.parquet")
     config = property(lambda self: self.root / "config.yaml")
+    asked = property(lambda self: self.root / "asked.yaml")
     metrics = property(lambda self: self.root / "metrics.jsonl")
     log = property(lambda self: self.root / "train.log")
     checkpoints = property(lambda self: self.root / "checkpoints")
@@ -65,18 +65,23 @@ class RunFolder:
         """Keeps other processes from training here at the same time. Raises UserError if one does already."""
         with open(self.root / ".lock", "w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+                error = lock(file)  # ends with the process, however that ends
             except BlockingIOError:
                 raise UserError(
                     f"--out {self.root}: another process is training there; wait for it or stop it"
                 ) from None
-            except OSError as error:
+            if error:
                 log.info("%s: its disk knows no locks (%s); see that no other process trains there", self.root, error)
             yield
 
-    def write_config(self, cfg: Config) -> None:
-        """Writes the resolved configuration."""
+    def write_config(self, cfg: Config, asked: Config) -> None:
+        """Writes the configuration, and that which was asked for, before the data decided what was left open."""
+        replace_text(self.asked, to_yaml(asked))
         replace_text(self.config, to_yaml(cfg))
+
+    def read_asked(self) -> Config | None:
+        """The configuration that was asked for; None in folders of versions that did not write it."""
+        return from_yaml(self.asked.read_text(encoding="utf-8")) if self.asked.exists() else None
 
     def cut_metrics(self, step: int) -> None:
         """Drops what was logged after `step`, so that no step stands there twice after resuming."""
@@ -106,6 +111,7 @@ class Start:
     """Start of a run: its configuration, and the checkpoint to continue from (None: from scratch)."""
 
     cfg: Config
+    asked: Config  # without what the data decides
     checkpoint: CheckpointState | None = None
     resumed: bool = False
     notes: list[str] = field(default_factory=list)  # for the log
@@ -123,7 +129,7 @@ def start_new(folder: RunFolder, recipe: str, overrides: Sequence[str]) -> Start
         raise UserError(f"--out {folder.root}: is a file; give a folder")
     if folder.holds_run():
         raise UserError(f"--out {folder.root}: holds a run already; continue it with --resume or give another folder")
-    return Start(cfg)
+    return Start(cfg, cfg)
 
 
 def start_resumed(folder: RunFolder, recipe: str | None, overrides: Sequence[str]) -> Start:
@@ -134,18 +140,51 @@ def start_resumed(folder: RunFolder, recipe: str | None, overrides: Sequence[str
     """
     if not folder.holds_run():
         raise UserError(f"--out {folder.root}: no run to resume there; leave --resume out to start one")
+    saved, state, source = _newest(folder)
+    cfg, notes = continue_config(saved, recipe, overrides, source)
+    new = flatten(cfg)
+    asked = (folder.read_asked() or saved).with_values({key: new[key] for key in differences(saved, cfg)})
+    return Start(cfg, asked, state, True, [_resuming(folder, state, source), *notes])
+
+
+def start_auto(folder: RunFolder, recipe: str, overrides: Sequence[str]) -> Start:
+    """A new run where the folder holds none, else its run, continued: one command line for both.
+
+    The settings are given in full each time. Compared is what was asked for, not what the data decided.
+
+    Raises:
+        UserError: settings other than those of the run, apart from those that change nothing; lists the keys.
+    """
+    if not folder.holds_run():
+        return start_new(folder, recipe, overrides)
+    requested = load_config(recipe, overrides)
+    saved, state, source = _newest(folder)
+    asked, new = folder.read_asked() or saved, flatten(requested)
+    changed = {key: pair for key, pair in differences(asked, requested).items() if key not in BATCH | HARMLESS}
+    if changed:
+        raise UserError(f"--out {folder.root}: holds a run with other settings: {_list(changed)}; give another --out")
+    taken = {key: new[key] for key in BATCH | HARMLESS}
+    cfg = from_yaml(to_yaml(saved.with_values(taken)))  # checks it
+    return Start(cfg, requested, state, True, [_resuming(folder, state, source)])
+
+
+def _newest(folder: RunFolder) -> tuple[Config, CheckpointState | None, str]:
+    """Configuration of the folder's run, its newest checkpoint, and the file or folder that they come from.
+
+    Raises:
+        UserError: neither a checkpoint nor config.yaml, or a damaged checkpoint.
+    """
     newest = load_newest(folder.checkpoints)
     if newest is not None:
         path, state = newest
-        saved, source = from_yaml(state["config"]), str(path)
-    elif folder.config.exists():
-        path, state = None, None
-        saved, source = from_yaml(folder.config.read_text(encoding="utf-8")), str(folder.root)
-    else:
-        raise UserError(f"--out {folder.root}: holds neither a checkpoint nor config.yaml to resume from; start anew")
-    cfg, notes = continue_config(saved, recipe, overrides, source)
-    notes.insert(0, f"resuming from {path}" if path else f"{folder.root} has no checkpoint yet: starting from step 0")
-    return Start(cfg, state, True, notes)
+        return from_yaml(state["config"]), state, str(path)
+    if folder.config.exists():
+        return from_yaml(folder.config.read_text(encoding="utf-8")), None, str(folder.root)
+    raise UserError(f"--out {folder.root}: holds neither a checkpoint nor config.yaml to resume from; start anew")
+
+
+def _resuming(folder: RunFolder, state: CheckpointState | None, source: str) -> str:
+    return f"resuming from {source}" if state else f"{folder.root} has no checkpoint yet: starting from step 0"
 
 
 def continue_config(

@@ -10,7 +10,14 @@ from train_support import flip_middle, state
 from pera_fast.config import load_config, to_yaml
 from pera_fast.errors import UserError
 from pera_fast.train.checkpoint import checkpoint_path
-from pera_fast.train.run_folder import RunFolder, check_resumed_batch, resumed_position, start_new, start_resumed
+from pera_fast.train.run_folder import (
+    RunFolder,
+    check_resumed_batch,
+    resumed_position,
+    start_auto,
+    start_new,
+    start_resumed,
+)
 
 RECIPE = ["train.steps=8", "model.depth=2"]
 
@@ -21,7 +28,7 @@ def held(tmp_path: Path) -> RunFolder:
     folder = RunFolder(tmp_path / "run")
     folder.checkpoints.mkdir(parents=True)
     cfg = load_config("tiny", RECIPE)
-    folder.write_config(cfg)
+    folder.write_config(cfg, cfg)
     torch.save(state(4, config=to_yaml(cfg), total_batch=16), checkpoint_path(folder.checkpoints, 4))
     return folder
 
@@ -78,6 +85,45 @@ def test_resume_keeps_the_runs_own_configuration(held: RunFolder):
     assert "step_00000004.pt" in start.notes[0]
     assert len(start.notes) == 1
     assert start_resumed(held, None, []).cfg == start.cfg
+
+
+def test_auto_begins_and_goes_on_with_the_same_settings(tmp_path: Path, held: RunFolder):
+    new = start_auto(RunFolder(tmp_path / "new"), "tiny", RECIPE)
+    assert (new.resumed, new.step) == (False, 0)
+    again = start_auto(held, "tiny", [*RECIPE, "data.loader_threads=3"])  # harmless
+    assert (again.resumed, again.step, again.cfg.data.loader_threads) == (True, 4, 3)
+    assert again.notes == [f"resuming from {checkpoint_path(held.checkpoints, 4)}"]
+
+
+@pytest.mark.parametrize("settings", [["train.steps=9", "model.depth=2"], ["model.depth=2"], [*RECIPE, "train.seed=4"]])
+def test_auto_refuses_other_settings(held: RunFolder, settings: list[str]):
+    with pytest.raises(UserError) as error:
+        start_auto(held, "tiny", settings)
+    assert ("train.seed=4 (was 0)" if "train.seed=4" in settings else "train.steps=") in line(error)
+    assert "another --out" in line(error)
+    with pytest.raises(UserError, match="recipe=vit_s16"):
+        start_auto(held, "vit_s16", RECIPE)
+
+
+def test_auto_compares_what_was_asked_for_not_what_the_data_decided(held: RunFolder):
+    asked = load_config("tiny", RECIPE)
+    decided = asked.with_values({"data.depth": "16", "data.band_range": [[0.0, 10000.0]]})
+    held.write_config(decided, asked)
+    torch.save(state(4, config=to_yaml(decided), total_batch=16), checkpoint_path(held.checkpoints, 4))
+    start = start_auto(held, "tiny", RECIPE)
+    assert (start.cfg.data.depth, start.cfg.data.band_range) == ("16", [[0.0, 10000.0]])
+    assert start.asked == asked
+    with pytest.raises(UserError, match=r"data\.depth=16 \(was auto\)"):
+        start_auto(held, "tiny", [*RECIPE, "data.depth=16"])
+
+
+def test_what_is_changed_on_resuming_is_asked_for_from_then_on(held: RunFolder):
+    start = start_resumed(held, None, ["train.steps=12"])
+    held.write_config(start.cfg, start.asked)
+    torch.save(state(4, config=to_yaml(start.cfg), total_batch=16), checkpoint_path(held.checkpoints, 4))
+    assert start_auto(held, "tiny", ["train.steps=12", "model.depth=2"]).resumed
+    with pytest.raises(UserError, match=r"train\.steps=8 \(was 12\)"):
+        start_auto(held, "tiny", RECIPE)
 
 
 def test_resume_of_a_run_that_ended_before_its_first_checkpoint(held: RunFolder):
