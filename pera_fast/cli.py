@@ -67,7 +67,8 @@ def pretrain(
 ) -> None:
     """Pretrain on a folder of images. Under torchrun: data-parallel.
 
-    Exit status: 0 done; 2 wrong usage, settings or data; 130 or 143 interrupted, with a checkpoint written.
+    Exit status: 0 done; 2 wrong usage, settings or data; interrupted, with a checkpoint: 130 SIGINT, 143 SIGTERM, 138
+    SIGUSR1, 129 SIGHUP.
     """
     from pera_fast.train.api import pretrain as run
 

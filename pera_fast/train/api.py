@@ -64,8 +64,8 @@ def pretrain(
 ) -> RunResult:
     """Pretrains on all images below `data`; everything that results lies in the run folder `out`.
 
-    Under torchrun this is data-parallel. SIGINT and SIGTERM finish the step, write a checkpoint and return; their
-    handlers are put back afterwards.
+    Under torchrun this is data-parallel. SIGINT, SIGTERM, SIGUSR1 and SIGHUP finish the step, write a checkpoint and
+    return; their handlers are put back afterwards.
 
     Args:
         data: folder of images.

@@ -23,7 +23,7 @@ from pera_fast.train.graph import StepGraph
 from pera_fast.train.metrics import Metrics, MetricsWriter, memory_mib
 from pera_fast.train.run_folder import RunFolder
 from pera_fast.train.schedules import Schedules
-from pera_fast.train.signals import StopRequest
+from pera_fast.train.signals import StopRequest, exit_code
 from pera_fast.train.step import LaunchedStep, StepResult, launch_step
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,8 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
     before a checkpoint, the last step and the end all that was launched is read.
 
     Returns:
-        (exit code, metrics of the last step): 0 done, 130 or 143 stopped by a signal, with a checkpoint written.
+        (exit code, metrics of the last step): 0 done, 129, 130, 138 or 143 stopped by a signal, with a
+        checkpoint written.
 
     Raises:
         UserError: too many steps in a row that were not finite, or the last checkpoint could not be written.
@@ -202,7 +203,7 @@ class _Reader:
         self.writer.write(self.metrics)
         progress.update(launch.place, self.metrics)
         _note_nonfinite(run, launch.metrics["step"], result)
-        self.stopped = 143 if result.stop[1] else 130 if result.stop[0] else self.stopped
+        self.stopped = exit_code(result.stop) or self.stopped
 
     def _times(self, launch: _Launch) -> tuple[float, float]:
         """Seconds of a step, and of those the ones in which it waited for its data.

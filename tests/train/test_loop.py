@@ -205,7 +205,7 @@ def test_fp16_overflow_lowers_the_scale_and_is_no_failure(tmp_path: Path):
     assert run.nonfinite["total"] == 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)])
 def test_stop_request_saves_and_leaves(tmp_path: Path, number: int, code: int):
     run = make_run(small_config("train.checkpoint_every=100"), tmp_path)
     assert fit(run, stop_after(run, 2, number))[0] == code
