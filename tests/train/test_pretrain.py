@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -151,6 +152,22 @@ def test_signal_saves_and_leaves(whole: Path, images: Path, tmp_path: Path, numb
     (path,) = find_checkpoints(out / "checkpoints")
     assert load_checkpoint(path)["step"] == len(rows(out)) < 2000
     assert (out / "exported" / "teacher.safetensors").exists()
+
+
+def test_stdout_closed_and_tensorboard_broken(images: Path, tmp_path: Path):
+    """Closed as `>&-` does; a leftover folder that TensorBoard takes for TensorFlow is on the path."""
+    (tmp_path / "left" / "tensorflow" / "python").mkdir(parents=True)
+    env = environment()
+    env["PYTHONPATH"] += f"{os.pathsep}{tmp_path / 'left'}"
+    program = [sys.executable, "-m", "pera_fast", "pretrain", "--data", str(images), "--out", str(tmp_path / "run")]
+    line = f"{shlex.join([*program, '--recipe', 'tiny', *KEYS, 'train.steps=2'])} >&-"
+    done = subprocess.run(["sh", "-c", line], env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "warning: no TensorBoard events, training goes on without: AttributeError: module 'tensorflow'" in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
 
 
 def test_interrupted_in_python_and_resumed(
