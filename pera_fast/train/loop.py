@@ -114,12 +114,13 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
     """
     cfg, world = run.cfg, run.world
     reader = _Reader(run, MetricsWriter(run.folder.metrics if world.main else None, run.step))
+    clock = _Clock(cfg.train.checkpoint_minutes)
     try:
         with Progress(run.schedules.steps, run.place, world.main) as progress:
             while run.place < run.schedules.steps:
                 reader.take(_launch(run, stop), progress)
                 last = run.place == run.schedules.steps
-                due = last or run.step % cfg.train.checkpoint_every == 0
+                due = last or run.step % cfg.train.checkpoint_every == 0 or (world.main and clock.is_due())
                 if due or reader.stopped or (world.size == 1 and stop.exit_code) or run.update is None:
                     reader.finish(progress)
                 stopped = reader.stopped
@@ -129,6 +130,7 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
                         reader.finish(progress)
                 if stopped or due:
                     saved = _save(run)
+                    clock.restart()
                     if last and not saved:
                         raise UserError(
                             f"{run.folder.root}: the last step's weights could not be written; see train.log"
@@ -139,6 +141,24 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
     finally:
         reader.writer.close()
     return 0, reader.metrics
+
+
+class _Clock:
+    """Says when the last checkpoint is so many minutes old (`train.checkpoint_minutes`).
+
+    Only rank 0 asks. The others need not agree: rank 0 alone writes, between two of its steps, and they wait for it in
+    the next step's collective. So no step of a GPU costs an exchange or a wait.
+    """
+
+    def __init__(self, minutes: float | None):
+        self._seconds = None if minutes is None else 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        self._began = time.monotonic()
+
+    def is_due(self) -> bool:
+        return self._seconds is not None and time.monotonic() - self._began >= self._seconds
 
 
 @dataclass

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 BATCH = {"train.batch_size", "train.total_batch_size", "train.accumulate"}  # may be split anew if the total stays
 HARMLESS = {
-    "train.checkpoint_every", "train.keep_checkpoints", "train.max_nonfinite",
+    "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints", "train.max_nonfinite",
     "data.loader_threads", "data.prefetch", "data.verify", "data.index", "data.max_pixels", "model.recompute",
 }  # fmt: skip
 # These go on, but not bit for bit.

@@ -226,6 +226,19 @@ def test_teacher_is_exported_with_every_checkpoint_kept(tmp_path: Path):
     assert exported == [(step, tmp_path / "exported" / "teacher.safetensors") for step in (2, 4, 6)]
 
 
+def test_checkpoints_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each step takes 40 s of this clock: a checkpoint a minute is one every second step, from the last one on."""
+    now, saved = [0.0], []
+    run = make_run(
+        small_config("train.checkpoint_minutes=1", "train.checkpoint_every=5", "train.steps=8"),
+        tmp_path, export=lambda model, path: saved.append(run.step),
+    )  # fmt: skip
+    Tampered(run, lambda call, out: now.__setitem__(0, 40.0 * call))
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    assert fit(run, StopRequest())[0] == 0
+    assert saved == [2, 4, 5, 7, 8]
+
+
 def test_full_disk_in_the_middle_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
     run = make_run(small_config("train.keep_checkpoints=1"), tmp_path)
     write = checkpoint._write
