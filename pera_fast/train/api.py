@@ -88,8 +88,7 @@ def pretrain(
             start = start_new(folder, recipe or "vit_b16", overrides)
         with exit_on_termination(), world(start.cfg.train.device) as here, ExitStack() as stack:
             here.barrier()  # all ranks have looked at the folder before rank 0 writes there
-            here.on_main(folder.make)
-            here.on_main(lambda: stack.enter_context(folder.locked()))
+            here.on_main(lambda: stack.enter_context(folder.opened()))
             stack.enter_context(RunLog(folder.log if here.main else None))
             stack.enter_context(step_stream(here.device))
             return _pretrain(Path(data), folder, start, here)
@@ -126,7 +125,6 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
             run = _build(folder, start, here, manifest, loader)
             run.position = position
             if here.main:
-                folder.write_config(cfg, start.asked)
                 folder.cut_metrics(run.step)
             _announce(run)
             log.info("%s", decoding)
@@ -171,6 +169,7 @@ def _build(folder: RunFolder, start: Start, here: World, manifest: Manifest, loa
         images=len(manifest.readable),
         data=_digest(manifest),
         export=export_teacher,
+        begin=lambda: folder.write_config(cfg, start.asked),
         graph=make_graph(pera, scaler, plan.accumulate) if graph.use else None,
         update=make_update(pera, optimizer, scaler),
     )

@@ -13,7 +13,7 @@ from pera_fast.config import BatchPlan, Config, to_yaml
 from pera_fast.errors import UserError
 from pera_fast.model.inputs import StepInputs
 from pera_fast.model.pera import PerA
-from pera_fast.train.checkpoint import FORMAT, CheckpointState, save_checkpoint
+from pera_fast.train.checkpoint import FORMAT, CheckpointState, NotWrittenError, checkpoint_path, save_checkpoint
 from pera_fast.train.compute_copies import refresh_copies
 from pera_fast.train.console import Progress
 from pera_fast.train.distributed import World
@@ -53,6 +53,7 @@ class Run:
     images: int
     data: str  # digest of the data
     export: Callable[[PerA, Path], None]  # writes the teacher
+    begin: Callable[[], None] = lambda: None  # called by rank 0 after the first step of this process
     graph: StepGraph | None = None  # of the micro-batches
     update: FusedUpdate | None = None  # on a GPU
     step: int = 0  # optimiser steps done
@@ -129,17 +130,15 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
                     if stopped:
                         reader.finish(progress)
                 if stopped or due:
-                    saved = _save(run)
+                    _save(run, must=bool(stopped) or last)
                     clock.restart()
-                    if last and not saved:
-                        raise UserError(
-                            f"{run.folder.root}: the last step's weights could not be written; see train.log"
-                        )
                 if stopped and not last:
                     log.info("stopped after step %d; continue with --resume", run.step)
                     return stopped, reader.metrics
     finally:
         reader.writer.close()
+    if not reader.metrics:
+        _catch_up(run)
     return 0, reader.metrics
 
 
@@ -187,6 +186,7 @@ class _Reader:
     stopped: int = 0
     _pending: _Launch | None = None
     _before: LaunchedStep | None = None  # the one read last
+    _begun: bool = False
 
     def take(self, launch: _Launch, progress: Progress) -> None:
         """Keep a launched step and read the one before."""
@@ -220,6 +220,9 @@ class _Reader:
             self.metrics["nonfinite"] = result.nonfinite
         if result.loss_scale is not None:
             self.metrics["loss_scale"] = result.loss_scale
+        if run.world.main and not self._begun:
+            run.begin()  # not sooner: what takes no step is no run, and leaves nothing in the way of the next try
+            self._begun = True
         self.writer.write(self.metrics)
         progress.update(launch.place, self.metrics)
         _note_nonfinite(run, launch.metrics["step"], result)
@@ -288,16 +291,37 @@ def _note_nonfinite(run: Run, step: int, result: StepResult) -> None:
         )
 
 
-def _save(run: Run) -> bool:
-    """Checkpoint and export by rank 0; the others go on and wait at the next step's collective. False if it failed."""
+def _save(run: Run, must: bool) -> None:
+    """Checkpoint and export by rank 0; the others go on and wait at the next step's collective.
+
+    Where they cannot be written, training goes on and tries again at the next checkpoint: space may come.
+
+    Raises:
+        UserError: they cannot be written and must be, because the run ends here.
+    """
     if not run.world.main:
-        return True
-    if save_checkpoint(run.folder.checkpoints, run.state(), run.cfg.train.keep_checkpoints) is None:
-        return False
+        return
+    try:
+        save_checkpoint(run.folder.checkpoints, run.state(), run.cfg.train.keep_checkpoints)
+        _export(run)
+    except NotWrittenError as error:
+        if must:
+            raise UserError(f"{error}; make room and go on with --resume") from None
+        log.warning("%s; training goes on", error)
+
+
+def _export(run: Run) -> None:
     try:
         run.folder.teacher.parent.mkdir(exist_ok=True)
         run.export(run.pera, run.folder.teacher)
     except OSError as error:
-        log.warning("%s: could not be written (%s)", run.folder.teacher, error.strerror or error)
-        return False
-    return True
+        raise NotWrittenError(f"{run.folder.teacher}: could not be written ({error.strerror or error})") from None
+
+
+def _catch_up(run: Run) -> None:
+    """Export the teacher of a run that is done, if the process ended between its last checkpoint and that."""
+    teacher, last = run.folder.teacher, checkpoint_path(run.folder.checkpoints, run.step)
+    if not run.world.main or not last.exists():
+        return
+    if not teacher.exists() or teacher.stat().st_mtime_ns < last.stat().st_mtime_ns:
+        _export(run)

@@ -261,8 +261,9 @@ def test_full_disk_in_the_middle_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(read_metrics(tmp_path)) == 6
 
 
-def test_full_disk_at_the_end_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    run = make_run(small_config("train.steps=4"), tmp_path)
+@pytest.mark.parametrize("end", ["last step", "signal"])
+def test_full_disk_at_the_end_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str):
+    run = make_run(small_config("train.steps=4" if end == "last step" else "train.steps=9"), tmp_path)
 
     def full(path: Path, state: Any) -> None:
         if state["step"] == 4:
@@ -271,8 +272,12 @@ def test_full_disk_at_the_end_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
 
     write = checkpoint._write
     monkeypatch.setattr(checkpoint, "_write", full)
-    with pytest.raises(UserError, match="could not be written"):
-        fit(run, StopRequest())
+    with pytest.raises(UserError) as error:
+        fit(run, StopRequest() if end == "last step" else stop_after(run, 4))
+    assert str(error.value) == (
+        f"checkpoint {run.folder.checkpoints}/step_00000004.pt could not be written (No space left on device);"
+        " the last good one is step_00000002.pt; make room and go on with --resume"
+    )
     assert [path.name for path in find_checkpoints(run.folder.checkpoints)] == ["step_00000002.pt"]
 
 
