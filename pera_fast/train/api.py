@@ -28,6 +28,7 @@ from pera_fast.train.attention import describe_attention, prefer_attention
 from pera_fast.train.compute_copies import make_copies
 from pera_fast.train.console import RunLog
 from pera_fast.train.distributed import World, let_main_speak, world
+from pera_fast.train.environment import check_environment, check_launcher
 from pera_fast.train.flops import fastest_rate
 from pera_fast.train.fused_update import make_update
 from pera_fast.train.graph import choose_graph
@@ -80,12 +81,14 @@ def pretrain(
     """
     folder = RunFolder(Path(out))
     try:
+        check_launcher()
         if resume == "auto":
             start = start_auto(folder, recipe or "vit_b16", overrides)
         elif resume:
             start = start_resumed(folder, recipe, overrides)
         else:
             start = start_new(folder, recipe or "vit_b16", overrides)
+        check_environment(start, folder, Path(data))
         with exit_on_termination(), world(start.cfg.train.device) as here, ExitStack() as stack:
             here.barrier()  # all ranks have looked at the folder before rank 0 writes there
             here.on_main(lambda: stack.enter_context(folder.opened()))
