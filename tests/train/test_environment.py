@@ -1,4 +1,4 @@
-"""What a run needs of the machine is checked before anything is created, with one line for each fault."""
+"""The machine is checked before a run creates anything, with one line for each fault."""
 
 import collections
 import os
