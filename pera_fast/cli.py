@@ -179,14 +179,25 @@ def bench(
 @app.command()
 def convert(
     weights: Annotated[
-        Path, typer.Argument(metavar="PUBLISHED.params", help="Checkpoint in the authors' format.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="The authors' PUBLISHED.params, or a checkpoint of a run.", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the converted weights.", show_default=False)],
+    heads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Attention heads, which no published checkpoint holds.",
+            show_default="the run's; else 6, 12, 16 for widths 384, 768, 1024",
+        ),
+    ] = None,
 ) -> None:
-    """Turn a published PerA checkpoint into safetensors that timm loads by name."""
+    """Turn a published PerA checkpoint, or one of a run, into safetensors that timm loads by name."""
     from pera_fast.interop.published import convert as run
 
-    run(weights, out)
+    typer.echo(run(weights, out, heads).summary)
 
 
 @app.command()

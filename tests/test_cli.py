@@ -128,9 +128,11 @@ def test_index_convert_and_demo_call_their_parts(stub, capsys):
     assert (two.data.bands, two.model.in_chans) == (["nir", "red"], 2)
     assert capsys.readouterr().out == "3 images, 1 unreadable\n" * 3
 
-    calls = stub("pera_fast.interop.published", "convert")
+    calls = stub("pera_fast.interop.published", "convert", types.SimpleNamespace(summary="12 heads"))
     assert cli.run(["convert", "P.params", "--out", "O"]) == 0
-    assert calls == [((Path("P.params"), Path("O")), {})]
+    assert cli.run(["convert", "P.params", "--out", "O", "--heads", "2"]) == 0
+    assert calls == [((Path("P.params"), Path("O"), heads), {}) for heads in (None, 2)]
+    assert capsys.readouterr().out == "12 heads\n" * 2
 
     calls = stub("pera_fast.demo.run", "run")
     assert cli.run(["demo", "--out", "O", "--data", "D"]) == 0
