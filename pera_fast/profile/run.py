@@ -127,7 +127,7 @@ def _run(points: Sequence[Point], jobs: int | None) -> list[Point]:
 
         def done(point: Point) -> None:
             if display is not None and task is not None:
-                what = f"{point.variant.name()}, batch {point.batch_size}: {point.status}"
+                what = f"{point.variant.label()}, batch {point.batch_size}: {point.status}"
                 display.update(task, advance=1, description=what)
 
         return run_points(points, at_once, done)

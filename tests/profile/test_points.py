@@ -10,6 +10,11 @@ from pera_fast.errors import UserError
 from pera_fast.profile.points import RATIOS, Point, Variant, parse_batch_sizes, parse_choices, plan
 
 
+def test_pictures_say_what_the_words_of_a_name_are():
+    labels = [variant.label() for variant in plan(["tiny"], [], policies=["none"])]
+    assert labels == ["tiny, masks 0.2/0.6, recompute none", "tiny, no masks, recompute none"]
+
+
 def names(*args, **kwargs) -> list[str]:
     return [variant.name() for variant in plan(*args, **kwargs)]
 
