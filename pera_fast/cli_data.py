@@ -171,4 +171,6 @@ def stats(
     if json is not None:
         measure.write_json(measured, json)
     if plot is not None:
-        measure.write_plot(measured, plot)
+        from pera_fast.data.tools.measure_plot import write_plot
+
+        write_plot(measured, plot)
