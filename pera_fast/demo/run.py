@@ -141,7 +141,7 @@ def _probe(cfg: Config, images: Images, before: PerA, after: PerA) -> Probe:
 
 
 def _share(used: int, files: LabelledFiles) -> str:
-    """How many of the files were used, in words."""
+    """Number of the files that were used, in words."""
     return str(used) if used == len(files.files) else f"{used} (drawn at random) of the {len(files.files)}"
 
 
