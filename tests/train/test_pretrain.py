@@ -84,7 +84,8 @@ def wait_for_steps(process: "subprocess.Popen[str]", out: Path, steps: int) -> N
 
 def test_run_folder(whole: Path, images: Path):
     names = {path.name for path in whole.iterdir() if not path.name.startswith(("events", "."))}
-    assert names == {"config.yaml", "metrics.jsonl", "train.log", "checkpoints", "exported", "index.parquet"}
+    configuration = {"config.yaml", "asked.yaml"}
+    assert names == {*configuration, "metrics.jsonl", "train.log", "checkpoints", "exported", "index.parquet"}
     assert [path.name for path in find_checkpoints(whole / "checkpoints")] == [
         "step_00000008.pt", "step_00000010.pt", "step_00000012.pt"
     ]  # fmt: skip
