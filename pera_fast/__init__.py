@@ -22,7 +22,8 @@ def pretrain(
     Args:
         data: folder of images, searched recursively.
         out: run folder: configuration, metrics, log, checkpoints, exported teacher.
-        recipe: a name that `pera_fast.config.recipe_names()` lists. None: vit_b16, or with `resume` the run's own.
+        recipe: a name that `pera_fast.config.recipe_names()` lists, or a YAML file such as a run's config.yaml. None:
+            vit_b16, or with `resume` the run's own.
         resume: go on from the newest checkpoint in `out`. "auto": start where `out` holds no run, and go on where it
             holds one of the same settings, so that one call serves for both.
         overrides: settings such as `["train.steps=60", "train.batch_size=8"]`.

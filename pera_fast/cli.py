@@ -49,7 +49,10 @@ def pretrain(
     out: Annotated[Path, typer.Option(help="Run folder: log, metrics, checkpoints, teacher.", show_default=False)],
     recipe: Annotated[
         str | None,
-        typer.Option(help="vit_b16, vit_g16, vit_s16, vit_l16 or tiny.", show_default="vit_b16; resuming: the run's"),
+        typer.Option(
+            help="vit_b16, vit_g16, vit_s16, vit_l16, tiny, or a YAML file.",
+            show_default="vit_b16; resuming: the run's",
+        ),
     ] = None,
     resume: Annotated[
         str | None,
@@ -74,6 +77,20 @@ def pretrain(
     how = "auto" if resume == "auto" else resume is not None
     result = run(data=data, out=out, recipe=recipe, resume=how, overrides=overrides or [])
     raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def config(
+    recipe: Annotated[str, typer.Option(help="Recipe, or a YAML file such as RUN/config.yaml.")] = "vit_b16",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings on top, such as train.epochs=20.")
+    ] = None,
+) -> None:
+    """Every setting with its value, meaning and range. The output is a recipe file: `pera-fast config > my.yaml`."""
+    from pera_fast.config import load_config
+    from pera_fast.config.listing import listing
+
+    typer.echo(listing(load_config(recipe, overrides or [])), nl=False)
 
 
 @app.command()

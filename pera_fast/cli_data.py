@@ -127,7 +127,7 @@ def show(
     ] = None,
     epoch: Annotated[int, typer.Option(help="Epoch, counted from 0.")] = 0,
     count: Annotated[int, typer.Option(help="Number of samples, without --sample.")] = 6,
-    recipe: Annotated[str, typer.Option(help="Recipe of the training.")] = "vit_b16",
+    recipe: Annotated[str, typer.Option(help="Recipe of the training, or a YAML file.")] = "vit_b16",
     run: Annotated[
         Path | None, typer.Option(help="Run folder whose settings are used.", show_default="the recipe's own settings")
     ] = None,

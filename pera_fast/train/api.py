@@ -254,6 +254,7 @@ def _announce(run: Run) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     log.info("recipe %s on %s (%s), %s", cfg.recipe, device, name, cfg.train.precision)
     log.info("%s; %d images, %d steps per epoch", run.plan, run.images, run.batches.steps_per_epoch)
+    log.info("%s", run.schedules)
     if told := describe(cfg):
         log.info("%s", told)
     student, predicted, teacher = _tokens(cfg)["global"]

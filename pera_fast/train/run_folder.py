@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pera_fast.config import Config, Differences, differences, from_yaml, load_config, to_yaml
+from pera_fast.config import Config, Differences, differences, from_yaml, load_config, recipe_names, to_yaml
 from pera_fast.config.keys import flatten
 from pera_fast.durable import lock, whole_file
 from pera_fast.errors import UserError
@@ -195,6 +195,9 @@ def continue_config(
     Raises:
         UserError: another recipe, or a change that would make it another run; lists the keys that differ.
     """
+    if recipe is not None and recipe not in recipe_names():
+        why = "a run goes on with its own settings; leave --recipe out, or give --resume auto"
+        raise UserError(f"--resume with --recipe {recipe}: {why}")
     requested = load_config(recipe or saved.recipe, overrides)
     if requested.recipe != saved.recipe:
         changed = _refused(saved, requested)
