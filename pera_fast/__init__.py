@@ -13,7 +13,7 @@ __all__ = ["RunResult", "__version__", "pretrain"]
 def pretrain(
     data: str | PathLike[str],
     out: str | PathLike[str],
-    recipe: str | None = None,
+    recipe: str | PathLike[str] | None = None,
     resume: bool | Literal["auto"] = False,
     overrides: Sequence[str] = (),
 ) -> RunResult:
@@ -37,5 +37,8 @@ def pretrain(
     # By name, because an import statement here would make the trainer a dependency of everything in the package.
     from importlib import import_module
 
+    early: RunResult | None = import_module("pera_fast.train.early").answer(data, out, recipe, overrides, resume)
+    if early is not None:
+        return early
     api = import_module("pera_fast.train.api")
     return api.pretrain(data=data, out=out, recipe=recipe, resume=resume, overrides=overrides)

@@ -1,6 +1,7 @@
 """The command line: parses arguments and calls functions. Only commands that need torch import it."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from pera_fast import __version__
 from pera_fast.cli_data import data_app
 from pera_fast.cli_profile import profile_app
 from pera_fast.errors import UserError
+from pera_fast.paths import refuse_urls
 
 app = typer.Typer(
     name="pera-fast",
@@ -72,7 +74,7 @@ def pretrain(
 
     Exit status: 0 done; 2 wrong usage, settings or data; 130 or 143 interrupted, with a checkpoint written.
     """
-    from pera_fast.train.api import pretrain as run
+    from pera_fast import pretrain as run
 
     how = "auto" if resume == "auto" else resume is not None
     result = run(data=data, out=out, recipe=recipe, resume=how, overrides=overrides or [])
@@ -234,6 +236,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status; wrong usage, settings or data give one line on stderr."""
     args = _with_resume(list(sys.argv[1:] if arguments is None else arguments))
     try:
+        refuse_urls(args)
         status: Any = app(args, prog_name="pera-fast", standalone_mode=False)
         return int(status or 0)
     except UserError as error:
@@ -243,6 +246,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
             typer.echo(str(error), err=True)
             return 2
         return _fail(_usage(error), 2)
+    except ValueError as error:
+        if not str(error).startswith("PERA_BACKEND="):  # which pera_kernels refuses when it is first asked
+            raise
+        return _fail(str(error), 2)
     except BrokenPipeError:  # `pera-fast info | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -261,7 +268,11 @@ def _with_resume(args: list[str]) -> list[str]:
 
 def _usage(error: Any) -> str:
     """Typer's message about wrong usage, in one line."""
-    message = " ".join(error.format_message().split()).rstrip(".")
+    message = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
+    if choice := re.search(r"'([^']*)' is not one of (.+)$", message):
+        from pera_fast.config.keys import did_you_mean
+
+        message += did_you_mean(choice[1], re.findall(r"'([^']*)'", choice[2]))
     if (
         hasattr(error, "possibilities") and not error.possibilities
     ):  # no such option, and none like it: perhaps a setting is meant

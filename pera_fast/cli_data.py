@@ -133,6 +133,9 @@ def show(
     ] = None,
 ) -> None:
     """Draw what the networks see: crops, both colourings, masks; exactly as training draws them."""
+    from pera_fast.config import load_config
+
+    load_config(recipe, overrides or [])  # before PyTorch is loaded
     from pera_fast.show.run import show as draw
 
     typer.echo(

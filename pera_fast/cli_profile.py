@@ -67,6 +67,9 @@ def batches(
     ] = None,
 ) -> None:
     """Memory and speed of training steps against batch size: which batch fits which card."""
+    from pera_fast.profile.points import plan
+
+    plan(recipe or ["vit_b16"], overrides or [])  # checks the settings before PyTorch is loaded
     from pera_fast.profile.run import profile
 
     profile(
@@ -87,6 +90,9 @@ def trace(
     ] = None,
 ) -> None:
     """Some steps through torch's profiler: a trace for Perfetto, top kernels, named ranges, a memory snapshot."""
+    from pera_fast.config import load_config
+
+    load_config(recipe, overrides or [])  # before PyTorch is loaded
     from pera_fast.profile.trace import trace as run
 
     run(recipe, out, device, steps, overrides or [])

@@ -7,6 +7,7 @@ from typing import Any
 from pera_fast.config.keys import KEYS, did_you_mean, flatten, show, wants
 from pera_fast.config.tree import Config, band_key
 from pera_fast.errors import UserError
+from pera_fast.paths import refuse_url
 
 
 def check(cfg: Config) -> None:
@@ -14,6 +15,7 @@ def check(cfg: Config) -> None:
     values = flatten(cfg)
     for key in KEYS:
         check_value(key, values[key])
+    refuse_url("data.index", cfg.data.index or "")
     _check_sizes(cfg)
     _check_masks(cfg)
     _check_bands(cfg)

@@ -14,6 +14,7 @@ from torch import Tensor
 from pera_fast.config import Config, from_yaml
 from pera_fast.errors import UserError
 from pera_fast.model.export import teacher_metadata, timm_state_dict, write_safetensors
+from pera_fast.paths import local_path
 
 HEADS = {384: 6, 768: 12, 1024: 16}  # by width, of the published method's networks: their checkpoints do not say
 REQUIRED = (
@@ -75,7 +76,7 @@ def convert(path: str | Path, out: str | Path, num_heads: int | None = None) -> 
         UserError: the file is missing, is no such checkpoint, does not say how many heads its network has, or the
             folder cannot be written.
     """
-    path, out = Path(path), Path(out)
+    path, out = local_path("", path), local_path("--out", out)
     stored = _load(path)
     state = {k.removeprefix("module."): v for k, v in _parameters(stored, path).items()}
     _check(state, path)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pera_fast.config import Config, load_config
+from pera_fast.config.keys import did_you_mean
 from pera_fast.errors import UserError
 
 POLICIES = ("none", "cheap", "block")
@@ -178,5 +179,6 @@ def parse_choices(option: str, text: str | None, allowed: Sequence[str]) -> list
     words = list(dict.fromkeys(part.strip() for part in text.split(",")))
     for word in words:
         if word not in allowed:
-            raise UserError(f"{option} {text}: no such choice {word!r}; allowed: {', '.join(allowed)}")
+            hint = did_you_mean(word, allowed)
+            raise UserError(f"{option} {text}: no such choice {word!r}; allowed: {', '.join(allowed)}{hint}")
     return words

@@ -57,8 +57,8 @@ def test_lists_on_the_command_line() -> None:
 MESSAGES = {
     "--batch-sizes 8,x": "--batch-sizes 8,x: must be whole numbers of at least 1, such as 8,16,32",
     "--batch-sizes 0,8": "--batch-sizes 0,8: must be whole numbers of at least 1, such as 8,16,32",
-    "--policies some": "--policies some: no such choice 'some'; allowed: none, cheap, block",
-    "--device tpu": "--device tpu: no such device; allowed: auto, simulate, cuda, cpu",
+    "--policies some": "--policies some: no such choice 'some'; allowed: none, cheap, block; did you mean none?",
+    "--device tpu": "--device tpu: no such device; allowed: auto, simulate, cuda, cpu; did you mean cpu?",
     "train.batch_size=8": "train.batch_size: give --batch-sizes instead",
     "train.device=cpu": "train.device: give --device instead",
     "--out notes.txt": "--out notes.txt: is a file; give a folder",
