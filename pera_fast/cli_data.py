@@ -30,6 +30,7 @@ def index(
     """Check every image below DIR and write what was found into a manifest that pretraining reuses."""
     from pera_fast.config import load_config
     from pera_fast.data.index.build import index_for
+    from pera_fast.data.index.unreadable import name_unreadable
 
     short = [] if channels is None else [f"model.in_chans={channels}"]
     cfg = load_config("vit_b16", [*short, *(overrides or [])])
@@ -37,7 +38,9 @@ def index(
         "data.verify": cfg.data.verify and verify,
         "data.index": cfg.data.index if out is None else str(out),
     })  # fmt: skip
-    typer.echo(index_for(directory, cfg, workers=workers).summary)
+    manifest = index_for(directory, cfg, workers=workers)
+    for line in (manifest.summary, *name_unreadable(manifest)):
+        typer.echo(line)
 
 
 class _Encoding(str, Enum):
