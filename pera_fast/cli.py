@@ -212,11 +212,12 @@ def convert(
             show_default="the run's; else 6, 12, 16 for widths 384, 768, 1024",
         ),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
 ) -> None:
     """Turn a published PerA checkpoint, or one of a run, into safetensors that timm loads by name."""
     from pera_fast.interop.published import convert as run
 
-    typer.echo(run(weights, out, heads).summary)
+    typer.echo(run(weights, out, heads, overwrite).summary)
 
 
 @app.command()

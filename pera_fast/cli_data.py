@@ -109,13 +109,19 @@ def dedupe(
     move: Annotated[
         Path | None, typer.Option(help="Move the duplicates to this folder.", show_default="only report")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an --out file that is no report of an earlier call.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="one per core")] = None,
     channels: Annotated[int, typer.Option(min=1, help="Channels per image: model.in_chans of the training.")] = 3,
 ) -> None:
     """Report near-duplicate images. Of a group the one with the most pixels is kept; nothing is ever deleted."""
     from pera_fast.data.tools.dedupe import dedupe as run
 
-    typer.echo(run(directory, bits=threshold, out=out, move_to=move, workers=workers, channels=channels))
+    told = run(
+        directory, bits=threshold, out=out, move_to=move, workers=workers, channels=channels, overwrite=overwrite
+    )
+    typer.echo(told)
 
 
 @data_app.command()
@@ -125,6 +131,7 @@ def show(
         list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings, such as train.seed=1.")
     ] = None,
     out: Annotated[Path, typer.Option(help="PNG file for the sheet.")] = Path("sheet.png"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an --out file that is there.")] = False,
     sample: Annotated[
         list[int] | None, typer.Option(help="Sample number; may be given several times.", show_default="the first")
     ] = None,
@@ -151,6 +158,7 @@ def show(
             recipe=recipe,
             run=run,
             overrides=overrides or [],
+            overwrite=overwrite,
         )
     )
 
@@ -167,11 +175,16 @@ def stats(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of files.")] = 0,
     json: Annotated[Path | None, typer.Option(help="JSON file for all statistics.", show_default=False)] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the histograms.", show_default=False)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --json and --plot files.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="one per core")] = None,
 ) -> None:
     """Mean, deviation and percentiles of each band, and the settings for pretraining that follow."""
     from pera_fast.data.tools import measure
+    from pera_fast.paths import new_file
 
+    for name, path in (("--json", json), ("--plot", plot)):
+        if path is not None:
+            new_file(name, path, overwrite)
     measured = measure.measure_data(data, sample=sample, seed=seed, overrides=overrides or [], workers=workers)
     measure.show(measured)
     if json is not None:

@@ -1,4 +1,4 @@
-"""Paths that a user gives: on a disk, no URLs. A leaf."""
+"""Paths that a user gives: on a disk, no URLs; files that are not to be overwritten. A leaf."""
 
 import os
 import re
@@ -28,6 +28,14 @@ def local_path(name: str, value: str | os.PathLike[str]) -> Path:
     """The path that was given for an option. Raises UserError for a URL."""
     refuse_url(name, value)
     return Path(value)
+
+
+def new_file(name: str, value: str | os.PathLike[str], overwrite: bool) -> Path:
+    """The path of a file to write. Raises UserError for a URL, and for a file that is there unless it may go."""
+    path = local_path(name, value)
+    if path.exists() and not overwrite:
+        raise UserError(f"{name} {path}: exists already; give another name, or --overwrite to replace it".lstrip())
+    return path
 
 
 def refuse_urls(args: Sequence[str]) -> None:

@@ -134,7 +134,7 @@ def test_index_convert_and_demo_call_their_parts(stub, capsys):
     calls = stub("pera_fast.interop.published", "convert", types.SimpleNamespace(summary="12 heads"))
     assert cli.run(["convert", "P.params", "--out", "O"]) == 0
     assert cli.run(["convert", "P.params", "--out", "O", "--heads", "2"]) == 0
-    assert calls == [((Path("P.params"), Path("O"), heads), {}) for heads in (None, 2)]
+    assert calls == [((Path("P.params"), Path("O"), heads, False), {}) for heads in (None, 2)]
     assert capsys.readouterr().out == "12 heads\n" * 2
 
     calls = stub("pera_fast.demo.run", "run")

@@ -84,6 +84,9 @@ def test_a_checkpoint_of_our_own_keeps_its_heads(tmp_path: Path, capsys: pytest.
     assert "width 128, depth 2, 4 heads" in capsys.readouterr().out
     assert (metadata["num_heads"], metadata["depth"], metadata["bits"]) == (4, 2, 16)
     assert metadata["mean"] == [0.485, 0.456, 0.406]
+    with pytest.raises(UserError, match=r"teacher.safetensors: exists already; give another name, or --overwrite"):
+        convert(path, tmp_path / "out")
+    convert(path, tmp_path / "out", overwrite=True)
     with pytest.raises(UserError, match=r"--heads 2: .* has 4; leave it out"):
         convert(path, tmp_path / "out", num_heads=2)
 

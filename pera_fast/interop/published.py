@@ -14,7 +14,7 @@ from torch import Tensor
 from pera_fast.config import Config, from_yaml
 from pera_fast.errors import UserError
 from pera_fast.model.export import teacher_metadata, timm_state_dict, write_safetensors
-from pera_fast.paths import local_path
+from pera_fast.paths import local_path, new_file
 
 HEADS = {384: 6, 768: 12, 1024: 16}  # by width, of the published method's networks: their checkpoints do not say
 REQUIRED = (
@@ -59,7 +59,7 @@ class Converted:
         )
 
 
-def convert(path: str | Path, out: str | Path, num_heads: int | None = None) -> Converted:
+def convert(path: str | Path, out: str | Path, num_heads: int | None = None, overwrite: bool = False) -> Converted:
     """Convert a published checkpoint, or one of a run of ours.
 
     Args:
@@ -68,6 +68,7 @@ def convert(path: str | Path, out: str | Path, num_heads: int | None = None) -> 
             holds its settings, which then are the metadata, as in the run's own export.
         out: folder for ``teacher.safetensors`` (loads by name into timm's ViT) and ``pera.safetensors`` (everything).
         num_heads: attention heads. None: those of the run's settings, or of the published network of this width.
+        overwrite: replace files that are there.
 
     Returns:
         What was found and the files written.
@@ -83,6 +84,8 @@ def convert(path: str | Path, out: str | Path, num_heads: int | None = None) -> 
     settings = _settings(stored, path)
     found = _sizes(state, path, _heads(num_heads, settings, path))
     epoch = stored.get("epoch")
+    for name in ("teacher.safetensors", "pera.safetensors"):
+        new_file("", out / name, overwrite)
     result = Converted(
         out / "teacher.safetensors", out / "pera.safetensors", **found, epoch=epoch if isinstance(epoch, int) else None
     )

@@ -86,7 +86,7 @@ def wait_for_steps(process: "subprocess.Popen[str]", out: Path, steps: int) -> N
 
 def test_run_folder(whole: Path, images: Path):
     names = {path.name for path in whole.iterdir() if not path.name.startswith(("events", "."))}
-    configuration = {"config.yaml", "asked.yaml"}
+    configuration = {"config.yaml", "asked.yaml", "finished.json"}
     assert names == {*configuration, "metrics.jsonl", "train.log", "checkpoints", "exported", "index.parquet"}
     assert [path.name for path in find_checkpoints(whole / "checkpoints")] == [
         "step_00000008.pt", "step_00000010.pt", "step_00000012.pt"
@@ -94,6 +94,7 @@ def test_run_folder(whole: Path, images: Path):
     log = (whole / "train.log").read_text()
     assert "batch 4 in total = 4 per device x 1 device(s)" in log
     assert f"{IMAGES} images, 3 steps per epoch" in log
+    assert "warm-ups of 12 steps: learning rate 1 (8%), teacher temperature 2 (17%)" in log
     assert "2 global crops: 3 student, 3 predicted, 10 teacher patches; 2 local crops: 2 student, 5 teacher" in log
     assert "cpu" in log
     assert [row["epoch"] for row in rows(whole)] == [step // 3 for step in range(12)]

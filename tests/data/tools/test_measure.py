@@ -141,6 +141,8 @@ def test_the_command_prints_writes_and_draws(tmp_path, capsys):
     line = f"data stats {tmp_path / 'data'} model.in_chans=5 --json {tmp_path / 's.json'} --plot {tmp_path / 's.png'}"
     assert cli.run([*line.split(), "--sample", "4", "--workers", "1"]) == 0
     out = capsys.readouterr().out
+    assert cli.run(line.split()) == 2
+    assert "s.json: exists already; give another name, or --overwrite to replace it" in capsys.readouterr().err
     told = json.loads((tmp_path / "s.json").read_text())
     assert "stored values of 4 of 6 files" in out
     assert all(f"  {setting}\n" in out for setting in told["settings"])
