@@ -16,6 +16,7 @@ others choose as usual.
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
 import platform
@@ -129,7 +130,9 @@ def _wanted() -> str | None:
 def _check_known(name: str, source: str) -> None:
     known = {REFERENCE, "native", "triton"}.union(*_registry.values())
     if name not in known:
-        raise ValueError(f"{source}: no such implementation; allowed: auto, {', '.join(sorted(known))}")
+        near = difflib.get_close_matches(name, [*sorted(known), "auto"], n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{source}: no such implementation; allowed: auto, {', '.join(sorted(known))}{hint}")
 
 
 def _select(op: str, device: torch.device) -> tuple[str, dict[str, str]]:

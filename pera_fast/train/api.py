@@ -27,7 +27,8 @@ from pera_fast.run_result import RunResult
 from pera_fast.train.attention import describe_attention, prefer_attention
 from pera_fast.train.compute_copies import make_copies
 from pera_fast.train.console import RunLog
-from pera_fast.train.distributed import World, let_main_speak, world
+from pera_fast.train.distributed import World, world
+from pera_fast.train.early import let_main_speak, write_finished
 from pera_fast.train.environment import check_environment, check_launcher
 from pera_fast.train.flops import fastest_rate
 from pera_fast.train.fused_update import make_update
@@ -59,7 +60,7 @@ LOOKED_FOR = 32  # of the run's images, before another folder is taken for a mis
 def pretrain(
     data: str | PathLike[str],
     out: str | PathLike[str],
-    recipe: str | None = "vit_b16",
+    recipe: str | PathLike[str] | None = "vit_b16",
     resume: bool | Literal["auto"] = False,
     overrides: Sequence[str] = (),
 ) -> RunResult:
@@ -128,10 +129,13 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
             run = _build(folder, start, here, manifest, loader)
             run.position = position
             if here.main:
+                folder.finished.unlink(missing_ok=True)
                 folder.cut_metrics(run.step)
             _announce(run)
             log.info("%s", decoding)
             code, metrics = fit(run, stop)
+            if here.main and not code:
+                write_finished(folder, run.step, run.position, loader.steps_per_epoch, plan.total)
             here.barrier()  # rank 0 may still be writing
         finally:
             loader.close()
@@ -256,6 +260,7 @@ def _announce(run: Run) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     log.info("recipe %s on %s (%s), %s", cfg.recipe, device, name, cfg.train.precision)
     log.info("%s; %d images, %d steps per epoch", run.plan, run.images, run.batches.steps_per_epoch)
+    log.info("%s", run.schedules)
     if told := describe(cfg):
         log.info("%s", told)
     student, predicted, teacher = _tokens(cfg)["global"]

@@ -13,8 +13,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-import torch
-
 from pera_fast.durable import whole_file
 from pera_fast.errors import UserError
 
@@ -101,6 +99,8 @@ def _write_whole(path: Path, state: CheckpointState) -> None:
 
 
 def _write(path: Path, state: CheckpointState) -> None:
+    import torch  # here, because what a run folder holds is also looked at before the settings are accepted
+
     with open(path, "wb") as file:  # torch's own writer ends the process where a file may not grow
         torch.save(dict(state), file)
 
@@ -186,6 +186,8 @@ def _load(path: Path) -> CheckpointState:
         raise _DamagedError(_reason(error)) from None
     if bad is not None:
         raise _DamagedError(f"checksum of {bad} is wrong")
+    import torch
+
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a broken file makes the unpickler raise; unsafe contents raise here as well

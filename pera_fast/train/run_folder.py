@@ -10,9 +10,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 
-from pera_fast.config import Config, Differences, differences, from_yaml, load_config, to_yaml
+from pera_fast.config import Config, Differences, differences, from_yaml, load_config, recipe_names, to_yaml
 from pera_fast.config.keys import flatten
 from pera_fast.durable import lock, whole_file
 from pera_fast.errors import UserError
@@ -46,6 +47,7 @@ class RunFolder:
     checkpoints = property(lambda self: self.root / "checkpoints")
     teacher = property(lambda self: self.root / "exported" / "teacher.safetensors")
     skipped = property(lambda self: self.root / "skipped.csv")
+    finished = property(lambda self: self.root / "finished.json")
 
     def holds_run(self) -> bool:
         """Whether a run has taken a step here: with its first one it writes config.yaml, before it logs anything."""
@@ -147,7 +149,7 @@ class Start:
         return self.checkpoint["step"] if self.checkpoint else 0
 
 
-def start_new(folder: RunFolder, recipe: str, overrides: Sequence[str]) -> Start:
+def start_new(folder: RunFolder, recipe: str | PathLike[str], overrides: Sequence[str]) -> Start:
     """A run from scratch. Raises UserError if the folder holds one already or cannot be written."""
     cfg = load_config(recipe, overrides)
     if folder.root.exists() and not folder.root.is_dir():
@@ -157,7 +159,7 @@ def start_new(folder: RunFolder, recipe: str, overrides: Sequence[str]) -> Start
     return Start(cfg, cfg)
 
 
-def start_resumed(folder: RunFolder, recipe: str | None, overrides: Sequence[str]) -> Start:
+def start_resumed(folder: RunFolder, recipe: str | PathLike[str] | None, overrides: Sequence[str]) -> Start:
     """The run of this folder, continued from its newest checkpoint, or from the start if it was ended before the first.
 
     Raises:
@@ -172,7 +174,7 @@ def start_resumed(folder: RunFolder, recipe: str | None, overrides: Sequence[str
     return Start(cfg, asked, state, True, [_resuming(folder, state, source), *notes])
 
 
-def start_auto(folder: RunFolder, recipe: str, overrides: Sequence[str]) -> Start:
+def start_auto(folder: RunFolder, recipe: str | PathLike[str], overrides: Sequence[str]) -> Start:
     """A new run where the folder holds none, else its run, continued: one command line for both.
 
     The settings are given in full each time. Compared is what was asked for, not what the data decided.
@@ -184,13 +186,18 @@ def start_auto(folder: RunFolder, recipe: str, overrides: Sequence[str]) -> Star
         return start_new(folder, recipe, overrides)
     requested = load_config(recipe, overrides)
     saved, state, source = _newest(folder)
-    asked, new = folder.read_asked() or saved, flatten(requested)
-    changed = {key: pair for key, pair in differences(asked, requested).items() if key not in BATCH | HARMLESS}
-    if changed:
-        raise UserError(f"--out {folder.root}: holds a run with other settings: {_list(changed)}; give another --out")
+    new = flatten(requested)
+    check_asked(folder, folder.read_asked() or saved, requested)
     taken = {key: new[key] for key in BATCH | HARMLESS}
     cfg = from_yaml(to_yaml(saved.with_values(taken)))  # checks it
     return Start(cfg, requested, state, True, [_resuming(folder, state, source)])
+
+
+def check_asked(folder: RunFolder, asked: Config, requested: Config) -> None:
+    """Raises UserError for settings other than those of the run, apart from those that change nothing."""
+    changed = {key: pair for key, pair in differences(asked, requested).items() if key not in BATCH | HARMLESS}
+    if changed:
+        raise UserError(f"--out {folder.root}: holds a run with other settings: {_list(changed)}; give another --out")
 
 
 def _newest(folder: RunFolder) -> tuple[Config, CheckpointState | None, str]:
@@ -213,13 +220,16 @@ def _resuming(folder: RunFolder, state: CheckpointState | None, source: str) -> 
 
 
 def continue_config(
-    saved: Config, recipe: str | None, overrides: Sequence[str], source: str
+    saved: Config, recipe: str | PathLike[str] | None, overrides: Sequence[str], source: str
 ) -> tuple[Config, list[str]]:
     """The saved configuration with the overrides given on resuming, and what to note about them.
 
     Raises:
         UserError: another recipe, or a change that would make it another run; lists the keys that differ.
     """
+    if recipe is not None and recipe not in recipe_names():
+        why = "a run goes on with its own settings; leave --recipe out, or give --resume auto"
+        raise UserError(f"--resume with --recipe {recipe}: {why}")
     requested = load_config(recipe or saved.recipe, overrides)
     if requested.recipe != saved.recipe:
         changed = _refused(saved, requested)

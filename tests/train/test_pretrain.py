@@ -21,8 +21,10 @@ from train_support import SMALL, environment
 from pera_fast import cli
 from pera_fast.data.tools.pack import PackSettings, pack
 from pera_fast.errors import UserError
+from pera_fast.run_result import RunResult
 from pera_fast.train import api, loop
 from pera_fast.train.checkpoint import checkpoint_path, find_checkpoints, load_checkpoint
+from pera_fast.train.early import answer
 
 pytest.importorskip("nvidia.dali")
 
@@ -85,7 +87,7 @@ def wait_for_steps(process: "subprocess.Popen[str]", out: Path, steps: int) -> N
 
 def test_run_folder(whole: Path, images: Path):
     names = {path.name for path in whole.iterdir() if not path.name.startswith(("events", "."))}
-    configuration = {"config.yaml", "asked.yaml"}
+    configuration = {"config.yaml", "asked.yaml", "finished.json"}
     assert names == {*configuration, "metrics.jsonl", "train.log", "checkpoints", "exported", "index.parquet"}
     assert [path.name for path in find_checkpoints(whole / "checkpoints")] == [
         "step_00000008.pt", "step_00000010.pt", "step_00000012.pt"
@@ -93,6 +95,7 @@ def test_run_folder(whole: Path, images: Path):
     log = (whole / "train.log").read_text()
     assert "batch 4 in total = 4 per device x 1 device(s)" in log
     assert f"{IMAGES} images, 3 steps per epoch" in log
+    assert "warm-ups of 12 steps: learning rate 1 (8%), teacher temperature 2 (17%)" in log
     assert "2 global crops: 3 student, 3 predicted, 10 teacher patches; 2 local crops: 2 student, 5 teacher" in log
     assert "cpu" in log
     assert [row["epoch"] for row in rows(whole)] == [step // 3 for step in range(12)]
@@ -263,6 +266,35 @@ def under_torchrun(images: Path, out: Path, *more: str) -> "subprocess.Completed
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pera_fast"]
     arguments = ["pretrain", "--data", str(images), "--out", str(out), "--recipe", "tiny", *KEYS, *more]
     return subprocess.run([*launch, *arguments], env=environment(), capture_output=True, text=True, timeout=250)
+
+
+def test_resuming_a_run_that_is_done_is_answered_at_once(whole: Path, images: Path, tmp_path: Path):
+    """Without PyTorch; only where there is nothing left to do, and after the settings were checked."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    same = [*KEYS, "train.steps=12"]
+    code = (
+        "import sys\nfrom pera_fast.cli import run\n"
+        "code = run(sys.argv[1:])\nprint('torch' in sys.modules)\nsys.exit(code)"
+    )
+    line = ["pretrain", "--data", str(images), "--out", str(out), "--resume"]
+    for more in ([], ["train.checkpoint_every=5"], ["auto", "--recipe", "tiny", *same]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *line, *more], env=environment(), capture_output=True, text=True, check=True
+        )
+        assert done.stdout == f"{out}: all 12 steps are done; with a greater train.steps the run goes on\nFalse\n"
+    assert answer(images, out, None, [], True) == RunResult(0, out, 12)
+    assert answer(images, out, None, ["train.steps=13"], True) is None
+    assert answer(images, out, None, ["train.total_batch_size=8", "train.batch_size=8"], True) is None
+    with pytest.raises(UserError, match=r"cannot be continued with model.depth=3 \(was 2\)"):
+        answer(images, out, None, ["model.depth=3"], True)
+    with pytest.raises(UserError, match=r"holds a run with other settings: train.steps=13 \(was 12\)"):
+        answer(images, out, "tiny", [*same, "train.steps=13"], "auto")
+    result = api.pretrain(images, out, None, resume=True, overrides=["train.steps=13"])
+    assert (result.exit_code, result.steps) == (0, 13)
+    assert answer(images, out, None, [], True) == RunResult(0, out, 13)
+    checkpoint_path(out / "checkpoints", 13).unlink()
+    assert answer(images, out, None, [], True) is None
 
 
 def test_under_torchrun(images: Path, tmp_path: Path):
