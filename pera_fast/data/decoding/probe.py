@@ -6,11 +6,13 @@ import re
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from pera_fast.data.decoding import decode
 from pera_fast.data.decoding.dali import DaliDecoder, error_reason
+from pera_fast.data.decoding.declared import declared
 from pera_fast.data.decoding.formats import HEAD_BYTES, sniff
 from pera_fast.data.decoding.tar import FileState, Member, read_member
 
@@ -43,7 +45,7 @@ class ProbeSettings:
     @property
     def decoders(self) -> tuple[str, ...]:
         """Decoders to try, in this order."""
-        return ("dali", "pillow", "rasterio") if self.encoded else ("rasterio", "pillow")
+        return ("dali", "rasterio", "pillow") if self.encoded else ("rasterio", "pillow")
 
 
 @dataclass
@@ -79,6 +81,11 @@ class _File:
 
     def refuse(self, height: int, width: int, max_pixels: int) -> None:
         self.result.reason = f"{width} x {height} is more than data.max_pixels={max_pixels}"
+
+    @cached_property
+    def decoders(self) -> tuple[str, ...]:
+        """Decoders that give its values as they are stored."""
+        return declared(self.data, self.kind).decoders
 
     @property
     def open(self) -> bool:
@@ -141,7 +148,7 @@ class Prober:
         self._read_headers(files, settings, codec)
         if settings.verify:
             if "dali" in decoders:
-                self._try_dali([file for file in files if file.open], settings)
+                self._try_dali([file for file in files if file.open and "dali" in file.decoders], settings)
             for decoder in decoders:
                 if decoder != "dali" and any(file.open for file in files):
                     say(decoder)
@@ -210,13 +217,10 @@ class Prober:
     @staticmethod
     def _try_library(files: list[_File], decoder: str, settings: ProbeSettings) -> None:
         for file in files:
-            if not decode.can_decode(decoder, file.kind, raw=not settings.encoded):
+            if decoder not in file.decoders:
                 continue
             try:
-                if settings.encoded:
-                    height, width = decode.decode(file.data, decoder, settings.channels).shape[:2]
-                else:
-                    height, width = decode.read(file.data, decoder, settings.channels, settings.bands).bands.shape[1:]
+                height, width = decode.read(file.data, decoder, settings.channels, settings.bands).bands.shape[1:]
             except Exception as error:  # hostile bytes: any library may raise anything
                 told = "out of memory" if isinstance(error, MemoryError) else _one_line(error)
                 file.failures.append(f"{decoder.replace('pillow', 'Pillow')}: {told}")
@@ -239,6 +243,8 @@ def _batches(files: list[_File]) -> list[list[_File]]:
 
 
 def _one_line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # "see previous exception for details"
+        error = error.__cause__
     text = _MEMORY_NAMES.sub("", " ".join(str(error).split())).strip()
     return (text or type(error).__name__)[:160]
 
