@@ -13,10 +13,10 @@ from torch import Tensor
 
 from pera_fast.config import Config
 from pera_fast.data.bands.sensor import probe_settings, scaling_of
-from pera_fast.data.decoding import decode
+from pera_fast.data.decoding import decode, formats
 from pera_fast.errors import UserError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp"})
+SUFFIXES = frozenset(f".{suffix}" for suffix in formats.SUFFIXES)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 # Tags of a TIFF file (TIFF 6.0; NODATA is GDAL's)
 _SUBFILE, _BITS, _PHOTOMETRIC, _FILL_ORDER, _ORIENTATION = 254, 258, 262, 266, 274
-_SAMPLES, _PLANAR, _SAMPLE_FORMAT, _METADATA, _NODATA = 277, 284, 339, 42112, 42113
+_SAMPLES, _PLANAR, _SAMPLE_FORMAT, _NODATA = 277, 284, 339, 42113
 _MASK = 4  # a bit of _SUBFILE: this image is the mask of another
 _WHITE_IS_ZERO, _CMYK, _LAB = 0, 5, 8
 _WIDTHS = {1: "B", 2: "s", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}  # of a tag
@@ -32,7 +32,6 @@ class Declared:
         orientation: 1 to 8 as EXIF numbers them.
         hidden: a mask, or a value that bytes can have, says which pixels are no data.
         inverted: 0 is white.
-        scaled: may declare a scale and an offset.
         decoders: those that give the values as they are, best first.
     """
 
@@ -41,7 +40,6 @@ class Declared:
     orientation: int = 1
     hidden: bool = False
     inverted: bool = False
-    scaled: bool = False
     decoders: tuple[str, ...] = ("dali", "pillow")
 
     @property
@@ -111,7 +109,6 @@ def _tiff(data: bytes | memoryview) -> Declared:
         orientation=tags.get(_ORIENTATION, [1])[0],
         hidden=mask or _hides_bytes(tags.get(_NODATA)),
         inverted=photometric == _WHITE_IS_ZERO,
-        scaled=_METADATA in tags,
     )
     return replace(found, decoders=_tiff_decoders(found, tags))
 

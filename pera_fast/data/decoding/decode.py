@@ -202,7 +202,8 @@ def _gray(raster: Raster) -> Raster:
         gray = np.tensordot(_LUMA, bands.astype(np.float64), axes=1)[None]
         gray = (np.rint(gray) if bands.dtype.kind in "iu" else gray).astype(bands.dtype)
     valid = None if raster.valid is None else np.asarray(raster.valid.all(0, keepdims=True))
-    return Raster(gray, valid, raster.opaque, None if shift is None else np.array([shift @ np.array(_LUMA)]))
+    shift = None if shift is None else np.array([shift @ np.array(_LUMA)])
+    return Raster(gray, valid, raster.opaque, shift, None if raster.scale is None else raster.scale[:1])
 
 
 # Pillow
@@ -298,9 +299,10 @@ def _read_rasterio(data: bytes | memoryview, kind: str | None, about: Declared, 
             valid = None if valid is None else valid[:3]
         else:
             values = _full_bytes(values, about, palette="palette" in meaning)
-        shift = None if values.dtype in (np.uint8, np.bool_) else _shift(raster, numbers)
+        deep = values.dtype not in (np.uint8, np.bool_)
+        scale, shift = _scale_and_shift(raster, numbers) if deep else (None, None)
     valid, opaque = (None if each is None else upright(each, orientation) for each in (valid, opaque))
-    return Raster(upright(values, orientation), valid, opaque, shift)
+    return Raster(upright(values, orientation), valid, opaque, shift, scale)
 
 
 def _masks(raster: Any, numbers: list[int], convert: bool) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -332,15 +334,15 @@ def _full_bytes(values: np.ndarray, about: Declared, palette: bool) -> np.ndarra
     return 255 - values if about.inverted else values
 
 
-def _shift(raster: Any, numbers: list[int]) -> np.ndarray | None:
-    """Declared offset of each band in steps of its declared scale; None: none declares one."""
-    shifts = []
-    for number in numbers:
-        scale, offset = raster.scales[number - 1], raster.offsets[number - 1]
-        shift = offset / scale if scale and np.isfinite(scale) and np.isfinite(offset) else 0.0
-        near = round(shift)
-        shifts.append(near if abs(shift - near) < 1e-6 * max(1.0, abs(near)) else shift)  # -0.1 / 1e-4 is no integer
-    return np.array(shifts, np.float64) if any(shifts) else None
+def _scale_and_shift(raster: Any, numbers: list[int]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Declared scale of each band, and its declared offset in steps of that scale; None: none declares one."""
+    scales, offsets = (np.array([told[number - 1] for number in numbers]) for told in (raster.scales, raster.offsets))
+    if not (np.isfinite(scales) & np.isfinite(offsets) & (scales != 0)).all():
+        return None, None
+    shift = offsets / scales
+    near = np.rint(shift)
+    shift = np.where(np.abs(shift - near) < 1e-6 * np.maximum(1, np.abs(near)), near, shift)  # -0.1 / 1e-4: no integer
+    return (scales if (scales != 1).any() else None), (shift if shift.any() else None)
 
 
 def band_numbers(bands: Bands, count: int, names: Sequence[str | None]) -> list[int]:

@@ -14,6 +14,7 @@ from pera_fast.data.decoding import decode
 from pera_fast.data.decoding.dali import DaliDecoder, error_reason
 from pera_fast.data.decoding.declared import declared
 from pera_fast.data.decoding.formats import HEAD_BYTES, sniff
+from pera_fast.data.decoding.scaling import Raster
 from pera_fast.data.decoding.tar import FileState, Member, read_member
 
 MAX_FILES = 64  # of one call
@@ -64,6 +65,7 @@ class ProbeResult:
     size: int = -1  # bytes; -1: could not be opened
     mtime_ns: int = 0
     offset: int = -1  # of a shard's member, bytes; -1: a file of its own
+    scale: str = ""  # declared scale of the values, of each band if they differ; empty: none
 
 
 @dataclass
@@ -220,12 +222,20 @@ class Prober:
             if decoder not in file.decoders:
                 continue
             try:
-                height, width = decode.read(file.data, decoder, settings.channels, settings.bands).bands.shape[1:]
+                raster = decode.read(file.data, decoder, settings.channels, settings.bands)
             except Exception as error:  # hostile bytes: any library may raise anything
                 told = "out of memory" if isinstance(error, MemoryError) else _one_line(error)
                 file.failures.append(f"{decoder.replace('pillow', 'Pillow')}: {told}")
             else:
+                _, height, width = raster.bands.shape
                 file.accept(decoder, height, width, settings.max_pixels)
+                file.result.dtype, file.result.scale = raster.bands.dtype.name, _scale(raster)
+
+
+def _scale(raster: Raster) -> str:
+    """Declared scales as text, one if all bands have the same."""
+    scales = [] if raster.scale is None else [f"{scale:.6g}" for scale in raster.scale]
+    return ",".join(scales[:1] if len(set(scales)) == 1 else scales)
 
 
 def _batches(files: list[_File]) -> list[list[_File]]:

@@ -30,17 +30,21 @@ class Raster:
         opaque: bool [H, W], where alpha is not 0. None: everywhere.
         shift: float64 [C], declared offset divided by the declared scale, which is added to the values. None: none, as
             always where there are 8 bits.
+        scale: float64 [C], declared scale, which is not applied: ranges are in its steps. None: as of shift.
     """
 
     bands: np.ndarray
     valid: np.ndarray | None = None
     opaque: np.ndarray | None = None
     shift: np.ndarray | None = None
+    scale: np.ndarray | None = None
 
     def pick(self, channels: list[int]) -> "Raster":
         """Some of its channels, which may repeat."""
-        valid, shift = (None if each is None else each[channels] for each in (self.valid, self.shift))
-        return Raster(self.bands[channels], valid, self.opaque, shift)
+        valid, shift, scale = (
+            None if each is None else each[channels] for each in (self.valid, self.shift, self.scale)
+        )
+        return Raster(self.bands[channels], valid, self.opaque, shift, scale)
 
     def values(self, channel: int) -> np.ndarray:
         """Values of a channel [H, W] as ranges count them, with the declared offset."""
