@@ -20,6 +20,9 @@ from pera_fast.data.loading.loader import Loader
 from pera_fast.data.tools.measure import measure_data
 from pera_fast.data.tools.pack import pack
 from pera_fast.data.tools.pack_images import PackSettings
+from pera_fast.data.tools.tile import tile
+from pera_fast.data.tools.tile_grid import TileSettings
+from pera_fast.errors import UserError
 from pera_fast.eval.images import load_images
 from pera_fast.show.run import show
 
@@ -383,3 +386,32 @@ def test_the_sheet_shows_what_the_run_sees(tmp_path):
     gray = crop[(np.ptp(crop, axis=-1) < 3) & (crop[..., 0] < 150)]  # no outlines, nothing faded
     assert len(gray) > 1000  # pixels that the student sees
     assert gray.mean() == pytest.approx(image.mean(), abs=5)
+
+
+# What only GDAL could open
+
+
+VRT = """<VRTDataset rasterXSize="48" rasterYSize="48"><VRTRasterBand dataType="Float32" band="1"><SimpleSource>
+<SourceFilename relativeToVRT="1">a.tif</SourceFilename><SourceBand>1</SourceBand></SimpleSource></VRTRasterBand>
+</VRTDataset>"""
+
+
+def test_a_vrt_is_refused_by_name_or_cut_alone(tmp_path):
+    """It was passed over in silence among images, and read or not by its suffix among scenes."""
+    root = folder_of(tmp_path / "data", {"a.tif": raster(heights()), "mosaic.vrt": VRT.encode(), "b.tif": VRT.encode()})
+    manifest = open_or_build(root, small_config(), progress=False)
+    told = "VRT: refers to other files, which are not read through it; cut it into tiles: pera-fast data tile FILE.vrt"
+    assert manifest.unreadable() == [("b.tif", told), ("mosaic.vrt", told)]
+    assert "1 tiles of 1 scenes" in tile(root, tmp_path / "tiles", TileSettings(size=48), progress=False)
+    skipped = (tmp_path / "tiles" / "skipped.csv").read_text()
+    assert skipped.count("VRT: refers to other files, which may lie here too; name it alone to cut it") == 2
+    assert "1 tiles of 1 scenes" in tile(root / "mosaic.vrt", tmp_path / "cut", TileSettings(size=48), progress=False)
+
+
+@pytest.mark.parametrize("path", ["/vsizip/a.zip", "/vsis3/bucket/scenes"])
+def test_virtual_paths_are_refused(tmp_path, path):
+    told = f"{path}: is a virtual path of GDAL, which is not read; copy or mount the files, give their folder"
+    with pytest.raises(UserError, match=f"data {told}"):
+        open_or_build(path, small_config())
+    with pytest.raises(UserError, match=f"scenes {told}"):
+        tile(path, tmp_path / "tiles")

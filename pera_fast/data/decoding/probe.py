@@ -19,6 +19,9 @@ from pera_fast.data.decoding.tar import FileState, Member, read_member
 
 MAX_FILES = 64  # of one call
 MAX_BYTES = 2**31  # of one file; it is read as a whole
+VRT_REASON = (
+    "VRT: refers to other files, which are not read through it; cut it into tiles: pera-fast data tile FILE.vrt"
+)
 _BATCH_PIXELS = 2**24  # decoded together
 _HEAD = 2**16  # bytes in which a header is looked for first
 
@@ -172,6 +175,8 @@ class Prober:
         if not data:
             result.reason = "empty file"
         kind = sniff(data[:HEAD_BYTES])
+        if kind == "vrt":
+            result.reason = VRT_REASON
         result.format = kind or ""
         return _File(result, data, kind)
 
