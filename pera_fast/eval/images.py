@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ from pera_fast.config import Config
 from pera_fast.data.bands.sensor import probe_settings, scaling_of
 from pera_fast.data.decoding import decode
 from pera_fast.data.decoding.formats import HEAD_BYTES, sniff
-from pera_fast.data.decoding.probe import ProbeSettings
+from pera_fast.data.decoding.probe import ProbeSettings, read_file
 from pera_fast.data.decoding.scaling import Raster
 from pera_fast.errors import UserError
+from pera_fast.storage import MachineError, Storage
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp"})
 
@@ -109,14 +111,16 @@ def load_images(files: Sequence[Path], size: int, cfg: Config | None = None) -> 
     """
     cfg = cfg or Config()
     settings, scaling = probe_settings(cfg), scaling_of(cfg)
-    pictures = []
+    pictures, storage = [], Storage(os.sep)
     for file in files:
         try:
-            data = file.read_bytes()
+            data, _ = storage(lambda file=file: read_file(os.fspath(file)), os.fspath(file), 0)
             if settings.encoded:
                 pictures.append(_resized_8_bit(data, settings.channels, size))
             else:
                 pictures.append(_resized(scaling(_first(data, settings)), size))
+        except MachineError:
+            raise
         except Exception as error:  # a library may raise anything
             told = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{file}: cannot be read as an image for evaluation ({told})") from error
