@@ -41,6 +41,7 @@ from pera_fast.train.optim import make_optimizer, make_scaler
 from pera_fast.train.run_folder import (
     RunFolder,
     Start,
+    change_notes,
     check_resumed_batch,
     resumed_position,
     start_auto,
@@ -114,6 +115,7 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
     if start.checkpoint:
         position, note = resumed_position(start.checkpoint, plan.total, here.size, len(manifest.readable))
         start.notes += [note] if note else []
+    start.notes += change_notes(start.changed, cfg, here.device.type, torch.cuda.is_available())
     for note in start.notes:
         log.info("%s", note)
     rate = fastest_rate(cfg, here.device)
