@@ -4,7 +4,8 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from pera_fast.data.files.manifest import Manifest
 from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.index.build import open_or_build
 from pera_fast.data.reading.source import SampleSource
+from pera_fast.data.tools.band_names import band_descriptions
 from pera_fast.errors import UserError
 from pera_fast.keyed import Purpose, generator
 from pera_fast.progress import progress_bar
 
 PERCENTILES = (0.5, 2.0, 50.0, 98.0, 99.5)
-_BINS = 256
+BINS = 256
 _TURN = 16  # files that a thread takes at a time
 
 
@@ -37,6 +39,7 @@ class Measured:
     files: int  # that were measured
     failed: int  # that could not be read
     of: int  # readable files of the data set
+    described: list[str] = field(default_factory=list)  # each channel's band as the files name it; "": not, or not all
 
     def normalisation(self) -> tuple[list[float], list[float]]:
         """views.mean and views.std: of pixels scaled to [0, 1]."""
@@ -65,10 +68,11 @@ class Measured:
         mean, std = self.normalisation()
         bands = []
         for number, (stored, name) in enumerate(zip(self.stored, self.names(), strict=True)):
-            moments, (counts, edges) = stored.moments, stored.histogram(_BINS)
+            moments, (counts, edges) = stored.moments, stored.histogram(BINS)
             bands.append(
                 {
                     "band": name,
+                    "name": self.described[number] if self.described else "",
                     "count": moments.count,
                     "min": moments.low,
                     "max": moments.high,
@@ -86,6 +90,12 @@ class Measured:
     def names(self) -> list[str]:
         """Name or number of each channel's band."""
         return [str(band) for band in self.cfg.data.bands or range(1, self.cfg.model.in_chans + 1)]
+
+    def labels(self) -> list[str]:
+        """The same with the files' own names of the bands, for people: 4 red."""
+        names = self.names()
+        told = self.described or names
+        return [name if other in ("", name) else f"{name} {other}" for name, other in zip(names, told, strict=True)]
 
 
 def measure_data(
@@ -131,13 +141,17 @@ def measure_data(
     rows = np.arange(count)
     if 0 < sample < count:
         rows = np.sort(generator(seed, Purpose.MEASURE).permutation(count)[:sample])
-    return _measure(cfg, manifest, rows, workers or len(os.sched_getaffinity(0)), progress)
+    measured = _measure(cfg, manifest, rows, workers or len(os.sched_getaffinity(0)), progress)
+    measured.described = band_descriptions(manifest, measured.names())
+    return measured
 
 
 def _measure(cfg: Config, manifest: Manifest, rows: np.ndarray, workers: int, progress: bool) -> Measured:
     settings, scaling = probe_settings(cfg), scaling_of(cfg)
     channels = settings.channels
-    source = SampleSource(manifest, settings, 0, SkippedFiles(os.devnull), sandboxes=workers)
+    source = SampleSource(
+        manifest, settings, 0, SkippedFiles(os.devnull), sandboxes=workers, timeout=cfg.data.storage_timeout
+    )
     total = Measured(cfg, _bands(channels), _bands(channels), 0, 0, len(manifest.readable))
     turns = iter(range(0, len(rows), _TURN))
 
@@ -158,15 +172,13 @@ def _measure(cfg: Config, manifest: Manifest, rows: np.ndarray, workers: int, pr
             advance(len(rows[start : start + _TURN]))
         return own
 
-    try:
-        with (
-            ThreadPoolExecutor(workers, thread_name_prefix="pera-stats") as pool,
-            progress_bar("measuring", len(rows), wanted=progress) as advance,
-        ):
-            for part in [pool.submit(work, advance) for _ in range(workers)]:
-                _merge(total, part.result())
-    finally:
-        source.close()
+    with (
+        ThreadPoolExecutor(workers, thread_name_prefix="pera-stats") as pool,
+        closing(source),  # before the pool, whose threads may wait for the storage
+        progress_bar("measuring", len(rows), wanted=progress) as advance,
+    ):
+        for part in [pool.submit(work, advance) for _ in range(workers)]:
+            _merge(total, part.result())
     for name, band in zip(total.names(), total.stored, strict=True):
         if not band.count:
             raise UserError(f"data {manifest.root}: band {name} has no value in the {len(rows)} file(s) that were read")
@@ -201,9 +213,9 @@ def show(measured: Measured) -> None:
     table = Table(*heads, box=None, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
-    for band in measured.as_dict()["bands"]:
+    for band, label in zip(measured.as_dict()["bands"], measured.labels(), strict=True):
         values = [band["min"], *band["percentiles"].values(), band["max"], band["mean"], band["std"]]
-        table.add_row(band["band"], *(f"{value:.5g}" for value in values))
+        table.add_row(label, *(f"{value:.5g}" for value in values))
     console = Console(markup=False, highlight=False, soft_wrap=True)
     failed = f", {measured.failed} could not be read" if measured.failed else ""
     console.print(f"stored values of {measured.files} of {measured.of} files{failed}")
@@ -219,30 +231,3 @@ def write_json(measured: Measured, path: Path) -> None:
         path.write_text(json.dumps(measured.as_dict(), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {path}: cannot be written ({error.strerror or error})") from error
-
-
-def write_plot(measured: Measured, path: Path) -> None:
-    """A picture of the histograms, one line a band. Raises UserError if it cannot be written."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4))
-    rgb = len(measured.stored) == 3 and not measured.cfg.data.bands
-    for number, (band, name) in enumerate(zip(measured.stored, measured.names(), strict=True)):
-        counts, edges = band.histogram(_BINS)
-        color = ("tab:red", "tab:green", "tab:blue")[number] if rgb else f"C{number % 10}"
-        axes.stairs(counts / counts.sum() / np.diff(edges), edges, label=f"band {name}", color=color)
-    axes.set_xlabel("stored value")
-    axes.set_ylabel("density")
-    axes.set_yscale("log")
-    axes.legend(frameon=False, ncols=1 + len(measured.stored) // 12)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--plot {path}: cannot be written ({error})") from error
-    finally:
-        plt.close(figure)
