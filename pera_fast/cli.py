@@ -12,6 +12,7 @@ from pera_fast import __version__
 from pera_fast.cli_data import data_app
 from pera_fast.cli_profile import profile_app
 from pera_fast.errors import UserError
+from pera_fast.storage import NO_THREAD, cannot_start
 
 app = typer.Typer(
     name="pera-fast",
@@ -215,6 +216,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
             typer.echo(str(error), err=True)
             return 2
         return _fail(_usage(error), 2)
+    except RuntimeError as error:
+        if NO_THREAD not in str(error):
+            raise
+        return _fail(cannot_start("a thread", error), UserError.exit_code)
     except BrokenPipeError:  # `pera-fast info | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from pera_fast.profile.points import Point
+from pera_fast.storage import start
 
 COMMAND = (sys.executable, "-m", "pera_fast.profile.measure")
 Done = Callable[[Point], None]
@@ -111,9 +112,12 @@ class Worker:
         self._errors.seek(0)
         self._errors.truncate()
         pipe = subprocess.PIPE
-        return subprocess.Popen(
-            self._command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=environment
-        )  # fmt: skip
+        return start(
+            "the process that measures",
+            lambda: subprocess.Popen(
+                self._command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=environment
+            ),
+        )
 
     def _ended(self, point: Point, status: int) -> Point:
         if status == -signal.SIGKILL:  # what the system does to a process that takes too much

@@ -25,7 +25,7 @@ from pera_fast.data.index.bars import Bars, bars
 from pera_fast.data.index.checks import Checks
 from pera_fast.data.index.journal import Journal
 from pera_fast.data.index.known import FIRST_REASONS, Counts, Known, tasks
-from pera_fast.data.index.sorted_parts import SortedParts, side_by_side
+from pera_fast.data.index.sorted_parts import SortedParts, Tables, side_by_side
 from pera_fast.errors import UserError
 from pera_fast.storage import TIMEOUT, Storage
 
@@ -171,15 +171,22 @@ def _update(
         Checks(folder, settings, workers, timeout, storage) as checks,
     ):
         listed = SortedParts(journal.folder, LISTED)
+
+        def add(batch: pa.RecordBatch) -> None:
+            with _of_index(target):
+                listed.add(batch)
+
         try:
-            where = os.fspath(folder), listed.add, bars.scanned, storage
+            where = os.fspath(folder), add, bars.scanned, storage
             listing = list_shards(*where) or scan(*where)  # the images in its shards, or its image files
             for path, reason in listing.unreadable:
                 _log.warning("cannot read the folder %s: %s", folder / path, reason)
             bars.start_check(listing.files)
             streams = [*(known.parts(parts) for parts in journal.earlier()), *old]
             pieces: list[pa.Table] = []
-            for checked, rows in checks.run(tasks(side_by_side(listed.streams(), streams), counts)):
+            with _of_index(target):
+                found = [_read_back(rows, target) for rows in listed.streams()]
+            for checked, rows in checks.run(tasks(side_by_side(found, streams), counts)):
                 pieces.append(rows)
                 counts.add(rows, checked)
                 bars.done(rows.num_rows, counts.failed)
@@ -188,8 +195,6 @@ def _update(
                 else:  # the end of a range of paths
                     writer.write(pa.concat_tables(pieces).sort_by("path"))
                     pieces = []
-        except OSError as error:
-            raise UserError(not_writable(target, error)) from error
         finally:
             listed.delete()
         if counts.readable and (counts.checked or counts.gone or not target.exists()):
@@ -204,6 +209,20 @@ def _update(
         f" ({counts.kept} known, {counts.checked} checked, {counts.gone} gone; {target})"
     )
     return manifest
+
+
+@contextlib.contextmanager
+def _of_index(target: Path) -> Iterator[None]:
+    """Inside, an OSError is one of the index's own files."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(not_writable(target, error)) from error
+
+
+def _read_back(rows: Tables, target: Path) -> Tables:
+    with _of_index(target):
+        yield from rows
 
 
 def _nothing_readable(folder: Path, counts: Counts, listing: Listing) -> str:
