@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
+from pera_fast.cores import default_workers
 from pera_fast.profile.points import Point
 from pera_fast.storage import start
 
@@ -130,5 +131,4 @@ class Worker:
 
 def simulating_jobs() -> int:
     """Processes that simulate at a time: one a core, up to a few, for each takes up to a GB."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8)
+    return default_workers(8)

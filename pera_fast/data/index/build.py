@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pera_fast.config import Config
+from pera_fast.cores import default_workers
 from pera_fast.data.bands.sensor import band_plan, is_deep, measure, probe_settings
 from pera_fast.data.decoding.decode import Bands
 from pera_fast.data.decoding.probe import ProbeSettings
@@ -30,6 +31,7 @@ from pera_fast.errors import UserError
 from pera_fast.storage import TIMEOUT, Storage
 
 _log = logging.getLogger("pera_fast")
+_MOST_WORKERS = 16
 
 
 def default_index_path(root: str | os.PathLike[str]) -> Path:
@@ -144,7 +146,9 @@ def build_index(
     target = Path(out) if out is not None else default_index_path(root)
     try:
         with _locked(target), bars(progress) as shown:
-            manifest = _update(folder, target, settings, workers or _cores(), timeout, shown, storage)
+            manifest = _update(
+                folder, target, settings, workers or default_workers(_MOST_WORKERS), timeout, shown, storage
+            )
     except KeyboardInterrupt:
         _log.warning("stopped; what was checked is kept, and the next index of %s goes on from there", folder)
         raise
@@ -241,10 +245,6 @@ def _dali_version() -> str:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
     return ""
-
-
-def _cores() -> int:
-    return min(len(os.sched_getaffinity(0)), 16)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pera_fast.config import Config, load_config
+from pera_fast.cores import default_workers
 from pera_fast.data.bands.sensor import adopt, is_deep, measure, probe_settings, scaling_of
 from pera_fast.data.bands.stats import BandStats
 from pera_fast.data.decoding.scaling import LARGEST
@@ -132,7 +133,7 @@ def measure_data(
     rows = np.arange(count)
     if 0 < sample < count:
         rows = np.sort(generator(seed, Purpose.MEASURE).permutation(count)[:sample])
-    return _measure(cfg, manifest, rows, workers or len(os.sched_getaffinity(0)), progress)
+    return _measure(cfg, manifest, rows, workers or default_workers(), progress)
 
 
 def _measure(cfg: Config, manifest: Manifest, rows: np.ndarray, workers: int, progress: bool) -> Measured:

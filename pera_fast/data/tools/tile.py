@@ -12,6 +12,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from pera_fast.cores import default_workers
 from pera_fast.data.decoding.worker_process import DiedError, WorkerProcess
 from pera_fast.data.files.scan import scan
 from pera_fast.data.files.skipped import SkippedFiles
@@ -61,7 +62,7 @@ def tile(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder, settings):
-            return _tile(source, folder, settings, workers or len(os.sched_getaffinity(0)), progress)
+            return _tile(source, folder, settings, workers or default_workers(), progress)
     except OSError as error:
         raise UserError(
             f"--out {out}: cannot write there ({error.strerror or error}); the same command goes on from here"
