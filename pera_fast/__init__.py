@@ -13,7 +13,7 @@ __all__ = ["RunResult", "__version__", "pretrain"]
 def pretrain(
     data: str | PathLike[str],
     out: str | PathLike[str],
-    recipe: str | None = None,
+    recipe: str | PathLike[str] | None = None,
     resume: bool | Literal["auto"] = False,
     overrides: Sequence[str] = (),
 ) -> RunResult:
@@ -22,7 +22,8 @@ def pretrain(
     Args:
         data: folder of images, searched recursively.
         out: run folder: configuration, metrics, log, checkpoints, exported teacher.
-        recipe: a name that `pera_fast.config.recipe_names()` lists. None: vit_b16, or with `resume` the run's own.
+        recipe: a name that `pera_fast.config.recipe_names()` lists, or a YAML file such as a run's config.yaml. None:
+            vit_b16, or with `resume` the run's own.
         resume: go on from the newest checkpoint in `out`. "auto": start where `out` holds no run, and go on where it
             holds one of the same settings, so that one call serves for both.
         overrides: settings such as `["train.steps=60", "train.batch_size=8"]`.
@@ -36,5 +37,8 @@ def pretrain(
     # By name, because an import statement here would make the trainer a dependency of everything in the package.
     from importlib import import_module
 
+    early: RunResult | None = import_module("pera_fast.train.early").answer(data, out, recipe, overrides, resume)
+    if early is not None:
+        return early
     api = import_module("pera_fast.train.api")
     return api.pretrain(data=data, out=out, recipe=recipe, resume=resume, overrides=overrides)

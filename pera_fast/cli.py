@@ -1,6 +1,8 @@
 """The command line: parses arguments and calls functions. Only commands that need torch import it."""
 
+import contextlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ from pera_fast import __version__
 from pera_fast.cli_data import data_app
 from pera_fast.cli_profile import profile_app
 from pera_fast.errors import UserError
+from pera_fast.paths import refuse_urls
 from pera_fast.storage import NO_THREAD, cannot_start
 
 app = typer.Typer(
@@ -50,7 +53,10 @@ def pretrain(
     out: Annotated[Path, typer.Option(help="Run folder: log, metrics, checkpoints, teacher.", show_default=False)],
     recipe: Annotated[
         str | None,
-        typer.Option(help="vit_b16, vit_g16, vit_s16, vit_l16 or tiny.", show_default="vit_b16; resuming: the run's"),
+        typer.Option(
+            help="vit_b16, vit_g16, vit_s16, vit_l16, tiny, or a YAML file.",
+            show_default="vit_b16; resuming: the run's",
+        ),
     ] = None,
     resume: Annotated[
         str | None,
@@ -68,13 +74,28 @@ def pretrain(
 ) -> None:
     """Pretrain on a folder of images. Under torchrun: data-parallel.
 
-    Exit status: 0 done; 2 wrong usage, settings or data; 130 or 143 interrupted, with a checkpoint written.
+    Exit status: 0 done; 2 wrong usage, settings or data; interrupted, with a checkpoint: 130 SIGINT, 143 SIGTERM, 138
+    SIGUSR1, 129 SIGHUP.
     """
-    from pera_fast.train.api import pretrain as run
+    from pera_fast import pretrain as run
 
     how = "auto" if resume == "auto" else resume is not None
     result = run(data=data, out=out, recipe=recipe, resume=how, overrides=overrides or [])
     raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def config(
+    recipe: Annotated[str, typer.Option(help="Recipe, or a YAML file such as RUN/config.yaml.")] = "vit_b16",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings on top, such as train.epochs=20.")
+    ] = None,
+) -> None:
+    """Every setting with its value, meaning and range. The output is a recipe file: `pera-fast config > my.yaml`."""
+    from pera_fast.config import load_config
+    from pera_fast.config.listing import listing
+
+    typer.echo(listing(load_config(recipe, overrides or [])), nl=False)
 
 
 @app.command()
@@ -180,14 +201,26 @@ def bench(
 @app.command()
 def convert(
     weights: Annotated[
-        Path, typer.Argument(metavar="PUBLISHED.params", help="Checkpoint in the authors' format.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="The authors' PUBLISHED.params, or a checkpoint of a run.", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the converted weights.", show_default=False)],
+    heads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Attention heads, which no published checkpoint holds.",
+            show_default="the run's; else 6, 12, 16 for widths 384, 768, 1024",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
 ) -> None:
-    """Turn a published PerA checkpoint into safetensors that timm loads by name."""
+    """Turn a published PerA checkpoint, or one of a run, into safetensors that timm loads by name."""
     from pera_fast.interop.published import convert as run
 
-    run(weights, out)
+    typer.echo(run(weights, out, heads, overwrite).summary)
 
 
 @app.command()
@@ -207,6 +240,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status; wrong usage, settings or data give one line on stderr."""
     args = _with_resume(list(sys.argv[1:] if arguments is None else arguments))
     try:
+        refuse_urls(args)
         status: Any = app(args, prog_name="pera-fast", standalone_mode=False)
         return int(status or 0)
     except UserError as error:
@@ -220,6 +254,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if NO_THREAD not in str(error):
             raise
         return _fail(cannot_start("a thread", error), UserError.exit_code)
+    except ValueError as error:
+        if not str(error).startswith("PERA_BACKEND="):  # which pera_kernels refuses when it is first asked
+            raise
+        return _fail(str(error), 2)
     except BrokenPipeError:  # `pera-fast info | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -238,7 +276,11 @@ def _with_resume(args: list[str]) -> list[str]:
 
 def _usage(error: Any) -> str:
     """Typer's message about wrong usage, in one line."""
-    message = " ".join(error.format_message().split()).rstrip(".")
+    message = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
+    if choice := re.search(r"'([^']*)' is not one of (.+)$", message):
+        from pera_fast.config.keys import did_you_mean
+
+        message += did_you_mean(choice[1], re.findall(r"'([^']*)'", choice[2]))
     if (
         hasattr(error, "possibilities") and not error.possibilities
     ):  # no such option, and none like it: perhaps a setting is meant
@@ -252,10 +294,26 @@ def _usage(error: Any) -> str:
 
 def _fail(message: str, status: int) -> int:
     if os.environ.get("RANK", "0") == "0":  # torchrun starts equal processes: one of them speaks
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the exit status is left to say it
+            print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 
 def main() -> None:
     """The program `pera-fast`."""
+    _open_standard_streams()
     sys.exit(run())
+
+
+def _open_standard_streams() -> None:
+    """Give what the shell closed (`>&-`) to /dev/null.
+
+    Else sys.stdout is None, and the next file that is opened gets number 1, so that what libraries print lands in it.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives

@@ -30,6 +30,7 @@ def index(
     """Check every image below DIR and write what was found into a manifest that pretraining reuses."""
     from pera_fast.config import load_config
     from pera_fast.data.index.build import index_for
+    from pera_fast.data.index.unreadable import name_unreadable
 
     short = [] if channels is None else [f"model.in_chans={channels}"]
     cfg = load_config("vit_b16", [*short, *(overrides or [])])
@@ -37,7 +38,9 @@ def index(
         "data.verify": cfg.data.verify and verify,
         "data.index": cfg.data.index if out is None else str(out),
     })  # fmt: skip
-    typer.echo(index_for(directory, cfg, workers=workers).summary)
+    manifest = index_for(directory, cfg, workers=workers)
+    for line in (manifest.summary, *name_unreadable(manifest)):
+        typer.echo(line)
 
 
 class _Encoding(str, Enum):
@@ -106,13 +109,19 @@ def dedupe(
     move: Annotated[
         Path | None, typer.Option(help="Move the duplicates to this folder.", show_default="only report")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an --out file that is no report of an earlier call.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="one per core")] = None,
     channels: Annotated[int, typer.Option(min=1, help="Channels per image: model.in_chans of the training.")] = 3,
 ) -> None:
     """Report near-duplicate images. Of a group the one with the most pixels is kept; nothing is ever deleted."""
     from pera_fast.data.tools.dedupe import dedupe as run
 
-    typer.echo(run(directory, bits=threshold, out=out, move_to=move, workers=workers, channels=channels))
+    told = run(
+        directory, bits=threshold, out=out, move_to=move, workers=workers, channels=channels, overwrite=overwrite
+    )
+    typer.echo(told)
 
 
 @data_app.command()
@@ -122,17 +131,21 @@ def show(
         list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings, such as train.seed=1.")
     ] = None,
     out: Annotated[Path, typer.Option(help="PNG file for the sheet.")] = Path("sheet.png"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an --out file that is there.")] = False,
     sample: Annotated[
         list[int] | None, typer.Option(help="Sample number; may be given several times.", show_default="the first")
     ] = None,
     epoch: Annotated[int, typer.Option(help="Epoch, counted from 0.")] = 0,
     count: Annotated[int, typer.Option(help="Number of samples, without --sample.")] = 6,
-    recipe: Annotated[str, typer.Option(help="Recipe of the training.")] = "vit_b16",
+    recipe: Annotated[str, typer.Option(help="Recipe of the training, or a YAML file.")] = "vit_b16",
     run: Annotated[
         Path | None, typer.Option(help="Run folder whose settings are used.", show_default="the recipe's own settings")
     ] = None,
 ) -> None:
     """Draw what the networks see: crops, both colourings, masks; exactly as training draws them."""
+    from pera_fast.config import load_config
+
+    load_config(recipe, overrides or [])  # before PyTorch is loaded
     from pera_fast.show.run import show as draw
 
     typer.echo(
@@ -145,6 +158,7 @@ def show(
             recipe=recipe,
             run=run,
             overrides=overrides or [],
+            overwrite=overwrite,
         )
     )
 
@@ -161,14 +175,21 @@ def stats(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of files.")] = 0,
     json: Annotated[Path | None, typer.Option(help="JSON file for all statistics.", show_default=False)] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the histograms.", show_default=False)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --json and --plot files.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="one per core")] = None,
 ) -> None:
     """Mean, deviation and percentiles of each band, and the settings for pretraining that follow."""
     from pera_fast.data.tools import measure
+    from pera_fast.paths import new_file
 
+    for name, path in (("--json", json), ("--plot", plot)):
+        if path is not None:
+            new_file(name, path, overwrite)
     measured = measure.measure_data(data, sample=sample, seed=seed, overrides=overrides or [], workers=workers)
     measure.show(measured)
     if json is not None:
         measure.write_json(measured, json)
     if plot is not None:
-        measure.write_plot(measured, plot)
+        from pera_fast.data.tools.measure_plot import write_plot
+
+        write_plot(measured, plot)

@@ -27,7 +27,8 @@ def _options() -> None:
 
 
 _Recipes = Annotated[
-    list[str] | None, typer.Option("--recipe", help="Recipe; may be given several times.", show_default="vit_b16")
+    list[str] | None,
+    typer.Option("--recipe", help="Recipe or YAML file; may be given several times.", show_default="vit_b16"),
 ]
 
 
@@ -66,6 +67,9 @@ def batches(
     ] = None,
 ) -> None:
     """Memory and speed of training steps against batch size: which batch fits which card."""
+    from pera_fast.profile.points import plan
+
+    plan(recipe or ["vit_b16"], overrides or [])  # checks the settings before PyTorch is loaded
     from pera_fast.profile.run import profile
 
     profile(
@@ -78,7 +82,7 @@ def batches(
 @profile_app.command()
 def trace(
     out: Annotated[Path, typer.Option(help="Folder for trace.json.gz and tables.", show_default=False)],
-    recipe: Annotated[str, typer.Option(help="vit_b16, vit_g16, vit_s16, vit_l16 or tiny.")] = "vit_b16",
+    recipe: Annotated[str, typer.Option(help="vit_b16, vit_g16, vit_s16, vit_l16, tiny, or a YAML file.")] = "vit_b16",
     device: Annotated[str, typer.Option(help="cuda or cpu; auto: cuda if there is one.")] = "auto",
     steps: Annotated[int, typer.Option(min=1, help="Steps to record, after warm-up.")] = 3,
     overrides: Annotated[
@@ -86,6 +90,9 @@ def trace(
     ] = None,
 ) -> None:
     """Some steps through torch's profiler: a trace for Perfetto, top kernels, named ranges, a memory snapshot."""
+    from pera_fast.config import load_config
+
+    load_config(recipe, overrides or [])  # before PyTorch is loaded
     from pera_fast.profile.trace import trace as run
 
     run(recipe, out, device, steps, overrides or [])

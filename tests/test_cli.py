@@ -1,5 +1,6 @@
 """The command line: what it calls, what it prints, exit statuses, and how fast help comes."""
 
+import csv
 import os
 import resource
 import subprocess
@@ -117,7 +118,9 @@ def test_python_call_is_the_twin(stub):
 
 
 def test_index_convert_and_demo_call_their_parts(stub, capsys):
-    calls = stub("pera_fast.data.index.build", "index_for", types.SimpleNamespace(summary="3 images, 1 unreadable"))
+    calls = stub(
+        "pera_fast.data.index.build", "index_for", types.SimpleNamespace(summary="3 images", unreadable=list, path=None)
+    )
     assert cli.run(["data", "index", "DIR", "--out", "M", "--no-verify", "--workers", "3"]) == 0
     assert cli.run(["data", "index", "DIR", "--channels", "6"]) == 0
     assert cli.run(["data", "index", "DIR", "data.bands=[nir,red]"]) == 0
@@ -126,11 +129,13 @@ def test_index_convert_and_demo_call_their_parts(stub, capsys):
     assert (plain.data.index, plain.data.verify, plain.model.in_chans) == ("M", False, 3)
     assert (six.data.index, six.data.verify, six.model.in_chans) == (None, True, 6)
     assert (two.data.bands, two.model.in_chans) == (["nir", "red"], 2)
-    assert capsys.readouterr().out == "3 images, 1 unreadable\n" * 3
+    assert capsys.readouterr().out == "3 images\n" * 3
 
-    calls = stub("pera_fast.interop.published", "convert")
+    calls = stub("pera_fast.interop.published", "convert", types.SimpleNamespace(summary="12 heads"))
     assert cli.run(["convert", "P.params", "--out", "O"]) == 0
-    assert calls == [((Path("P.params"), Path("O")), {})]
+    assert cli.run(["convert", "P.params", "--out", "O", "--heads", "2"]) == 0
+    assert calls == [((Path("P.params"), Path("O"), heads, False), {}) for heads in (None, 2)]
+    assert capsys.readouterr().out == "12 heads\n" * 2
 
     calls = stub("pera_fast.demo.run", "run")
     assert cli.run(["demo", "--out", "O", "--data", "D"]) == 0
@@ -284,7 +289,7 @@ def test_info_survives_a_broken_op(monkeypatch, tmp_path):
     assert ops["visible_patches"].runs != "nothing"
 
 
-def test_index_of_a_real_folder(tmp_path):
+def test_index_of_a_real_folder(tmp_path, capsys):
     from PIL import Image
 
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
@@ -294,6 +299,24 @@ def test_index_of_a_real_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "1 of 2" in done.stdout
     assert manifest.exists()
+    listed = tmp_path / "index.unreadable.csv"
+    assert done.stdout.splitlines()[1:] == [
+        "  b.jpg: not an image (begins with b'not an image')",
+        f"unreadable files with their reasons, all 1: {listed}",
+    ]
+    for number in range(9):
+        (tmp_path / f"c{number}.jpg").write_bytes(b"nor this")
+    assert cli.run(["data", "index", str(tmp_path), "--out", str(manifest), "--workers", "1"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in told[1:-1]] == ["  b.jpg", "  c0.jpg", "  c1.jpg", "  c2.jpg", "  c3.jpg"]
+    assert told[-1] == f"unreadable files with their reasons, all 10: {listed}"
+    with open(listed, newline="") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == ["b.jpg", *(f"c{number}.jpg" for number in range(9))]
+    for path in tmp_path.glob("*.jpg"):
+        path.unlink()
+    assert cli.run(["data", "index", str(tmp_path), "--out", str(manifest), "--workers", "1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert not listed.exists()
     done = program("data", "index", str(tmp_path / "none"))
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

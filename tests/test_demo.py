@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from kept_workers import kept_workers  # noqa: F401 a fixture
 
-from pera_fast.demo.figures import running_mean
+from pera_fast.demo.figures import _components, running_mean
 from pera_fast.demo.found import DemoResult, Probe, verdict
 from pera_fast.demo.run import run
 from pera_fast.errors import UserError
@@ -57,11 +58,14 @@ def test_report_has_all_its_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_own_images(tmp_path: Path) -> None:
+def test_own_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pera_fast.demo.run.PROBE_LIMIT", 20)
     images = tmp_path / "images"
     write_scenes(images, 5, size=96)
     found = run(tmp_path / "labelled", data=images, steps=2, overrides=QUICK)
-    assert "32 to pretrain on, 8 held out" in found.report.read_text(encoding="utf-8")
+    page = found.report.read_text(encoding="utf-8")
+    assert "32 to pretrain on, 8 held out" in page
+    assert "8 held-out images against 20 (drawn at random) of the 32 pretrained on" in page
     flat = tmp_path / "flat"
     flat.mkdir()
     for path in sorted(images.rglob("*.jpg"))[:8]:
@@ -84,6 +88,17 @@ def test_other_folders_are_not_cleared(tmp_path: Path) -> None:
 def test_verdict_is_plain(last: float, after: float, words: tuple[str, str]) -> None:
     text = verdict(DemoResult(Path("r.html"), 2.0, last, Probe(0.3, after, 0.1, "note"), 1.0))
     assert all(f" {word} " in text for word in words)
+
+
+def test_maps_show_the_parts_of_each_image() -> None:
+    """Images whose features lie far apart, each with a left and a right half that differ a little."""
+    generator = torch.Generator().manual_seed(0)
+    halves = (torch.arange(64) % 8 >= 4).float()[None, :, None] * torch.randn(6, 1, 16, generator=generator)
+    own = 40 * torch.randn(6, 1, 16, generator=generator) + 0.05 * torch.randn(6, 64, 16, generator=generator)
+    maps = _components(own + halves)
+    assert maps.shape == (6, 8, 8, 3)
+    first = maps[..., 0]
+    assert (np.abs(first[:, :, 4:].mean((1, 2)) - first[:, :, :4].mean((1, 2))) > 0.7).all()
 
 
 def test_running_mean() -> None:

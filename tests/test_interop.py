@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from timm_support import import_timm
 from torch import Tensor
 
-from pera_fast.config import load_config
+from pera_fast import cli
+from pera_fast.config import load_config, to_yaml
 from pera_fast.errors import UserError
 from pera_fast.interop.published import convert
 from pera_fast.model.pera import PerA
@@ -64,6 +65,39 @@ def test_published_names_load(file: Path, prefix: str, tmp_path: Path) -> None:
     assert (missing, unexpected) == (["center"], [])
     for name, value in state.items():
         assert torch.equal(model.state_dict()[name], value)
+
+
+def own(path: Path) -> Path:
+    """A checkpoint as our trainer writes it, of a network with 4 heads of 32."""
+    cfg = load_config("tiny", ["model.depth=2", "model.prototypes=24", "model.head_hidden=16", "data.depth=16"])
+    state = {"format": 1, "step": 3, "config": to_yaml(cfg), "model": PerA(cfg).state_dict()}
+    torch.save(state, path)
+    return path
+
+
+def test_a_checkpoint_of_our_own_keeps_its_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = own(tmp_path / "step_00000003.pt")
+    assert cli.run(["convert", str(path), "--out", str(tmp_path / "out")]) == 0
+    with safe_open(tmp_path / "out" / "teacher.safetensors", "pt") as file:
+        metadata = {key: json.loads(value) for key, value in file.metadata().items()}
+    assert metadata["num_heads"] == 4
+    assert "width 128, depth 2, 4 heads" in capsys.readouterr().out
+    assert (metadata["num_heads"], metadata["depth"], metadata["bits"]) == (4, 2, 16)
+    assert metadata["mean"] == [0.485, 0.456, 0.406]
+    with pytest.raises(UserError, match=r"teacher.safetensors: exists already; give another name, or --overwrite"):
+        convert(path, tmp_path / "out")
+    convert(path, tmp_path / "out", overwrite=True)
+    with pytest.raises(UserError, match=r"--heads 2: .* has 4; leave it out"):
+        convert(path, tmp_path / "out", num_heads=2)
+
+
+def test_heads_are_not_guessed(tmp_path: Path) -> None:
+    state, sizes = published(FILES[0])
+    path = save(tmp_path / "pera.params", state)
+    with pytest.raises(UserError, match=f"width of {sizes['embed_dim']} has; give --heads N"):
+        convert(path, tmp_path / "out")
+    with pytest.raises(UserError, match="--heads 5: does not divide"):
+        convert(path, tmp_path / "out", num_heads=5)
 
 
 class _Opens:

@@ -25,7 +25,8 @@ BARE = re.compile(r"\b[Ss]ections? \d|§|\beq(?:uation|\.)? ?\(?\d")  # a place 
 LINK = re.compile(r'\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)(?:\s+"[^"]*")?\)')
 OTHER_LINK = re.compile(r'^\[[^\]]+\]:\s+(\S+)|(?:src|href)="([^"]+)"', re.MULTILINE)
 FILE = re.compile(r"(?<![\w/.*>}<:-])(?:[\w.-]+/)*[\w-]+\.(?:py|md|cpp|h|yaml|sh)\b(?![\w*/(-])")
-NOT_FILES_OF_OURS = {"config.yaml", "RUN/config.yaml", "asked.yaml", "malloc.h"}  # of a run; of glibc
+NOT_FILES_OF_OURS = {"config.yaml", "RUN/config.yaml", "asked.yaml", "RUN/asked.yaml", "malloc.h"}  # of a run; of glibc
+NOT_FILES_OF_OURS |= {"my.yaml", "no.yaml"}  # a user's
 
 
 @cache

@@ -27,6 +27,7 @@ SWEEP = {"recipes": "vit_s16,vit_b16,vit_g16", "cpu": "1,4,16", "cuda": "4,16,64
 IMAGES = {"cpu": "4", "cuda": "16"}
 SECONDS = 0.5
 PASSES = {"cpu": 3, "cuda": 1}  # a CPU's clock and its neighbours change within minutes
+PRECISIONS = ("bf16", "fp16", "fp32")
 PRECISION = {"cpu": "fp32", "cuda": "bf16"}  # plain CPUs have no fast bfloat16
 
 
@@ -110,16 +111,20 @@ def check(wish: Wish) -> None:
     """Raises UserError for what does not exist."""
     if importlib.util.find_spec("pytest_benchmark") is None:
         raise UserError("pera-fast bench needs pytest-benchmark: pip install 'pera-fast[bench]'")
-    from pera_bench.selection import select
+    from pera_bench.selection import check_implementations, select
     from pera_fast.config import load_config
+    from pera_fast.config.keys import did_you_mean
 
-    select(",".join(wish.benches))
     for recipe in (wish.recipes or "vit_b16").split(","):
         load_config(recipe)
-    if wish.precision not in (None, "bf16", "fp16", "fp32"):
-        raise UserError(f"--precision {wish.precision}: wants bf16, fp16 or fp32")
+    if wish.precision not in (None, *PRECISIONS):
+        hint = did_you_mean(wish.precision, PRECISIONS)
+        raise UserError(f"--precision {wish.precision}: wants bf16, fp16 or fp32{hint}")
     if wish.images and not all(part.isdigit() and int(part) for part in wish.images.split(",")):
         raise UserError(f"--images {wish.images}: wants whole numbers from 1 on, separated by commas")
+    suites = dict.fromkeys(suite for suite, _ in select(",".join(wish.benches)))
+    if wish.only not in (None, "", "all"):
+        check_implementations(wish.only, suites, device_of(wish))
 
 
 def device_of(wish: Wish) -> str:

@@ -30,6 +30,7 @@ from pera_bench.loader_sides import ours, pillow
 from pera_bench.machine import describe
 from pera_bench.show import make_console
 from pera_fast.config import load_config
+from pera_fast.config.keys import did_you_mean
 from pera_fast.data.decoding.formats import has_image_suffix
 from pera_fast.data.tools.pack import pack
 from pera_fast.errors import UserError
@@ -152,7 +153,8 @@ def check(wish: LoaderWish) -> None:
     """Raises UserError for what does not exist."""
     for kind in wish.formats:
         if kind not in SUFFIXES:
-            raise UserError(f"--formats {kind}: wants some of {', '.join(SUFFIXES)}, separated by commas")
+            hint = did_you_mean(kind, SUFFIXES)
+            raise UserError(f"--formats {kind}: wants some of {', '.join(SUFFIXES)}, separated by commas{hint}")
     if any(threads > len(CORES) for threads in wish.threads):
         raise UserError(f"--threads {max(wish.threads)}: there are {len(CORES)} cores")
     if wish.data is not None and not wish.data.is_dir():

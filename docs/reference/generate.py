@@ -5,19 +5,17 @@ python docs/reference/generate.py --check    names pages that are out of date, a
 """
 
 import argparse
-import ast
 import enum
-import io
 import re
 import sys
-import tokenize
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from pera_fast import cli
-from pera_fast.config import Config, keys, tree
+from pera_fast.config import Config, keys
+from pera_fast.config.listing import meanings, section_title
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -115,14 +113,20 @@ def _code(text: str) -> str:
 def config_page() -> str:
     """Every key with what may be written, its default and its comment in the tree."""
     lines = [MADE, "", "# Settings", "", *_about_settings()]
-    comments = key_comments(Path(tree.__file__).read_text(encoding="utf-8"))
-    for section, kind in keys.SECTIONS.items():
-        title = re.sub(r" \(docs/[^)]*\)", "", (kind.__doc__ or "").split("\n")[0])
-        lines += [f"## {section}", "", title, "", "| key | allowed | default | meaning |", "| --- | --- | --- | --- |"]
+    comments = meanings()
+    for section in keys.SECTIONS:
+        lines += [
+            f"## {section}",
+            "",
+            section_title(section),
+            "",
+            "| key | allowed | default | meaning |",
+            "| --- | --- | --- | --- |",
+        ]
         for name in (key.partition(".")[2] for key in keys.KEYS if key.startswith(f"{section}.")):
             key = f"{section}.{name}"
             default = keys.show(getattr(getattr(Config(), section), name))
-            meaning = _cell(comments.get((kind.__name__, name), ""))
+            meaning = _cell(comments[key])
             lines.append(f"| {_code(key)} | {_cell(keys.wants(key))} | {_code(default)} | {meaning} |")
         lines.append("")
     return "\n".join(lines).strip() + "\n"
@@ -132,34 +136,10 @@ def _about_settings() -> list[str]:
     return [
         "Write settings behind a command as `section.key=value`; values are YAML. Defaults are those of `vit_b16`;",
         "a recipe in `pera_fast/recipes` changes some of them. `RUN/config.yaml` holds every key of a run.",
+        "`pera-fast config --recipe R` prints the same on a terminal, with the values of a recipe; its output is a",
+        "recipe file: `pera-fast config > my.yaml`, then `--recipe my.yaml`.",
         "",
     ]
-
-
-def key_comments(source: str) -> dict[tuple[str, str], str]:
-    """{(class, attribute): comment} of the classes' annotated attributes.
-
-    Args:
-        source: Python. An attribute's comment stands behind it, or in whole lines directly above.
-    """
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    marks = (token for token in tokens if token.type == tokenize.COMMENT)
-    comments = {mark.start[0]: (mark.string.lstrip("# "), not mark.line[: mark.start[1]].strip()) for mark in marks}
-    found = {}
-    for node in (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
-        for item in node.body:
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                behind = comments.get(item.end_lineno or 0, ("", False))[0]
-                found[node.name, item.target.id] = " ".join([*_above(comments, item.lineno), behind]).strip()
-    return {key: text for key, text in found.items() if text}
-
-
-def _above(comments: dict[int, tuple[str, bool]], line: int) -> list[str]:
-    lines = []
-    while comments.get(line - 1, ("", False))[1]:
-        line -= 1
-        lines.insert(0, comments[line][0])
-    return lines
 
 
 def kernels_page() -> str:

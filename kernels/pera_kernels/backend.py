@@ -16,6 +16,7 @@ others choose as usual.
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
 import platform
@@ -129,7 +130,9 @@ def _wanted() -> str | None:
 def _check_known(name: str, source: str) -> None:
     known = {REFERENCE, "native", "triton"}.union(*_registry.values())
     if name not in known:
-        raise ValueError(f"{source}: no such implementation; allowed: auto, {', '.join(sorted(known))}")
+        near = difflib.get_close_matches(name, [*sorted(known), "auto"], n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{source}: no such implementation; allowed: auto, {', '.join(sorted(known))}{hint}")
 
 
 def _select(op: str, device: torch.device) -> tuple[str, dict[str, str]]:
@@ -216,9 +219,9 @@ def _load(path: Path) -> str | None:
     if not path.exists():
         return f"the native library was not built: {BUILD_HINT}"
     # It is compiled for AVX2 on x86-64 (CMakeLists.txt); loading it on less would end the process at the first call.
-    capability = torch.backends.cpu.get_cpu_capability()
-    if platform.machine() == "x86_64" and not capability.startswith("AVX"):
-        return f"this processor has no AVX2 (torch sees {capability})"
+    # Asked is the processor: ATEN_CPU_CAPABILITY holds torch's own code to less, not ours.
+    if platform.machine() == "x86_64" and not torch.cpu._is_avx2_supported():
+        return "this processor has no AVX2"
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:  # built for another machine or on a newer system; or torch < 2.10

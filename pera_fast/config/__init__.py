@@ -4,7 +4,15 @@ A leaf that every part may import; imports neither torch nor (before a configura
 """
 
 from pera_fast.config.check import check
-from pera_fast.config.load import Differences, differences, from_yaml, load_config, recipe_names, to_yaml
+from pera_fast.config.load import (
+    Differences,
+    check_overrides,
+    differences,
+    from_yaml,
+    load_config,
+    recipe_names,
+    to_yaml,
+)
 from pera_fast.config.tree import (
     BatchPlan,
     Config,
@@ -27,6 +35,7 @@ __all__ = [
     "TrainConfig",
     "ViewsConfig",
     "check",
+    "check_overrides",
     "differences",
     "from_yaml",
     "load_config",

@@ -4,9 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pera_fast.config.keys import KEYS, flatten, nearest, show, wants
+from pera_fast.config.keys import KEYS, did_you_mean, flatten, show, wants
 from pera_fast.config.tree import Config, band_key
 from pera_fast.errors import UserError
+from pera_fast.paths import refuse_url
 
 
 def check(cfg: Config) -> None:
@@ -14,6 +15,7 @@ def check(cfg: Config) -> None:
     values = flatten(cfg)
     for key in KEYS:
         check_value(key, values[key])
+    refuse_url("data.index", cfg.data.index or "")
     _check_sizes(cfg)
     _check_masks(cfg)
     _check_bands(cfg)
@@ -35,9 +37,7 @@ def check_value(key: str, value: Any) -> None:
     if value is None:
         return  # whether null is allowed is a matter of type
     if "choices" in rule and value not in rule["choices"]:
-        near = nearest(value, rule["choices"])
-        hint = f"; did you mean {near}?" if near else ""
-        raise fail(key, value, f"allowed: {wants(key)}{hint}")
+        raise fail(key, value, f"allowed: {wants(key)}{did_you_mean(value, rule['choices'])}")
     for v in value if isinstance(value, list) else [value]:
         if isinstance(v, float) and not math.isfinite(v):
             raise fail(key, value, f"wants {wants(key)}, and finite")

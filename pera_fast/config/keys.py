@@ -62,6 +62,12 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return match[0] if match else None
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a word that is not among the known ones: `; did you mean ...?`, or nothing."""
+    near = nearest(word, known)
+    return f"; did you mean {near}?" if near else ""
+
+
 def nearest_key(key: str) -> str | None:
     """The key most like `key`: by its own name wherever that stands, else by the whole dotted name."""
     section, _, name = key.rpartition(".")

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from pera_fast.config.check import check, fail
-from pera_fast.config.keys import KEYS, SECTIONS, flatten, kind, nearest, nearest_key, show, wants
+from pera_fast.config.check import check, check_value, fail
+from pera_fast.config.keys import KEYS, SECTIONS, did_you_mean, flatten, kind, nearest_key, show, wants
 from pera_fast.config.tree import Config, Value
 from pera_fast.errors import UserError
 
@@ -19,24 +20,57 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
 
 
-def load_config(recipe: str = "vit_b16", overrides: Sequence[str] = ()) -> Config:
+def load_config(recipe: str | PathLike[str] = "vit_b16", overrides: Sequence[str] = ()) -> Config:
     """The recipe's configuration with `section.key=value` overrides on top, checked.
 
     Values are YAML: `train.steps=60`, `views.mean=[0.5,0.5,0.5]`, `data.index=null`. The last of equal keys counts.
     Some keys follow others unless they are given: `model.in_chans` the number of `data.bands`, `views.mean/std` the
-    number of channels, `data.band_scale` the `data.band_range`, the ratios `model.masking=none`, the batch
-    `train.total_batch_size` (see `TrainConfig.resolve_batch`).
+    number of channels, `data.band_scale` the `data.band_range`, the ratios `model.masking=none`, the warm-ups
+    `train.epochs`, the batch `train.total_batch_size` (see `TrainConfig.resolve_batch`).
+
+    Args:
+        recipe: a name that `recipe_names` lists, or a YAML file with sections, such as a run's config.yaml. A file's
+            top-level `recipe: NAME` says whose values the keys have that it leaves out; without it vit_b16.
+        overrides: settings on top of the recipe.
 
     Raises:
         UserError: one line that names the key, the value, what is allowed, and the nearest key if there is no such key.
     """
-    if recipe not in recipe_names():
-        near = nearest(recipe, recipe_names())
-        hint = f"; did you mean {near}?" if near else ""
-        raise UserError(f"--recipe {show(recipe)}: no such recipe; known: {', '.join(recipe_names())}{hint}")
+    name, defaults = _read_recipe(fspath(recipe))
     given = dict(_parse(text) for text in overrides)
-    defaults = _leaves(_read_yaml((_RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8"), recipe), recipe)
-    return _build(recipe, {**defaults, **_following({**flatten(Config()), **defaults, **given}, given), **given})
+    return _build(name, {**defaults, **_following(defaults, given), **given})
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Checks settings that are given for a run which is not read yet: keys, types, ranges. Raises UserError."""
+    for text in overrides:
+        check_value(*_parse(text))
+
+
+def _read_recipe(recipe: str) -> tuple[str, dict[str, Value]]:
+    """(recipe's name, value of every key) of a recipe or of a file, whose keys come on top of a recipe's."""
+    if recipe in recipe_names():
+        text = (_RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8")
+        return recipe, {**_values(Config()), **_leaves(_read_yaml(text, recipe), recipe)}
+    if Path(recipe).suffix not in (".yaml", ".yml") and not Path(recipe).exists():
+        hint = did_you_mean(recipe, recipe_names())
+        raise UserError(f"--recipe {show(recipe)}: no such recipe; known: {', '.join(recipe_names())}{hint}")
+    try:
+        tree = _read_yaml(Path(recipe).read_text(encoding="utf-8"), recipe)
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no text"
+        raise UserError(f"--recipe {recipe}: cannot be read ({why}); give a recipe's name or a YAML file") from None
+    base = str(tree.pop("recipe", "vit_b16"))
+    if base not in recipe_names():
+        hint = did_you_mean(base, recipe_names())
+        raise UserError(f"{recipe}: recipe: {show(base)}: no such recipe; known: {', '.join(recipe_names())}{hint}")
+    name, defaults = _read_recipe(base)
+    try:
+        own = _leaves(tree, recipe)
+    except UserError as error:
+        told = str(error)
+        raise UserError(told if told.startswith(f"{recipe}:") else f"{recipe}: {told}") from None
+    return name, {**defaults, **_following(defaults, own), **own}
 
 
 def from_yaml(text: str) -> Config:
@@ -107,6 +141,8 @@ def _typed(key: str, value: Any) -> Value:
         return None
     if base is str and isinstance(value, bool) and "true" in KEYS[key].metadata.get("choices", ()):
         return "true" if value else "false"  # YAML reads the words as booleans
+    if base is str and isinstance(value, int) and str(value) in KEYS[key].metadata.get("choices", ()):
+        return str(value)  # and the digits as numbers
     if base == list[float]:
         if isinstance(value, list) and value and all(_number(v) for v in value):
             return [float(v) for v in value]
@@ -158,8 +194,7 @@ def _leaves(tree: Mapping[str, Any], name: str) -> dict[str, Value]:
     flat: dict[str, Value] = {}
     for section, values in tree.items():
         if section not in SECTIONS or not isinstance(values, Mapping):
-            near = nearest(section, SECTIONS)
-            raise UserError(f"{name}: {section}: no such section{f'; did you mean {near}?' if near else ''}")
+            raise UserError(f"{name}: {section}: no such section{did_you_mean(section, SECTIONS)}")
         for leaf, value in values.items():
             key = f"{section}.{leaf}"
             _known(key, show(value))
@@ -167,22 +202,37 @@ def _leaves(tree: Mapping[str, Any], name: str) -> dict[str, Value]:
     return flat
 
 
-def _following(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Value]:
-    """Keys that follow what was given, unless they were given themselves (their entries are then overwritten)."""
+def _following(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Value]:
+    """Keys that follow what was given, unless they were given themselves (their entries are then overwritten).
+
+    Args:
+        before: every key's value without what was given.
+        given: the keys that were given.
+    """
     follow: dict[str, Value] = {}
     bands = given.get("data.bands")
-    channels = given.get("model.in_chans", len(bands) if bands else 3)
+    channels = given.get("model.in_chans", len(bands) if bands else before["model.in_chans"])
     if bands:
         follow["model.in_chans"] = channels
     if given.get("data.band_range") is not None:
         follow["data.band_scale"] = "given"
-    if channels != 3:
-        follow["views.mean"], follow["views.std"] = [0.5] * channels, [0.25] * channels
-    if values["model.masking"] == "none":
+    if channels != before["model.in_chans"]:
+        rgb = _values(Config())
+        follow["views.mean"] = rgb["views.mean"] if channels == 3 else [0.5] * channels
+        follow["views.std"] = rgb["views.std"] if channels == 3 else [0.25] * channels
+    if given.get("model.masking") == "none":
         follow["model.student_ratio"] = follow["model.teacher_ratio"] = 1.0
     if given.get("train.total_batch_size") is not None:
         follow["train.accumulate" if "train.batch_size" in given else "train.batch_size"] = None
+    if "train.epochs" in given:  # a shorter run is the long one in small, as with train.steps
+        stretched = max(given["train.epochs"], 1) / max(before["train.epochs"], 1)
+        for key in ("optim.warmup_epochs", "optim.teacher_temp_warmup_epochs"):
+            follow[key] = round(before[key] * stretched, 9)
     return follow
+
+
+def _values(cfg: Config) -> dict[str, Value]:
+    return {key: value for key, value in flatten(cfg).items() if key in KEYS}
 
 
 def _build(recipe: str, values: Mapping[str, Value]) -> Config:

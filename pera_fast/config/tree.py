@@ -129,7 +129,7 @@ class OptimConfig:
     lr: float = _key(1e-3, low=0)  # peak learning rate; not scaled by the batch size
     warmup_lr: float = _key(0.0, low=0)  # learning rate at the start of the linear warm-up
     final_lr: float = _key(1e-6, low=0)  # learning rate at the end of the cosine
-    warmup_epochs: float = _key(20.0, low=0)  # length of the warm-up; train.steps stretches it
+    warmup_epochs: float = _key(20.0, low=0)  # length of the warm-up; train.epochs and train.steps stretch it
     weight_decay: float = _key(0.04, low=0)  # weight decay of all parameters at the start of its cosine
     final_weight_decay: float = _key(0.2, low=0)  # weight decay at the end
     betas: list[float] = _key([0.9, 0.999], low=0, below=1)  # AdamW's decay rates of the moments
@@ -139,7 +139,7 @@ class OptimConfig:
     final_teacher_momentum: float = _fraction(1.0)  # momentum at the end
     teacher_temp: float = _key(0.05, above=0)  # temperature of the teacher's logits after the warm-up
     warmup_teacher_temp: float = _key(0.03, above=0)  # temperature at the start of its linear warm-up
-    teacher_temp_warmup_epochs: float = _key(30.0, low=0)  # length of that warm-up; train.steps stretches it
+    teacher_temp_warmup_epochs: float = _key(30.0, low=0)  # length of that warm-up; stretched likewise
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class BatchPlan:
 class TrainConfig:
     """Length, batch, precision and checkpoints. Read the batch through `resolve_batch`, never from the keys."""
 
-    epochs: int = _count(200)  # passes over the images
+    epochs: int = _count(200)  # passes over the images; another number than the recipe's stretches the warm-ups along
     steps: int | None = _count(None)  # optimiser steps; replaces epochs and stretches the schedules to fit
     batch_size: int | None = _count(16)  # images per device and micro-batch; null: derived from total_batch_size
     total_batch_size: int | None = _count(None)  # images per optimiser step over all devices; null: derived
@@ -168,6 +168,7 @@ class TrainConfig:
     precision: str = _key("bf16", choices=("bf16", "fp16", "fp32"))  # of activations and matrix products
     seed: int = _key(0, low=0, high=2**63 - 1)  # of every random draw
     checkpoint_every: int = _count(1000)  # optimiser steps between checkpoints
+    checkpoint_minutes: float | None = _key(None, above=0)  # minutes between checkpoints, if sooner; null: steps only
     keep_checkpoints: int = _count(3)  # newest checkpoints to keep
     max_nonfinite: int = _count(10)  # successive steps with a non-finite loss after which the run ends
     device: str = _key("auto", choices=("auto", "cpu", "cuda"))

@@ -81,9 +81,10 @@ def _maps(cfg: Config, images: Images, before: PerA, after: PerA) -> Section:
     maps = [features(m.teacher.backbone, pictures, cfg.views.mean, cfg.views.std)[1] for m in (before, after)]
     return Section(
         "PCA maps of patch features",
-        "Three principal components of the teacher's patch features as red, green and blue.",
+        "Three principal components of each image's patch features, by the teacher, as red, green and blue.",
         figures.pca_maps(pictures, *maps),
-        "Patches of like colour have like features.",
+        "Within an image, patches of like colour have like features. Each map is fitted to its image alone, so colours"
+        " of different images are not comparable.",
     )
 
 

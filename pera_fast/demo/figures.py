@@ -15,6 +15,7 @@ from pera_fast.model.pera import PerA
 from pera_fast.page import png
 from pera_fast.show.panels import HIDDEN, PREDICTED, STUDENT, TEACHER, colored_view, keep_only, unpatch
 
+LINE = "#1c2733"
 LOSSES = {
     "loss": "total",
     "global_cls_loss": "distillation, global crops",
@@ -141,8 +142,12 @@ def knn_bars(before: float, after: float, chance: float) -> bytes:
     figure, axes = plt.subplots(figsize=(3.6, 2.4))
     bars = axes.bar(["untrained", "pretrained"], [before * 100, after * 100], color=["#b8c4cc", TEACHER], width=0.6)
     axes.bar_label(bars, fmt="%.1f %%", fontsize=9)
-    axes.axhline(chance * 100, color=STUDENT, linewidth=1, linestyle="--")
-    axes.text(1.32, chance * 100 + 1, "chance", fontsize=8, color=STUDENT, ha="right")
+    axes.axhline(chance * 100, color="white", linewidth=3)  # under the dashes, which then are seen on the bars too
+    axes.axhline(chance * 100, color=LINE, linewidth=1, linestyle="--")
+    beside = axes.get_yaxis_transform()
+    axes.text(
+        1.02, chance * 100, f"chance\n{chance * 100:.1f} %", fontsize=8, color=LINE, va="center", transform=beside
+    )
     axes.set_ylabel("kNN accuracy, %", fontsize=8)
     axes.set_ylim(0, max(after, before, chance) * 118)
     axes.spines[["top", "right"]].set_visible(False)
@@ -151,7 +156,7 @@ def knn_bars(before: float, after: float, chance: float) -> bytes:
 
 
 def pca_maps(images: Tensor, before: Tensor, after: Tensor) -> bytes:
-    """The first three principal components of patch features as colours, under each image.
+    """The first three principal components of each image's patch features as colours, under the image.
 
     Args:
         images: uint8 or uint16 [N, H, W, 3].
@@ -177,12 +182,16 @@ def _unit(pixels: Tensor) -> np.ndarray:
 
 
 def _components(features: Tensor) -> np.ndarray:
-    """[N, L, D] -> [N, g, g, 3] in [0, 1]: three principal components over all patches, robustly scaled."""
-    n, length, dim = features.shape
+    """[N, L, D] -> [N, g, g, 3] in [0, 1]: three principal components of each image's own patches, robustly scaled.
+
+    Over the patches of all images they would tell the images apart, and each image would be of one colour.
+    """
+    n, length, _ = features.shape
     grid = round(length**0.5)
-    flat = features.reshape(-1, dim).float()
-    flat = flat - flat.mean(0)
-    _, _, axes = torch.linalg.svd(flat, full_matrices=False)
-    scores = flat @ axes[:3].t()
-    low, high = scores.quantile(0.02, dim=0), scores.quantile(0.98, dim=0)
+    rows = features.float() - features.float().mean(1, keepdim=True)
+    _, _, axes = torch.linalg.svd(rows, full_matrices=False)  # [N, min(L, D), D]
+    axes = axes[:, :3]
+    largest = axes.gather(2, axes.abs().argmax(2, keepdim=True))
+    scores = rows @ (axes * largest.sign()).transpose(1, 2)  # the sign of a component means nothing: fixed
+    low, high = scores.quantile(0.02, dim=1, keepdim=True), scores.quantile(0.98, dim=1, keepdim=True)
     return ((scores - low) / (high - low).clamp_min(1e-9)).clamp(0, 1).view(n, grid, grid, 3).numpy()

@@ -133,10 +133,16 @@ def _probe(cfg: Config, images: Images, before: PerA, after: PerA) -> Probe:
     for model in (before, after):
         rows = [_descriptor(cfg, model.teacher.backbone, pictures) for pictures, _ in (train, test)]
         accuracy.append(knn_accuracy(rows[0], train[1], rows[1], test[1]))
+    held_out, known = (_share(len(got[1]), part) for got, part in ((test, images.test), (train, images.train)))
     note = (
-        f"{len(test[1])} held-out images against {len(train[1])}, k = 20, cosine, {len(images.train.classes)} classes"
+        f"{held_out} held-out images against {known} pretrained on, k = 20, cosine, {len(images.train.classes)} classes"
     )
     return Probe(accuracy[0], accuracy[1], 1 / len(images.train.classes), note)
+
+
+def _share(used: int, files: LabelledFiles) -> str:
+    """Number of the files that were used, in words."""
+    return str(used) if used == len(files.files) else f"{used} (drawn at random) of the {len(files.files)}"
 
 
 def _loaded(cfg: Config, files: LabelledFiles) -> tuple[Tensor, Tensor]:

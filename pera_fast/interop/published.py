@@ -1,4 +1,4 @@
-"""The authors' checkpoints (`.params`): read without executing code, written as safetensors.
+"""The authors' checkpoints (`.params`) and our own: read without executing code, written as safetensors.
 
 Our parameters carry the published names, so conversion is a check and a change of container.
 """
@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pera_fast.config import Config, from_yaml
 from pera_fast.errors import UserError
-from pera_fast.model.export import timm_state_dict, write_safetensors
+from pera_fast.model.export import teacher_metadata, timm_state_dict, write_safetensors
+from pera_fast.paths import local_path, new_file
 
-HEAD_DIM = 64  # of both published models; a checkpoint does not say how many heads it has
+HEADS = {384: 6, 768: 12, 1024: 16}  # by width, of the published method's networks: their checkpoints do not say
 REQUIRED = (
     "student.backbone.",
     "student.cls_head.",
@@ -32,7 +34,7 @@ class Converted:
     Attributes:
         teacher: safetensors of the teacher's backbone, timm's names.
         weights: safetensors of all parameters, published names.
-        embed_dim, depth, num_heads, patch_size, in_chans, prototypes: sizes of the network; heads of 64 are assumed.
+        embed_dim, depth, num_heads, patch_size, in_chans, prototypes: sizes of the network.
         img_size: pixels a side of the global crops.
         epoch: the epoch that the checkpoint names, or None.
     """
@@ -48,32 +50,48 @@ class Converted:
     img_size: int
     epoch: int | None
 
+    @property
+    def summary(self) -> str:
+        """One line for the terminal."""
+        return (
+            f"{self.teacher} and {self.weights.name}: width {self.embed_dim}, depth {self.depth},"
+            f" {self.num_heads} heads, patches of {self.patch_size}, {self.in_chans} channels, crops of {self.img_size}"
+        )
 
-def convert(path: str | Path, out: str | Path, num_heads: int | None = None) -> Converted:
-    """Convert a published checkpoint.
+
+def convert(path: str | Path, out: str | Path, num_heads: int | None = None, overwrite: bool = False) -> Converted:
+    """Convert a published checkpoint, or one of a run of ours.
 
     Args:
         path: a file written by the authors' training code: a dictionary with the parameters under ``model``. A plain
-            dictionary of parameters, and names that begin with ``module.``, are taken too.
+            dictionary of parameters, and names that begin with ``module.``, are taken too. A run's checkpoint also
+            holds its settings, which then are the metadata, as in the run's own export.
         out: folder for ``teacher.safetensors`` (loads by name into timm's ViT) and ``pera.safetensors`` (everything).
-        num_heads: attention heads; None: width / 64, as in both published models.
+        num_heads: attention heads. None: those of the run's settings, or of the published network of this width.
+        overwrite: replace files that are there.
 
     Returns:
         What was found and the files written.
 
     Raises:
-        UserError: the file is missing, is no such checkpoint, or the folder cannot be written.
+        UserError: the file is missing, is no such checkpoint, does not say how many heads its network has, or the
+            folder cannot be written.
     """
-    path, out = Path(path), Path(out)
+    path, out = local_path("", path), local_path("--out", out)
     stored = _load(path)
     state = {k.removeprefix("module."): v for k, v in _parameters(stored, path).items()}
     _check(state, path)
-    found = _sizes(state, path, num_heads)
+    settings = _settings(stored, path)
+    found = _sizes(state, path, _heads(num_heads, settings, path))
     epoch = stored.get("epoch")
+    for name in ("teacher.safetensors", "pera.safetensors"):
+        new_file("", out / name, overwrite)
     result = Converted(
         out / "teacher.safetensors", out / "pera.safetensors", **found, epoch=epoch if isinstance(epoch, int) else None
     )
     metadata = {"format": "pt", "source": path.name, **{k: v for k, v in asdict(result).items() if k in found}}
+    if settings is not None:
+        metadata |= teacher_metadata(settings)
     try:
         write_safetensors(timm_state_dict(state), result.teacher, metadata)
         write_safetensors({k: v.contiguous().clone() for k, v in state.items()}, result.weights, metadata)
@@ -124,6 +142,24 @@ def _check(state: dict[str, Tensor], path: Path) -> None:
         raise UserError(f"{path}: student and teacher differ in {different[0]} ({len(different)} such parameters)")
 
 
+def _settings(stored: dict, path: Path) -> Config | None:
+    """Settings of the run that wrote the checkpoint; None: it is not ours. Raises UserError for settings of no run."""
+    text = stored.get("config")
+    if not isinstance(stored.get("format"), int) or not isinstance(text, str):
+        return None
+    try:
+        return from_yaml(text)
+    except UserError as error:
+        raise UserError(f"{path}: its settings cannot be read: {error}") from None
+
+
+def _heads(given: int | None, settings: Config | None, path: Path) -> int | None:
+    """Attention heads that are known before the parameters are looked at. Raises UserError for two different ones."""
+    if settings is None or given in (None, settings.model.num_heads):
+        return given if settings is None else settings.model.num_heads
+    raise UserError(f"--heads {given}: {path} says that its network has {settings.model.num_heads}; leave it out")
+
+
 def _sizes(state: dict[str, Tensor], path: Path, num_heads: int | None) -> dict[str, int]:
     backbone = "teacher.backbone."
     try:
@@ -138,9 +174,11 @@ def _sizes(state: dict[str, Tensor], path: Path, num_heads: int | None) -> dict[
         raise UserError(
             f"{path}: its blocks are not numbered from 0, or its position embedding is not for a square grid"
         )
-    heads = num_heads or max(width // HEAD_DIM, 1)
+    heads = num_heads or HEADS.get(width)
+    if heads is None:
+        raise UserError(f"{path}: does not say how many attention heads its width of {width} has; give --heads N")
     if width % heads:
-        raise UserError(f"{path}: {heads} heads do not divide its width of {width}; give the number of heads")
+        raise UserError(f"--heads {heads}: does not divide the width of {width} in {path}")
     return {
         "embed_dim": width,
         "depth": len(blocks),

@@ -70,9 +70,9 @@ def memory(profile: Profile) -> bytes:
             else:
                 _draw_line(axes, fits[variant], ran[0].batch_size, last, colour, "-")
             _draw_line(axes, fits[variant], last, right, colour, (0, (3, 2)))
-            axes.plot([], [], "o-", color=colour, label=variant.name())
+            axes.plot([], [], "o-", color=colour, label=variant.label())
         elif ran:
-            axes.plot([], [], "o", color=colour, label=variant.name())
+            axes.plot([], [], "o", color=colour, label=variant.label())
         for p in points:
             if p.status == "out of memory":
                 axes.plot([p.batch_size], [0.97], "x", color=colour, transform=axes.get_xaxis_transform(), markersize=7)
@@ -88,7 +88,7 @@ def memory(profile: Profile) -> bytes:
     what = {"simulate": "peak of live tensors", "cuda": "peak allocated", "cpu": "peak resident memory"}[profile.device]
     axes.set_xlabel("batch size (images), log scale", fontsize=10)
     axes.set_ylabel(f"{what}, GiB, log scale", fontsize=10)
-    axes.legend(fontsize=9, frameon=False, loc="lower right", title="recipe, masks, recompute", title_fontsize=9)
+    axes.legend(fontsize=9, frameon=False, loc="lower right")
     return png(figure)
 
 
@@ -123,13 +123,13 @@ def throughput(profile: Profile) -> bytes:
         spread = [[n / p.step_seconds[end] for n, p in zip(images, points, strict=True)] for end in (2, 1)]
         errors = np.abs(np.array(spread) - np.array(y))
         colour = _colour(list(by_variant(profile.points)), variant)
-        axes.errorbar(x, y, yerr=errors, marker="o", color=colour, capsize=3, linewidth=1.6, label=variant.name())
+        axes.errorbar(x, y, yerr=errors, marker="o", color=colour, capsize=3, linewidth=1.6, label=variant.label())
     axes.set_xlabel("batch size (images)", fontsize=10)
     axes.set_ylabel("images/s, median; bars: slowest and fastest step", fontsize=10)
     axes.set_xticks(sorted({p.batch_size for p in profile.points if p.ok}))
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
-    axes.legend(fontsize=9, frameon=False, title="recipe, masks, recompute", title_fontsize=9, loc="center left",
+    axes.legend(fontsize=9, frameon=False, loc="center left",
                 bbox_to_anchor=(1.01, 0.5))  # fmt: skip
     return png(figure)
 
@@ -141,14 +141,15 @@ def breakdown(profile: Profile) -> bytes:
     _style(axes)
     axes.grid(False, axis="y")
     left = np.zeros(len(chosen))
+    longest = max(sum(p.at_peak.values()) for p in chosen) / GIB
     for part in parts_of(chosen):
         width = np.array([p.at_peak.get(part, 0) / GIB for p in chosen])
-        if width.max() * GIB >= 8 * MIB:  # thinner than a line
+        if width.max() >= 0.003 * longest:  # others are thinner than a line
             axes.barh(range(len(chosen)), width, left=left, color=PART_COLOURS[part], label=part, height=0.66)
         left += width
     for y, (p, end) in enumerate(zip(chosen, left, strict=True)):
         axes.text(end + left.max() * 0.008, y, f"{p.peak / GIB:.2f}", va="center", fontsize=9)
-    axes.set_yticks(range(len(chosen)), [f"{p.variant.name()}\nbatch {p.batch_size}" for p in chosen], fontsize=9)
+    axes.set_yticks(range(len(chosen)), [f"{p.variant.label()}\nbatch {p.batch_size}" for p in chosen], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, left.max() * 1.08)
     axes.set_xlabel("GiB alive at the peak of a step", fontsize=10)

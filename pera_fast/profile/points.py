@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pera_fast.config import Config, load_config
+from pera_fast.config.keys import did_you_mean
 from pera_fast.errors import UserError
 
 POLICIES = ("none", "cheap", "block")
@@ -33,12 +34,20 @@ class Variant:
         """The configuration at a batch size. Raises UserError for settings that do not go together."""
         return load_config(self.recipe, [*self.overrides, f"train.batch_size={batch_size}"])
 
+    def label(self) -> str:
+        """For pictures and sentences, where no header says what the words of `name` are."""
+        recipe, masks, recompute = self._words()
+        return f"{recipe}, {'no masks' if masks == 'dense' else f'masks {masks}'}, recompute {recompute}"
+
     def name(self) -> str:
-        """For tables and legends: recipe, masks, policy."""
+        """For tables: recipe, masks (the student's and the teacher's share of the patches), recomputation."""
+        return " ".join(self._words())
+
+    def _words(self) -> tuple[str, str, str]:
         model = self.config(1).model
         masks = "dense" if model.masking == "none" else f"{model.student_ratio:g}/{model.teacher_ratio:g}"
         kind = "" if model.masking in ("random", "none") else f" {model.masking}"
-        return f"{self.recipe} {masks}{kind} {model.recompute}"
+        return self.recipe, f"{masks}{kind}", model.recompute
 
 
 @dataclass
@@ -170,5 +179,6 @@ def parse_choices(option: str, text: str | None, allowed: Sequence[str]) -> list
     words = list(dict.fromkeys(part.strip() for part in text.split(",")))
     for word in words:
         if word not in allowed:
-            raise UserError(f"{option} {text}: no such choice {word!r}; allowed: {', '.join(allowed)}")
+            hint = did_you_mean(word, allowed)
+            raise UserError(f"{option} {text}: no such choice {word!r}; allowed: {', '.join(allowed)}{hint}")
     return words

@@ -90,7 +90,7 @@ def _cards(profile: Profile) -> dict[str, str]:
             cards[f"the images per second ({claim.recipe})"] = f"{claim.speed:.2f}x"
     if profile.predicts:
         for variant in list(profile.fits())[:3]:
-            cards[f"largest batch on 80 GB, {variant.name()}"] = str(profile.largest(variant, 80) or "-")
+            cards[f"largest batch on 80 GB, {variant.label()}"] = str(profile.largest(variant, 80) or "-")
     return cards
 
 

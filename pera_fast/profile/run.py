@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from pera_fast.config.keys import did_you_mean
 from pera_fast.errors import UserError
 from pera_fast.profile import machine
 from pera_fast.profile.fits import CARDS, CONTEXT, FRAGMENTATION, compare_simulated, usable
@@ -88,7 +89,8 @@ def profile(
 
 def _device(name: str) -> str:
     if name not in ("auto", *DEVICES):
-        raise UserError(f"--device {name}: no such device; allowed: auto, {', '.join(DEVICES)}")
+        hint = did_you_mean(name, ("auto", *DEVICES))
+        raise UserError(f"--device {name}: no such device; allowed: auto, {', '.join(DEVICES)}{hint}")
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "simulate"
     if name == "cuda" and not torch.cuda.is_available():
@@ -127,7 +129,7 @@ def _run(points: Sequence[Point], jobs: int | None) -> list[Point]:
 
         def done(point: Point) -> None:
             if display is not None and task is not None:
-                what = f"{point.variant.name()}, batch {point.batch_size}: {point.status}"
+                what = f"{point.variant.label()}, batch {point.batch_size}: {point.status}"
                 display.update(task, advance=1, description=what)
 
         return run_points(points, at_once, done)

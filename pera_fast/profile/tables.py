@@ -27,6 +27,7 @@ from pera_fast.profile.fits import (
 from pera_fast.profile.points import Point, Variant
 
 MIB, GIB = 2**20, 2**30
+VARIANT = "recipe, masks, recompute"  # what the words of Variant.name are
 # What bytes at the peak belong to, in the order of the plots: see ``simulate.part``.
 PARTS = (
     "weights", "optimiser state", "gradients", "weight copies", "crops", "student embed", "student stream",
@@ -93,7 +94,7 @@ def points_table(profile: Profile) -> tuple[list[str], Rows]:
     """Every point: peak, and where it was measured reserved memory, speed and MFU."""
     real = profile.device != "simulate"
     peak = {"simulate": "peak GiB", "cuda": "allocated GiB", "cpu": "resident GiB"}[profile.device]
-    header = ["variant", "batch", peak]
+    header = [VARIANT, "batch", peak]
     header += ["reserved GiB"] if profile.device == "cuda" else []
     header += ["images/s", "s a step (min to max)", "MFU"] if real else ["between steps GiB"]
     header += ["GFLOP/image"]
@@ -123,7 +124,7 @@ def fits_table(profile: Profile) -> tuple[list[str], Rows]:
     Simulated: the slope at the batch sizes asked for stands beside that of the line which predicts.
     """
     simulated = profile.device == "simulate"
-    header = ["variant", "fixed GiB", "MiB/image"]
+    header = [VARIANT, "fixed GiB", "MiB/image"]
     header += [f"at {profile.sizes[0]} to {profile.sizes[-1]}"] if simulated else []
     header += ["line off by", *(f"{card} GB" for card in CARDS if profile.predicts)]
     rows = []
@@ -144,7 +145,7 @@ def predictions_table(profile: Profile) -> tuple[list[str], Rows]:
     """Launches of a step, and the milliseconds that it is predicted to take on each card."""
     shown = [p for p in profile.points if p.ok and p.predicted and p.variant.purpose != "ratios"]
     cards = list(dict.fromkeys(name for p in shown for name in p.predicted))
-    header = ["variant", "batch", "launches", *cards]
+    header = [VARIANT, "batch", "launches", *cards]
     rows = []
     for p in shown:
         times = [f"{p.predicted[name]['ms']:.1f}" if name in p.predicted else "" for name in cards]
@@ -183,7 +184,7 @@ def breakdown_table(profile: Profile) -> tuple[list[str], Rows]:
 
 def comparison_table(profile: Profile) -> tuple[list[str], Rows]:
     """Slopes, simulated against measured."""
-    header = ["variant", "simulated MiB/image", "measured MiB/image", "ratio", "within 10 %"]
+    header = [VARIANT, "simulated MiB/image", "measured MiB/image", "ratio", "within 10 %"]
     rows = [
         [c.variant.name(), f"{c.simulated / MIB:.1f}", f"{c.measured / MIB:.1f}", f"{c.ratio:.3f}", _yes(c.within)]
         for c in profile.comparisons
@@ -197,7 +198,7 @@ def _yes(value: bool) -> str:
 
 def notes(profile: Profile) -> list[str]:
     """Notes: points that did not run, with the reason, and the claim."""
-    lines = [f"{p.variant.name()}, batch {p.batch_size}: {p.status}: {p.note}" for p in profile.points if not p.ok]
+    lines = [f"{p.variant.label()}, batch {p.batch_size}: {p.status}: {p.note}" for p in profile.points if not p.ok]
     lines += dict.fromkeys(p.note for p in profile.points if p.ok and p.note)
     if profile.device == "cuda" and (outside := max((p.outside for p in profile.points if p.ok), default=0)):
         lines.append(f"beside the allocator (CUDA context, libraries, other processes): {outside / GIB:.2f} GiB")

@@ -18,6 +18,7 @@ from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity
 
 from pera_fast.config import Config, load_config
+from pera_fast.config.keys import did_you_mean
 from pera_fast.errors import UserError
 from pera_fast.profile import machine
 from pera_fast.profile.batches import random_inputs
@@ -107,7 +108,8 @@ def trace(
 def _device(name: str) -> str:
     real = [device for device in DEVICES if device != "simulate"]
     if name not in ("auto", *real):
-        raise UserError(f"--device {name}: a trace is of real steps; allowed: auto, {', '.join(real)}")
+        hint = did_you_mean(name, ("auto", *real))
+        raise UserError(f"--device {name}: a trace is of real steps; allowed: auto, {', '.join(real)}{hint}")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU; --device cpu needs none")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

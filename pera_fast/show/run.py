@@ -11,6 +11,7 @@ from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.index.build import open_or_build
 from pera_fast.data.sampling.order import SampleOrder
 from pera_fast.errors import UserError
+from pera_fast.paths import new_file
 from pera_fast.show.sheet import draw_sheet
 from pera_fast.train.redraw import redraw
 from pera_fast.train.run_folder import RunFolder
@@ -28,6 +29,7 @@ def show(
     recipe: str = "vit_b16",
     run: str | os.PathLike[str] | None = None,
     overrides: Sequence[str] = (),
+    overwrite: bool = False,
 ) -> str:
     """Draws the sheet.
 
@@ -40,14 +42,15 @@ def show(
         recipe: of the training that it is for, with `overrides`.
         run: a run's folder; its own configuration and index are used instead of `recipe`.
         overrides: settings, such as train.seed=1.
+        overwrite: replace a file that is there.
 
     Returns:
         One line that says what was drawn.
 
     Raises:
-        UserError: no such sample or run, or the file cannot be written.
+        UserError: no such sample or run, or the file is there already or cannot be written.
     """
-    target = Path(out)
+    target = new_file("--out", out, overwrite)
     if target.suffix.lower() != ".png" or not target.absolute().parent.is_dir():
         raise UserError(f"--out {target}: give the name of a .png file in a folder that exists")
     if epoch < 0:

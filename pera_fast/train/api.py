@@ -27,7 +27,9 @@ from pera_fast.run_result import RunResult
 from pera_fast.train.attention import describe_attention, prefer_attention
 from pera_fast.train.compute_copies import make_copies
 from pera_fast.train.console import RunLog
-from pera_fast.train.distributed import World, let_main_speak, world
+from pera_fast.train.distributed import World, world
+from pera_fast.train.early import let_main_speak, write_finished
+from pera_fast.train.environment import check_environment, check_launcher
 from pera_fast.train.flops import fastest_rate
 from pera_fast.train.fused_update import make_update
 from pera_fast.train.graph import choose_graph
@@ -59,14 +61,14 @@ LOOKED_FOR = 32  # of the run's images, before another folder is taken for a mis
 def pretrain(
     data: str | PathLike[str],
     out: str | PathLike[str],
-    recipe: str | None = "vit_b16",
+    recipe: str | PathLike[str] | None = "vit_b16",
     resume: bool | Literal["auto"] = False,
     overrides: Sequence[str] = (),
 ) -> RunResult:
     """Pretrains on all images below `data`; everything that results lies in the run folder `out`.
 
-    Under torchrun this is data-parallel. SIGINT and SIGTERM finish the step, write a checkpoint and return; their
-    handlers are put back afterwards.
+    Under torchrun this is data-parallel. SIGINT, SIGTERM, SIGUSR1 and SIGHUP finish the step, write a checkpoint and
+    return; their handlers are put back afterwards.
 
     Args:
         data: folder of images.
@@ -81,16 +83,17 @@ def pretrain(
     """
     folder = RunFolder(Path(out))
     try:
+        check_launcher()
         if resume == "auto":
             start = start_auto(folder, recipe or "vit_b16", overrides)
         elif resume:
             start = start_resumed(folder, recipe, overrides)
         else:
             start = start_new(folder, recipe or "vit_b16", overrides)
+        check_environment(start, folder, Path(data))
         with exit_on_termination(), world(start.cfg.train.device) as here, ExitStack() as stack:
             here.barrier()  # all ranks have looked at the folder before rank 0 writes there
-            here.on_main(folder.make)
-            here.on_main(lambda: stack.enter_context(folder.locked()))
+            here.on_main(lambda: stack.enter_context(folder.opened()))
             stack.enter_context(RunLog(folder.log if here.main else None))
             stack.enter_context(step_stream(here.device))
             return _pretrain(Path(data), folder, start, here)
@@ -128,11 +131,13 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
             run = _build(folder, start, here, manifest, loader)
             run.position = position
             if here.main:
-                folder.write_config(cfg, start.asked)
+                folder.finished.unlink(missing_ok=True)
                 folder.cut_metrics(run.step)
             _announce(run)
             log.info("%s", decoding)
             code, metrics = fit(run, stop)
+            if here.main and not code:
+                write_finished(folder, run.step, run.position, loader.steps_per_epoch, plan.total)
             here.barrier()  # rank 0 may still be writing
         finally:
             loader.close()
@@ -174,6 +179,7 @@ def _build(folder: RunFolder, start: Start, here: World, manifest: Manifest, loa
         images=len(manifest.readable),
         data=_digest(manifest),
         export=export_teacher,
+        begin=lambda: folder.write_config(cfg, start.asked),
         graph=make_graph(pera, scaler, plan.accumulate) if graph.use else None,
         update=make_update(pera, optimizer, scaler),
     )
@@ -257,6 +263,7 @@ def _announce(run: Run) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     log.info("recipe %s on %s (%s), %s", cfg.recipe, device, name, cfg.train.precision)
     log.info("%s; %d images, %d steps per epoch", run.plan, run.images, run.batches.steps_per_epoch)
+    log.info("%s", run.schedules)
     if told := describe(cfg):
         log.info("%s", told)
     student, predicted, teacher = _tokens(cfg)["global"]

@@ -1,8 +1,6 @@
 """Data parallelism under torchrun: process group, DDP, the few collectives of a step. A single process needs none."""
 
 import os
-import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -114,18 +112,6 @@ def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
         size += gradient.nbytes
     if bucket:
         yield bucket
-
-
-def let_main_speak(error: UserError) -> None:
-    """Called on the way out. Ranks other than 0 give it the time to tell the user first.
-
-    torchrun ends all processes as soon as one is gone. Mostly all fail for the same reason, and rank 0 is to say so,
-    once; a rank that alone has trouble says it itself.
-    """
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(MAIN_SPEAKS_SECONDS)
-        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
 def gradient_sync(model: nn.Module, last: bool) -> AbstractContextManager[object]:

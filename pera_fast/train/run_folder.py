@@ -8,11 +8,12 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 
-from pera_fast.config import Config, Differences, differences, from_yaml, load_config, to_yaml
+from pera_fast.config import Config, Differences, differences, from_yaml, load_config, recipe_names, to_yaml
 from pera_fast.config.keys import flatten
 from pera_fast.durable import lock, whole_file
 from pera_fast.errors import UserError
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 
 BATCH = {"train.batch_size", "train.total_batch_size", "train.accumulate"}  # may be split anew if the total stays
 HARMLESS = {
-    "train.checkpoint_every", "train.keep_checkpoints", "train.max_nonfinite",
+    "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints", "train.max_nonfinite",
     "data.loader_threads", "data.prefetch", "data.verify", "data.index", "data.max_pixels", "model.recompute",
     "data.storage_timeout",
 }  # fmt: skip
@@ -47,10 +48,36 @@ class RunFolder:
     checkpoints = property(lambda self: self.root / "checkpoints")
     teacher = property(lambda self: self.root / "exported" / "teacher.safetensors")
     skipped = property(lambda self: self.root / "skipped.csv")
+    finished = property(lambda self: self.root / "finished.json")
 
     def holds_run(self) -> bool:
-        """Whether a run was started here."""
-        return self.config.exists() or self.metrics.exists() or bool(find_checkpoints(self.checkpoints))
+        """Whether a run has taken a step here: with its first one it writes config.yaml, before it logs anything."""
+        return self.config.exists() or self._has_metrics() or bool(find_checkpoints(self.checkpoints))
+
+    def _has_metrics(self) -> bool:
+        return self.metrics.exists() and self.metrics.stat().st_size > 0
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Makes and locks the folder; a run that takes no step inside leaves nothing in it. Raises UserError."""
+        before = set(self.root.iterdir()) if self.root.is_dir() else None
+        self.make()
+        with self.locked():
+            try:
+                yield
+            finally:
+                if not self.holds_run():
+                    self._remove_all_but(before)
+
+    def _remove_all_but(self, before: set[Path] | None) -> None:
+        """Removes what a run makes before its first step; also the folder, if it was not there (``before`` is None)."""
+        files = [self.index, self.config, self.asked, self.metrics, self.log, self.skipped, self.root / ".lock"]
+        for path in {*files, *self.root.glob("events.out.tfevents.*")} - (before or set()):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        if before is None:
+            with suppress(OSError):  # something else came into it
+                self.root.rmdir()
 
     def make(self) -> None:
         """Creates the folder. Raises UserError if nothing can be written there."""
@@ -123,7 +150,7 @@ class Start:
         return self.checkpoint["step"] if self.checkpoint else 0
 
 
-def start_new(folder: RunFolder, recipe: str, overrides: Sequence[str]) -> Start:
+def start_new(folder: RunFolder, recipe: str | PathLike[str], overrides: Sequence[str]) -> Start:
     """A run from scratch. Raises UserError if the folder holds one already or cannot be written."""
     cfg = load_config(recipe, overrides)
     if folder.root.exists() and not folder.root.is_dir():
@@ -133,7 +160,7 @@ def start_new(folder: RunFolder, recipe: str, overrides: Sequence[str]) -> Start
     return Start(cfg, cfg)
 
 
-def start_resumed(folder: RunFolder, recipe: str | None, overrides: Sequence[str]) -> Start:
+def start_resumed(folder: RunFolder, recipe: str | PathLike[str] | None, overrides: Sequence[str]) -> Start:
     """The run of this folder, continued from its newest checkpoint, or from the start if it was ended before the first.
 
     Raises:
@@ -148,7 +175,7 @@ def start_resumed(folder: RunFolder, recipe: str | None, overrides: Sequence[str
     return Start(cfg, asked, state, True, [_resuming(folder, state, source), *notes])
 
 
-def start_auto(folder: RunFolder, recipe: str, overrides: Sequence[str]) -> Start:
+def start_auto(folder: RunFolder, recipe: str | PathLike[str], overrides: Sequence[str]) -> Start:
     """A new run where the folder holds none, else its run, continued: one command line for both.
 
     The settings are given in full each time. Compared is what was asked for, not what the data decided.
@@ -160,13 +187,18 @@ def start_auto(folder: RunFolder, recipe: str, overrides: Sequence[str]) -> Star
         return start_new(folder, recipe, overrides)
     requested = load_config(recipe, overrides)
     saved, state, source = _newest(folder)
-    asked, new = folder.read_asked() or saved, flatten(requested)
-    changed = {key: pair for key, pair in differences(asked, requested).items() if key not in BATCH | HARMLESS}
-    if changed:
-        raise UserError(f"--out {folder.root}: holds a run with other settings: {_list(changed)}; give another --out")
+    new = flatten(requested)
+    check_asked(folder, folder.read_asked() or saved, requested)
     taken = {key: new[key] for key in BATCH | HARMLESS}
     cfg = from_yaml(to_yaml(saved.with_values(taken)))  # checks it
     return Start(cfg, requested, state, True, [_resuming(folder, state, source)])
+
+
+def check_asked(folder: RunFolder, asked: Config, requested: Config) -> None:
+    """Raises UserError for settings other than those of the run, apart from those that change nothing."""
+    changed = {key: pair for key, pair in differences(asked, requested).items() if key not in BATCH | HARMLESS}
+    if changed:
+        raise UserError(f"--out {folder.root}: holds a run with other settings: {_list(changed)}; give another --out")
 
 
 def _newest(folder: RunFolder) -> tuple[Config, CheckpointState | None, str]:
@@ -189,13 +221,16 @@ def _resuming(folder: RunFolder, state: CheckpointState | None, source: str) -> 
 
 
 def continue_config(
-    saved: Config, recipe: str | None, overrides: Sequence[str], source: str
+    saved: Config, recipe: str | PathLike[str] | None, overrides: Sequence[str], source: str
 ) -> tuple[Config, list[str]]:
     """The saved configuration with the overrides given on resuming, and what to note about them.
 
     Raises:
         UserError: another recipe, or a change that would make it another run; lists the keys that differ.
     """
+    if recipe is not None and recipe not in recipe_names():
+        why = "a run goes on with its own settings; leave --recipe out, or give --resume auto"
+        raise UserError(f"--resume with --recipe {recipe}: {why}")
     requested = load_config(recipe or saved.recipe, overrides)
     if requested.recipe != saved.recipe:
         changed = _refused(saved, requested)

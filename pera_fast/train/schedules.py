@@ -44,6 +44,11 @@ class Schedules:
     lr_warmup: int
     temp_warmup: int
 
+    def __str__(self) -> str:
+        parts = {"learning rate": self.lr_warmup, "teacher temperature": self.temp_warmup}
+        shares = ", ".join(f"{what} {steps} ({steps / self.steps:.0%})" for what, steps in parts.items())
+        return f"warm-ups of {self.steps} steps: {shares}; train.steps and train.epochs stretch them"
+
     def at(self, step: int) -> StepValues:
         """The values of step 0 <= step < steps."""
         if not 0 <= step < self.steps:

@@ -18,7 +18,7 @@ WRONG = {
     " attention, sequence_add, add_norm, gelu, linear_gelu, query_attention, cls_attention, add_norm_fp8,"
     " gelu_fp8, quantize_rows, mask_tokens, column_sums, unit_rows, distillation_loss,"
     " koleo, prototype_losses, pixel_loss, block, update,"
-    " step, crop_resize, data",
+    " step, crop_resize, data; did you mean attention?",
     "bench step/all": "step/all: no such case; step has none, cheap, block",
     "bench koleo --device gpu": "--device gpu: wants cpu or cuda",
     "bench koleo --precision half": "--precision half: wants bf16, fp16 or fp32",

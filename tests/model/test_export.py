@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from timm_support import import_timm
 
 from pera_fast.config import load_config
-from pera_fast.model.export import export_teacher, timm_state_dict, write_safetensors
+from pera_fast.model.export import export_teacher, teacher_metadata, timm_state_dict, write_safetensors
 from pera_fast.model.features import features
 from pera_fast.model.pera import PerA
 
@@ -63,6 +63,22 @@ def test_metadata_says_how_to_build_it(model: PerA, tmp_path: Path) -> None:
     assert metadata["embed_dim"] == model.cfg.model.embed_dim
     assert metadata["img_size"] == model.cfg.views.global_size
     assert metadata["mean"] == model.cfg.views.mean
+
+
+def test_depth_is_the_networks_whatever_the_bits_of_the_images_are() -> None:
+    for depth, bits in (("auto", None), ("8", 8), ("16", 16)):
+        metadata = teacher_metadata(load_config("tiny", ["model.depth=3", f"data.depth={depth}"]))
+        assert metadata["depth"] == 3
+        assert metadata["bits"] == bits
+
+
+def test_equal_weights_are_equal_bytes(model: PerA, tmp_path: Path) -> None:
+    for name in "abc":
+        export_teacher(model, tmp_path / name)
+    assert len({(tmp_path / name).read_bytes() for name in "abc"}) == 1
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert "blocks.0.attn.qkv.weight" in file.keys()  # noqa: SIM118
+        assert list(file.metadata()) != []
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

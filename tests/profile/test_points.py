@@ -10,6 +10,11 @@ from pera_fast.errors import UserError
 from pera_fast.profile.points import RATIOS, Point, Variant, parse_batch_sizes, parse_choices, plan
 
 
+def test_pictures_say_what_the_words_of_a_name_are():
+    labels = [variant.label() for variant in plan(["tiny"], [], policies=["none"])]
+    assert labels == ["tiny, masks 0.2/0.6, recompute none", "tiny, no masks, recompute none"]
+
+
 def names(*args, **kwargs) -> list[str]:
     return [variant.name() for variant in plan(*args, **kwargs)]
 
@@ -52,8 +57,8 @@ def test_lists_on_the_command_line() -> None:
 MESSAGES = {
     "--batch-sizes 8,x": "--batch-sizes 8,x: must be whole numbers of at least 1, such as 8,16,32",
     "--batch-sizes 0,8": "--batch-sizes 0,8: must be whole numbers of at least 1, such as 8,16,32",
-    "--policies some": "--policies some: no such choice 'some'; allowed: none, cheap, block",
-    "--device tpu": "--device tpu: no such device; allowed: auto, simulate, cuda, cpu",
+    "--policies some": "--policies some: no such choice 'some'; allowed: none, cheap, block; did you mean none?",
+    "--device tpu": "--device tpu: no such device; allowed: auto, simulate, cuda, cpu; did you mean cpu?",
     "train.batch_size=8": "train.batch_size: give --batch-sizes instead",
     "train.device=cpu": "train.device: give --device instead",
     "--out notes.txt": "--out notes.txt: is a file; give a folder",

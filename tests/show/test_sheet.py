@@ -134,17 +134,26 @@ def test_the_sheet_of_any_recipe(data, tmp_path, overrides):
         assert len(opened.getcolors(2**24) or []) > 1000
 
 
-def test_a_runs_own_settings_and_numbers(data, tmp_path):
+def test_a_runs_own_settings_and_numbers(data, tmp_path, capsys):
     root, manifest = data
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(to_yaml(CFG))
     manifest.save(run / "index.parquet")
     out = tmp_path / "sheet.png"
-    assert (
-        cli.run(["data", "show", str(root), "--run", str(run), "--sample", "3", "--epoch", "2", "--out", str(out)]) == 0
+    line = ["data", "show", str(root), "--run", str(run), "--sample", "3", "--epoch", "2", "--out", str(out)]
+    assert cli.run(line) == 0
+    first = out.read_bytes()
+    capsys.readouterr()
+    line[line.index("2")] = "1"
+    assert cli.run(line) == 2
+    assert capsys.readouterr().err == (
+        f"error: --out {out}: exists already; give another name, or --overwrite to replace it\n"
     )
-    assert out.is_file()
+    assert out.read_bytes() == first
+    assert cli.run([*line, "--overwrite"]) == 0
+    assert out.read_bytes() != first
+    out = tmp_path / "other.png"
     with pytest.raises(UserError, match=r"train.seed=1: --run takes the run's own settings; leave one of the two out"):
         show(root, out, run=run, overrides=["train.seed=1"])
     with pytest.raises(UserError, match=r"--run .*none: holds no run \(config.yaml and index.parquet\)"):

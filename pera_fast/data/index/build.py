@@ -18,6 +18,7 @@ from pera_fast.config import Config
 from pera_fast.cores import default_workers
 from pera_fast.data.bands.sensor import band_plan, is_deep, measure, probe_settings
 from pera_fast.data.decoding.decode import Bands
+from pera_fast.data.decoding.formats import refuse_virtual
 from pera_fast.data.decoding.probe import ProbeSettings
 from pera_fast.data.files.manifest import Manifest, ManifestWriter, StoredManifest, not_writable
 from pera_fast.data.files.scan import LISTED, Listing, scan
@@ -136,6 +137,7 @@ def build_index(
         UserError: no such folder, no readable image in it, manifest not writable.
         MachineError: the storage did not answer in time; what was checked is kept.
     """
+    refuse_virtual("data", root)
     folder = Path(os.path.abspath(root))
     storage = Storage(folder, storage_timeout)
     if not os.path.lexists(folder):

@@ -20,6 +20,7 @@ from pera_fast.data.index.build import build_index
 from pera_fast.data.tools.fingerprint import GRID, fingerprint, read_small
 from pera_fast.data.tools.similar import MAX_BITS, distances, similar_pairs
 from pera_fast.errors import UserError
+from pera_fast.paths import new_file
 from pera_fast.progress import progress_bar
 from pera_fast.storage import ClosedError, MachineError, Storage
 
@@ -210,6 +211,15 @@ def move(manifest: Manifest, duplicates: Duplicates, to: Path) -> tuple[int, int
     return moved, left
 
 
+def _is_report(path: Path) -> bool:
+    """Whether a file is a report of an earlier call, which a new one may replace."""
+    try:
+        with open(path, newline="", encoding="utf-8", errors="backslashreplace") as file:
+            return next(csv.reader(file), None) == list(_COLUMNS)
+    except OSError:
+        return False
+
+
 def dedupe(
     root: str | os.PathLike[str],
     *,
@@ -219,9 +229,10 @@ def dedupe(
     channels: int = 3,
     workers: int | None = None,
     progress: bool = True,
+    overwrite: bool = False,
 ) -> str:
     """Finds, reports and, if `move_to` is given, moves near-duplicates. Returns one line that sums up."""
-    report = Path(out)
+    report = new_file("--out", out, overwrite or _is_report(Path(out)))
     if report.is_dir() or not report.absolute().parent.is_dir():
         raise UserError(f"--out {report}: give the name of a CSV file in a folder that exists")
     manifest, duplicates = find_duplicates(root, bits=bits, channels=channels, workers=workers, progress=progress)

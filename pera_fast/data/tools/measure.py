@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from pera_fast.data.files.manifest import Manifest
 from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.index.build import open_or_build
 from pera_fast.data.reading.source import SampleSource
+from pera_fast.data.tools.band_names import band_descriptions
 from pera_fast.errors import UserError
 from pera_fast.keyed import Purpose, generator
 from pera_fast.progress import progress_bar
 
 PERCENTILES = (0.5, 2.0, 50.0, 98.0, 99.5)
-_BINS = 256
+BINS = 256
 _TURN = 16  # files that a thread takes at a time
 
 
@@ -39,6 +40,7 @@ class Measured:
     files: int  # that were measured
     failed: int  # that could not be read
     of: int  # readable files of the data set
+    described: list[str] = field(default_factory=list)  # each channel's band as the files name it; "": not, or not all
 
     def normalisation(self) -> tuple[list[float], list[float]]:
         """views.mean and views.std: of pixels scaled to [0, 1]."""
@@ -67,10 +69,11 @@ class Measured:
         mean, std = self.normalisation()
         bands = []
         for number, (stored, name) in enumerate(zip(self.stored, self.names(), strict=True)):
-            moments, (counts, edges) = stored.moments, stored.histogram(_BINS)
+            moments, (counts, edges) = stored.moments, stored.histogram(BINS)
             bands.append(
                 {
                     "band": name,
+                    "name": self.described[number] if self.described else "",
                     "count": moments.count,
                     "min": moments.low,
                     "max": moments.high,
@@ -88,6 +91,12 @@ class Measured:
     def names(self) -> list[str]:
         """Name or number of each channel's band."""
         return [str(band) for band in self.cfg.data.bands or range(1, self.cfg.model.in_chans + 1)]
+
+    def labels(self) -> list[str]:
+        """The same with the files' own names of the bands, for people: 4 red."""
+        names = self.names()
+        told = self.described or names
+        return [name if other in ("", name) else f"{name} {other}" for name, other in zip(names, told, strict=True)]
 
 
 def measure_data(
@@ -133,7 +142,9 @@ def measure_data(
     rows = np.arange(count)
     if 0 < sample < count:
         rows = np.sort(generator(seed, Purpose.MEASURE).permutation(count)[:sample])
-    return _measure(cfg, manifest, rows, workers or default_workers(), progress)
+    measured = _measure(cfg, manifest, rows, workers or default_workers(), progress)
+    measured.described = band_descriptions(manifest, measured.names())
+    return measured
 
 
 def _measure(cfg: Config, manifest: Manifest, rows: np.ndarray, workers: int, progress: bool) -> Measured:
@@ -155,9 +166,9 @@ def _measure(cfg: Config, manifest: Manifest, rows: np.ndarray, workers: int, pr
                     continue
                 pixels = scaling(raster)
                 for channel in range(channels):
-                    valid = None if raster.valid is None else np.asarray(raster.valid[channel])
-                    own.stored[channel].add(raster.bands[channel], valid)
-                    own.pixels[channel].add(pixels[..., channel], valid)
+                    counted = raster.counted(channel)
+                    own.stored[channel].add(raster.values(channel), counted)
+                    own.pixels[channel].add(pixels[..., channel], counted)
                 own.files += 1
             advance(len(rows[start : start + _TURN]))
         return own
@@ -203,9 +214,9 @@ def show(measured: Measured) -> None:
     table = Table(*heads, box=None, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
-    for band in measured.as_dict()["bands"]:
+    for band, label in zip(measured.as_dict()["bands"], measured.labels(), strict=True):
         values = [band["min"], *band["percentiles"].values(), band["max"], band["mean"], band["std"]]
-        table.add_row(band["band"], *(f"{value:.5g}" for value in values))
+        table.add_row(label, *(f"{value:.5g}" for value in values))
     console = Console(markup=False, highlight=False, soft_wrap=True)
     failed = f", {measured.failed} could not be read" if measured.failed else ""
     console.print(f"stored values of {measured.files} of {measured.of} files{failed}")
@@ -221,30 +232,3 @@ def write_json(measured: Measured, path: Path) -> None:
         path.write_text(json.dumps(measured.as_dict(), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {path}: cannot be written ({error.strerror or error})") from error
-
-
-def write_plot(measured: Measured, path: Path) -> None:
-    """A picture of the histograms, one line a band. Raises UserError if it cannot be written."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4))
-    rgb = len(measured.stored) == 3 and not measured.cfg.data.bands
-    for number, (band, name) in enumerate(zip(measured.stored, measured.names(), strict=True)):
-        counts, edges = band.histogram(_BINS)
-        color = ("tab:red", "tab:green", "tab:blue")[number] if rgb else f"C{number % 10}"
-        axes.stairs(counts / counts.sum() / np.diff(edges), edges, label=f"band {name}", color=color)
-    axes.set_xlabel("stored value")
-    axes.set_ylabel("density")
-    axes.set_yscale("log")
-    axes.legend(frameon=False, ncols=1 + len(measured.stored) // 12)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--plot {path}: cannot be written ({error})") from error
-    finally:
-        plt.close(figure)

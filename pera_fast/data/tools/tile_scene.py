@@ -13,11 +13,13 @@ import numpy as np
 from PIL import Image
 
 from pera_fast.data.tools.tile_grid import Box, TileSettings, reads
+from pera_fast.data.tools.tile_place import Place, PlaceError
 from pera_fast.durable import whole_file
 
 _GDAL_CACHE_MIB = 64
 _QUALITY = 95
 _PROGRESS = "progress.json"
+_MEANING: dict[str, Any] = {"scales": 1.0, "offsets": 0.0, "units": None}  # and the value that says nothing
 
 
 @dataclass
@@ -93,6 +95,12 @@ class _Cutter:
             self._descriptions = [None] * 3
         self._dtype = np.result_type(*(scene.dtypes[i - 1] for i in self._indexes)) if self._indexes else None
         self._check()
+        try:
+            self._place = Place(scene)
+        except PlaceError as error:
+            raise SceneError(str(error)) from None
+        self._tags = _kept(scene.tags())
+        self._meaning = self._read_meaning()
         nodata = scene.nodata if scene.nodata is not None else settings.nodata
         self._nodata = None if self._colors is not None or not _fits(nodata, self._dtype) else nodata
 
@@ -101,6 +109,10 @@ class _Cutter:
             raise SceneError("has no band")
         if self._dtype.kind == "c":
             raise SceneError("complex values")
+        nodata = {str(self._scene.nodatavals[i - 1]) for i in self._indexes}
+        if len(nodata) > 1:
+            told = ", ".join(sorted(nodata))
+            raise SceneError(f"its bands have different values for no data ({told}); a tile has one: give it one")
         if self._colors is not None:
             self._dtype = self._colors.dtype
         if self._settings.format == "tif":
@@ -111,6 +123,16 @@ class _Cutter:
                 f"{len(self._meanings)} band(s) of {self._dtype.name} do not go into {self._settings.format}"
                 f" (1 or 3 of {' or '.join(kinds)} do): use --format tif"
             )
+
+    def _read_meaning(self) -> dict[str, list[Any]]:
+        """Scale, offset, unit and tags of each band, of those that say anything: a value means `v * scale + offset`."""
+        if self._colors is not None:  # numbers of a palette
+            return {}
+        scene, at = self._scene, [i - 1 for i in self._indexes]
+        meaning = {name: [getattr(scene, name)[i] for i in at] for name in _MEANING}
+        found = {name: values for name, values in meaning.items() if any(v != _MEANING[name] for v in values)}
+        tags = [_kept(scene.tags(i)) for i in self._indexes]
+        return {**found, "band_tags": tags} if any(tags) else found
 
     def run(self, say: Callable[[str], None]) -> TileCounts:
         assert self._dtype is not None
@@ -160,22 +182,14 @@ class _Cutter:
         return valid
 
     def _write(self, box: Box, pixels: np.ndarray, valid: np.ndarray, missing: float) -> None:
-        from rasterio.windows import Window
-
-        left, top, right, bottom = box
-        window = Window.from_slices((top, bottom), (left, right))
-        stem = f"y{top:06d}_x{left:06d}"
-        about = self._about(box, window, missing)
-        _replace(self._folder / f"{stem}.{self._settings.format}", self._encoded(pixels, valid, window))
+        stem = f"y{box[1]:06d}_x{box[0]:06d}"
+        about = self._about(box, missing)
+        _replace(self._folder / f"{stem}.{self._settings.format}", self._encoded(pixels, valid, box))
         _replace(self._folder / f"{stem}.json", json.dumps(about, indent=1).encode() + b"\n")
 
-    def _about(self, box: Box, window: Any, missing: float) -> dict[str, Any]:
-        from rasterio.transform import array_bounds
-        from rasterio.warp import transform_bounds
-
+    def _about(self, box: Box, missing: float) -> dict[str, Any]:
         left, top, right, bottom = box
-        scene, transform = self._scene, self._scene.window_transform(window)
-        about: dict[str, Any] = {
+        return {
             "scene": self._name,
             "left": left,
             "top": top,
@@ -185,20 +199,12 @@ class _Cutter:
             "dtype": str(self._dtype),
             "nodata": _json_number(self._nodata),
             "nodata_fraction": round(missing, 6),
-            "crs": None,
-            "transform": list(transform)[:6],
-            "bounds": None,
-            "bounds_wgs84": None,
+            **self._place.told(box),
+            **self._meaning,
+            "tags": {key: value for key, value in self._tags.items() if key != "AREA_OR_POINT"},
         }
-        if scene.crs is not None:
-            code = scene.crs.to_epsg()
-            about["crs"] = f"EPSG:{code}" if code else scene.crs.to_wkt()
-            about["bounds"] = array_bounds(bottom - top, right - left, transform)
-            with contextlib.suppress(Exception):  # a local system, or one without a way to longitude and latitude
-                about["bounds_wgs84"] = transform_bounds(scene.crs, "EPSG:4326", *about["bounds"])
-        return about
 
-    def _encoded(self, pixels: np.ndarray, valid: np.ndarray, window: Any) -> bytes:
+    def _encoded(self, pixels: np.ndarray, valid: np.ndarray, box: Box) -> bytes:
         from rasterio.io import MemoryFile
 
         bands, height, width = pixels.shape
@@ -215,19 +221,33 @@ class _Cutter:
                     out.write(pixels)
                 return bytes(memory.read())
         assert self._dtype is not None
-        place = {"crs": self._scene.crs, "transform": self._scene.window_transform(window), "nodata": self._nodata}
+        place = {**self._place.written(box), "nodata": self._nodata}
         predictor = 3 if self._dtype.kind == "f" else 2
         packing = {"compress": "deflate", "predictor": predictor if self._dtype.itemsize <= 4 else 1}
         with MemoryFile() as memory:
             with memory.open(driver="GTiff", interleave="pixel", **shape, **place, **packing) as out:
                 out.write(pixels)
                 out.colorinterp = self._meanings
-                for band, description in enumerate(self._descriptions, start=1):
-                    if description:
-                        out.set_band_description(band, description)
+                self._describe(out)
                 if self._nodata is None and not valid.all():
                     out.write_mask(valid)
             return bytes(memory.read())
+
+    def _describe(self, out: Any) -> None:
+        """Give a GeoTIFF what the scene says of its bands."""
+        for name in _MEANING.keys() & self._meaning.keys():
+            setattr(out, name, tuple(value or "" if name == "units" else value for value in self._meaning[name]))
+        out.update_tags(**self._tags)
+        for band, description in enumerate(self._descriptions, start=1):
+            if description:
+                out.set_band_description(band, description)
+            if tags := self._meaning.get("band_tags"):
+                out.update_tags(band, **tags[band - 1])
+
+
+def _kept(tags: dict[str, str]) -> dict[str, str]:
+    """Tags that are true of a part of the scene too."""
+    return {key: value for key, value in tags.items() if not key.startswith(("STATISTICS_", "OVR_"))}
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -103,6 +103,19 @@ def test_a_file_that_goes_after_the_index_is_left_alone(folder, tmp_path, monkey
     assert "was changed since the index was made" in caplog.text
 
 
+def test_a_report_may_be_replaced_but_no_other_file(folder, tmp_path, capsys):
+    report, line = tmp_path / "report.csv", ["data", "dedupe", str(folder), "--out", str(tmp_path / "report.csv")]
+    report.write_text("my thesis\n")
+    assert cli.run(line) == 2
+    said = f"error: --out {report}: exists already; give another name, or --overwrite to replace it\n"
+    assert capsys.readouterr().err == said
+    assert report.read_text() == "my thesis\n"
+    assert cli.run([*line, "--overwrite"]) == 0
+    first = report.read_text()
+    assert first.startswith("group,action,file,")
+    assert cli.run([*line, "--threshold", "0"]) == 0
+
+
 def test_a_duplicate_is_alike_to_the_one_that_is_kept():
     """A chain: each is 4 bits from the next, so the third is 8 from the first."""
     hashes = np.array([0, 0xF, 0xFF, 0xFFF, 0xF], np.uint64)

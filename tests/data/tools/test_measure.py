@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from data_support import encoded, raster, scene, small_config, write_scenes
 from PIL import Image
@@ -14,7 +15,8 @@ from pera_fast.config import load_config
 from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.index.build import build_index, open_or_build
 from pera_fast.data.loading.loader import Loader
-from pera_fast.data.tools.measure import measure_data, write_json, write_plot
+from pera_fast.data.tools.measure import measure_data, write_json
+from pera_fast.data.tools.measure_plot import write_plot
 from pera_fast.errors import UserError
 
 
@@ -139,6 +141,8 @@ def test_the_command_prints_writes_and_draws(tmp_path, capsys):
     line = f"data stats {tmp_path / 'data'} model.in_chans=5 --json {tmp_path / 's.json'} --plot {tmp_path / 's.png'}"
     assert cli.run([*line.split(), "--sample", "4", "--workers", "1"]) == 0
     out = capsys.readouterr().out
+    assert cli.run(line.split()) == 2
+    assert "s.json: exists already; give another name, or --overwrite to replace it" in capsys.readouterr().err
     told = json.loads((tmp_path / "s.json").read_text())
     assert "stored values of 4 of 6 files" in out
     assert all(f"  {setting}\n" in out for setting in told["settings"])
@@ -153,6 +157,29 @@ def test_the_command_prints_writes_and_draws(tmp_path, capsys):
         write_json(measured, tmp_path / "no" / "s.json")
     with pytest.raises(UserError, match=r"--plot .*s.doc: cannot be written \(Format 'doc' is not supported"):
         write_plot(measured, tmp_path / "s.doc")
+
+
+def test_the_legend_stands_beside_the_curves_and_names_each_band(tmp_path, monkeypatch):
+    """12 named bands, in two files that agree on all names but the last."""
+    (tmp_path / "data").mkdir()
+    values = np.arange(12 * 64, dtype=np.uint16).reshape(12, 8, 8)
+    for file, last in (("a.tif", "swir"), ("b.tif", "other")):
+        (tmp_path / "data" / file).write_bytes(raster(values))
+        with rasterio.open(tmp_path / "data" / file, "r+") as opened:
+            opened.descriptions = [*(f"name{n}" for n in range(1, 12)), last]
+    measured = run(tmp_path / "data", overrides=["model.in_chans=12"])
+    figures = []
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
+    write_plot(measured, tmp_path / "s.png")
+    (axes,) = figures[0].axes
+    legend = axes.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [
+        *(f"band {n} name{n}" for n in range(1, 12)), "band 12"
+    ]  # fmt: skip
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+    styles = {(curve.get_edgecolor(), str(curve.get_linestyle())) for curve in axes.patches}
+    assert len(styles) == 12
+    assert [band["name"] for band in measured.as_dict()["bands"]] == [*(f"name{n}" for n in range(1, 12)), ""]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,10 @@ from data_support import shared_data
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from rasterio.transform import from_origin
+from rasterio.control import GroundControlPoint
+from rasterio.crs import CRS
+from rasterio.rpc import RPC
+from rasterio.transform import Affine, from_origin
 
 from pera_fast import cli
 from pera_fast.data.index.build import build_index
@@ -131,6 +134,99 @@ def test_tiles_are_the_scenes_pixels_with_their_place(tmp_path, monkeypatch, lay
         assert about["bands"] == list(descriptions) == ["blue", "green", "nir"]
         assert (about["nodata_fraction"], about["dtype"]) == (0, "uint16")
     assert sorted(path.suffix for path in out.iterdir()) == [".json"] * 9 + [".tif"] * 9
+
+
+def test_ground_control_points_keep_their_place(tmp_path):
+    at = [(r, c) for r in (0, 48, 96) for c in (0, 32, 64)]
+    points = [GroundControlPoint(r, c, 10 + c * 1e-4 + r * 2e-5, 50 - r * 1e-4 + c * 1e-5, 7) for r, c in at]
+    path = write_scene(tmp_path / "a.tif", picture(1, 96, 64), crs=None, transform=None)
+    with rasterio.open(path, "r+") as scene:
+        scene.gcps = points, CRS.from_epsg(4326)
+    assert cli.run(["data", "tile", str(path), "--out", str(tmp_path / "out"), "--size", "32"]) == 0
+    with rasterio.open(tmp_path / "out" / "a" / "y000064_x000032.tif") as opened:
+        found, crs = opened.gcps
+    assert crs == CRS.from_epsg(4326)
+    assert [(p.row, p.col, p.x, p.y, p.z) for p in found] == [(p.row - 64, p.col - 32, p.x, p.y, p.z) for p in points]
+    about = json.loads((tmp_path / "out" / "a" / "y000064_x000032.json").read_text())
+    assert (about["crs"], about["transform"], about["gcps"][0]["row"]) == ("EPSG:4326", None, -64)
+    corners = [(10 + c * 1e-4 + r * 2e-5, 50 - r * 1e-4 + c * 1e-5) for r in (64, 96) for c in (32, 64)]
+    xs, ys = zip(*corners, strict=True)
+    assert about["bounds"] == pytest.approx([min(xs), min(ys), max(xs), max(ys)], abs=1e-9)
+
+
+def test_rational_polynomials_keep_their_place(tmp_path):
+    numbers = {"line_off": 48.0, "samp_off": 32.0, "line_scale": 48.0, "samp_scale": 32.0}
+    numbers |= {"lat_off": 50.0, "long_off": 10.0, "height_off": 100.0, "lat_scale": 0.01, "long_scale": 0.01}
+    line = [0.0, 0.0, -1.0, *[0.0] * 17]  # the line follows the latitude, the sample the longitude
+    one = [1.0, *[0.0] * 19]
+    rpcs = RPC(
+        **numbers, height_scale=500.0, line_num_coeff=line, line_den_coeff=one,
+        samp_num_coeff=[0.0, 1.0, *[0.0] * 18], samp_den_coeff=one,
+    )  # fmt: skip
+    write_scene(tmp_path / "a.tif", picture(1, 96, 64), crs=None, transform=None, rpcs=rpcs)
+    run(tmp_path / "a.tif", tmp_path / "out", size=32)
+    with rasterio.open(tmp_path / "out" / "a" / "y000064_x000032.tif") as opened:
+        assert (opened.rpcs.line_off, opened.rpcs.samp_off) == (48 - 64, 32 - 32)
+        assert opened.rpcs.lat_off == 50
+    about = json.loads((tmp_path / "out" / "a" / "y000064_x000032.json").read_text())
+    # A polynomial counts from the middle of the first pixel.
+    xs = [10 + (column - 0.5 - 32) / 32 * 0.01 for column in (32, 64)]
+    ys = [50 - (row - 0.5 - 48) / 48 * 0.01 for row in (96, 64)]
+    assert about["bounds_wgs84"] == pytest.approx([xs[0], ys[0], xs[1], ys[1]], abs=1e-9)
+
+
+def test_scale_offset_unit_and_tags_of_bands_are_kept(tmp_path):
+    path = write_scene(tmp_path / "a.tif", picture(2, 40, 40))
+    with rasterio.open(path, "r+") as scene:
+        scene.scales, scene.offsets, scene.units = (1e-4, 1.0), (-0.1, 0.0), ("reflectance", "m")
+        scene.update_tags(2, WAVELENGTH="665", STATISTICS_MEAN="12")
+        scene.update_tags(PRODUCT="L2A", AREA_OR_POINT="Point")
+    run(path, tmp_path / "out", size=32)
+    with rasterio.open(tmp_path / "out" / "a" / "y000000_x000008.tif") as opened:
+        assert (opened.scales, opened.offsets, opened.units) == ((1e-4, 1.0), (-0.1, 0.0), ("reflectance", "m"))
+        assert (opened.tags(1), opened.tags(2)) == ({}, {"WAVELENGTH": "665"})
+        assert opened.tags() == {"PRODUCT": "L2A", "AREA_OR_POINT": "Point"}
+        assert opened.transform == rasterio.open(path).transform * Affine.translation(8, 0)
+    about = json.loads((tmp_path / "out" / "a" / "y000000_x000008.json").read_text())
+    assert (about["scales"], about["offsets"], about["units"]) == ([1e-4, 1.0], [-0.1, 0.0], ["reflectance", "m"])
+    assert (about["tags"], about["band_tags"]) == ({"PRODUCT": "L2A"}, [{}, {"WAVELENGTH": "665"}])
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [Affine(10, 0, 5e5, 0, 10, 4e6), Affine(-10, 0, 5e5, 0, -10, 4e6), Affine(7, 7, 5e5, 7, -7, 4e6)],
+    ids=["south up", "east left", "rotated"],
+)
+def test_bounds_rise(tmp_path, transform):
+    path = write_scene(tmp_path / "a.tif", picture(1, 40, 40), transform=transform)
+    run(path, tmp_path / "out", size=32)
+    about = json.loads((tmp_path / "out" / "a" / "y000008_x000000.json").read_text())
+    corners = [transform * (column, row) for column in (0, 32) for row in (8, 40)]
+    xs, ys = zip(*corners, strict=True)
+    assert about["bounds"] == pytest.approx([min(xs), min(ys), max(xs), max(ys)])
+    assert about["bounds_wgs84"][0] < about["bounds_wgs84"][2]
+    assert about["bounds_wgs84"][1] < about["bounds_wgs84"][3]
+
+
+def test_what_a_tile_cannot_keep_is_refused_by_name(tmp_path):
+    scenes = tmp_path / "scenes"
+    path = write_scene(scenes / "swath.tif", picture(1, 40, 40), crs=None, transform=None)
+    with rasterio.open(path, "r+") as scene:
+        scene.update_tags(ns="GEOLOCATION", X_DATASET="lon.tif", Y_DATASET="lat.tif", X_BAND="1", Y_BAND="1")
+    write_scene(scenes / "good.tif", picture(1, 40, 40))
+    source = "".join(
+        f'<VRTRasterBand dataType="UInt16" band="{n}"><NoDataValue>{value}</NoDataValue><SimpleSource>'
+        f'<SourceFilename relativeToVRT="1">good.tif</SourceFilename><SourceBand>1</SourceBand></SimpleSource>'
+        f"</VRTRasterBand>"
+        for n, value in ((1, 0), (2, 255))
+    )
+    vrt = tmp_path / "scenes" / "mixed.tif"  # GDAL knows a file by its content
+    vrt.write_text(f'<VRTDataset rasterXSize="40" rasterYSize="40">{source}</VRTDataset>')
+    run(scenes, tmp_path / "out", size=32)
+    assert skipped_rows(tmp_path / "out") == {
+        "swath.tif": "its place is a geolocation array, which tiles cannot keep: warp it first (gdalwarp)",
+        "mixed.tif": "its bands have different values for no data (0.0, 255.0); a tile has one: give it one",
+    }
 
 
 def test_tiles_without_data_are_left_out(tmp_path):
