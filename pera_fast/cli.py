@@ -15,6 +15,7 @@ from pera_fast.cli_data import data_app
 from pera_fast.cli_profile import profile_app
 from pera_fast.errors import UserError
 from pera_fast.paths import refuse_urls
+from pera_fast.storage import NO_THREAD, cannot_start
 
 app = typer.Typer(
     name="pera-fast",
@@ -250,6 +251,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
             typer.echo(str(error), err=True)
             return 2
         return _fail(_usage(error), 2)
+    except RuntimeError as error:
+        if NO_THREAD not in str(error):
+            raise
+        return _fail(cannot_start("a thread", error), UserError.exit_code)
     except ValueError as error:
         if not str(error).startswith("PERA_BACKEND="):  # which pera_kernels refuses when it is first asked
             raise

@@ -34,6 +34,7 @@ from pera_fast.train.flops import fastest_rate
 from pera_fast.train.fused_update import make_update
 from pera_fast.train.graph import choose_graph
 from pera_fast.train.host_memory import reuse_freed_memory
+from pera_fast.train.host_threads import hold_to_quota
 from pera_fast.train.inputs import make_inputs
 from pera_fast.train.loop import Run, fit
 from pera_fast.train.memory_plan import choose_recompute
@@ -149,6 +150,7 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
 def _build(folder: RunFolder, start: Start, here: World, manifest: Manifest, loader: Loader[StepInputs]) -> Run:
     """The run with its model and optimiser, continued from the checkpoint if there is one."""
     cfg = start.cfg
+    hold_to_quota()
     if here.device.type == "cpu":
         reuse_freed_memory()
     prefer_attention(cfg, here.device)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pera_fast.cores import default_workers
 from pera_fast.data.ahead import map_ahead
 from pera_fast.data.decoding import decode
 from pera_fast.data.decoding.probe import os_reason, read_file
@@ -71,7 +72,7 @@ def find_duplicates(
         raise UserError(f"--threshold {bits}: must be 0 to {MAX_BITS} of the 64 bits of a hash")
     manifest = build_index(root, workers=workers, progress=progress, channels=channels)
     files = manifest.readable
-    hashes, means, ok = _fingerprints(manifest, workers or len(os.sched_getaffinity(0)), progress)
+    hashes, means, ok = _fingerprints(manifest, workers or default_workers(), progress)
     rows = np.flatnonzero(ok)
     size = files.height[rows] * files.width[rows]
     rows = rows[np.lexsort((rows, -size))]  # the best first

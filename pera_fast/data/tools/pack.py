@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pera_fast.cores import default_workers
 from pera_fast.data.ahead import map_ahead
 from pera_fast.data.decoding import decode
 from pera_fast.data.decoding.probe import os_reason, read_file
@@ -102,7 +103,7 @@ def pack(
         with _locked(folder):
             state, manifest = _begin(Path(root), folder, settings, workers, progress)
             if not state.complete:
-                _write(manifest, folder, settings, state, workers or len(os.sched_getaffinity(0)), progress)
+                _write(manifest, folder, settings, state, workers or default_workers(), progress)
     except OSError as error:
         raise UserError(
             f"--out {out}: cannot write there ({error.strerror or error}); the same command goes on from the last whole"

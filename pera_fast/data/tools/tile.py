@@ -12,6 +12,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from pera_fast.cores import default_workers
 from pera_fast.data.decoding.formats import HEAD_BYTES, refuse_virtual, sniff
 from pera_fast.data.decoding.worker_process import DiedError, WorkerProcess
 from pera_fast.data.files.scan import scan
@@ -64,7 +65,7 @@ def tile(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder, settings):
-            return _tile(source, folder, settings, workers or len(os.sched_getaffinity(0)), progress)
+            return _tile(source, folder, settings, workers or default_workers(), progress)
     except OSError as error:
         raise UserError(
             f"--out {out}: cannot write there ({error.strerror or error}); the same command goes on from here"
