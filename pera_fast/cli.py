@@ -1,5 +1,6 @@
 """The command line: parses arguments and calls functions. Only commands that need torch import it."""
 
+import contextlib
 import os
 import re
 import sys
@@ -72,7 +73,8 @@ def pretrain(
 ) -> None:
     """Pretrain on a folder of images. Under torchrun: data-parallel.
 
-    Exit status: 0 done; 2 wrong usage, settings or data; 130 or 143 interrupted, with a checkpoint written.
+    Exit status: 0 done; 2 wrong usage, settings or data; interrupted, with a checkpoint: 130 SIGINT, 143 SIGTERM, 138
+    SIGUSR1, 129 SIGHUP.
     """
     from pera_fast import pretrain as run
 
@@ -287,10 +289,26 @@ def _usage(error: Any) -> str:
 
 def _fail(message: str, status: int) -> int:
     if os.environ.get("RANK", "0") == "0":  # torchrun starts equal processes: one of them speaks
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the exit status is left to say it
+            print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 
 def main() -> None:
     """The program `pera-fast`."""
+    _open_standard_streams()
     sys.exit(run())
+
+
+def _open_standard_streams() -> None:
+    """Give what the shell closed (`>&-`) to /dev/null.
+
+    Else sys.stdout is None, and the next file that is opened gets number 1, so that what libraries print lands in it.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # imported where a bar is drawn: short commands do not wait for it
     from rich.progress import Progress
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether a stream is a terminal; not if it is None (closed), or any object that cannot say."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError, OSError):
+        return False
 
 
 @contextmanager

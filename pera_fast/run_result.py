@@ -10,7 +10,7 @@ class RunResult:
     """Result of a run.
 
     Attributes:
-        exit_code: 0 done; 130 (SIGINT) or 143 (SIGTERM) stopped, with a checkpoint written.
+        exit_code: 0 done; 130 (SIGINT), 143 (SIGTERM), 138 (SIGUSR1) or 129 (SIGHUP) stopped, with a checkpoint.
         out: the run folder.
         steps: optimiser steps done, those before resuming included.
         metrics: of the last step that this call made (the keys of metrics.jsonl); empty if there was none left.

@@ -219,9 +219,9 @@ def _load(path: Path) -> str | None:
     if not path.exists():
         return f"the native library was not built: {BUILD_HINT}"
     # It is compiled for AVX2 on x86-64 (CMakeLists.txt); loading it on less would end the process at the first call.
-    capability = torch.backends.cpu.get_cpu_capability()
-    if platform.machine() == "x86_64" and not capability.startswith("AVX"):
-        return f"this processor has no AVX2 (torch sees {capability})"
+    # Asked is the processor: ATEN_CPU_CAPABILITY holds torch's own code to less, not ours.
+    if platform.machine() == "x86_64" and not torch.cpu._is_avx2_supported():
+        return "this processor has no AVX2"
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:  # built for another machine or on a newer system; or torch < 2.10

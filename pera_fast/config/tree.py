@@ -168,6 +168,7 @@ class TrainConfig:
     precision: str = _key("bf16", choices=("bf16", "fp16", "fp32"))  # of activations and matrix products
     seed: int = _key(0, low=0, high=2**63 - 1)  # of every random draw
     checkpoint_every: int = _count(1000)  # optimiser steps between checkpoints
+    checkpoint_minutes: float | None = _key(None, above=0)  # minutes between checkpoints, if sooner; null: steps only
     keep_checkpoints: int = _count(3)  # newest checkpoints to keep
     max_nonfinite: int = _count(10)  # successive steps with a non-finite loss after which the run ends
     device: str = _key("auto", choices=("auto", "cpu", "cuda"))

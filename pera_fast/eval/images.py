@@ -1,7 +1,6 @@
 """Labelled images for probes: a folder per class, or a CSV that names file, class and split."""
 
 import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from pera_fast.config import Config
 from pera_fast.data.bands.sensor import probe_settings, scaling_of
-from pera_fast.data.decoding import decode
-from pera_fast.data.decoding.formats import HEAD_BYTES, sniff
-from pera_fast.data.decoding.probe import ProbeSettings
-from pera_fast.data.decoding.scaling import Raster
+from pera_fast.data.decoding import decode, formats
 from pera_fast.errors import UserError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp"})
+SUFFIXES = frozenset(f".{suffix}" for suffix in formats.SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -112,11 +108,8 @@ def load_images(files: Sequence[Path], size: int, cfg: Config | None = None) -> 
     pictures = []
     for file in files:
         try:
-            data = file.read_bytes()
-            if settings.encoded:
-                pictures.append(_resized_8_bit(data, settings.channels, size))
-            else:
-                pictures.append(_resized(scaling(_first(data, settings)), size))
+            pixels = scaling(decode.read_any(file.read_bytes(), settings.channels, settings.bands))
+            pictures.append((_resized_8_bit if settings.encoded else _resized)(pixels, size))
         except Exception as error:  # a library may raise anything
             told = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{file}: cannot be read as an image for evaluation ({told})") from error
@@ -126,26 +119,11 @@ def load_images(files: Sequence[Path], size: int, cfg: Config | None = None) -> 
     return torch.empty(0, size, size, settings.channels, dtype=dtype)
 
 
-def _resized_8_bit(data: bytes, channels: int, size: int) -> Tensor:
-    mode = "L" if channels == 1 else "RGB"
-    try:
-        image = Image.open(io.BytesIO(data)).convert(mode)
-    except UnidentifiedImageError:
-        image = Image.fromarray(decode.decode(data, "rasterio", channels).squeeze())
+def _resized_8_bit(pixels: np.ndarray, size: int) -> Tensor:
+    """uint8 [H, W, 3 or 1] -> [size, size, 3 or 1], as Pillow resizes."""
+    image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
     array = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-    return torch.from_numpy(array.reshape(size, size, channels).copy())
-
-
-def _first(data: bytes, settings: ProbeSettings) -> Raster:
-    """Raster from the first decoder that can read it."""
-    failures = []
-    for decoder in settings.decoders:
-        if decode.can_decode(decoder, sniff(data[:HEAD_BYTES]), raw=True):
-            try:
-                return decode.read(data, decoder, settings.channels, settings.bands)
-            except Exception as error:  # the next one may know better
-                failures.append(str(error))
-    raise ValueError("; ".join(failures))
+    return torch.from_numpy(array.reshape(size, size, pixels.shape[2]).copy())
 
 
 def _resized(pixels: np.ndarray, size: int) -> Tensor:

@@ -291,13 +291,19 @@ def _rows_attention(
     return query_attention(q, kv, num_heads, [1 + tail for tail in tails], groups)[0]
 
 
+class AttentionLayers(NamedTuple):
+    """Layers of an attention branch."""
+
+    norm: nn.LayerNorm
+    qkv: nn.Linear
+    proj: nn.Linear
+    num_heads: int
+
+
 def attention_branch(
     x: Tensor,
     pending: Pending | None,
-    norm: nn.LayerNorm,
-    qkv: nn.Linear,
-    proj: nn.Linear,
-    num_heads: int,
+    layers: AttentionLayers,
     subset: Tensor | None,
     plan: Plan,
     tails: Sequence[int] | None = None,
@@ -307,7 +313,7 @@ def attention_branch(
     Args:
         x: packed tokens [T, D] in the compute dtype; overwritten where no gradient is recorded.
         pending: the result of the branch before; None: x is complete.
-        norm, qkv, proj, num_heads: the branch's layers.
+        layers: of the branch.
         subset: int32 [sum(kept_counts) + sum(n)], the sequences that the branch sees, with places; None: all.
         plan: groups and policy.
         tails: None, or for a network's last block the rows that are read (``rows.take_rows``).
@@ -315,14 +321,15 @@ def attention_branch(
     Returns:
         The stream [T, D] and the branch's result, to be added to it; with tails the rows of both that are read.
     """
+    norm, qkv, proj, num_heads = layers
     added, left = output_bias(proj, x)
     if torch.is_grad_enabled():
         beginning = _beginning(x, pending, norm, subset, plan)
-        layers = qkv.weight, qkv.bias, proj.weight, added, num_heads
+        parameters = qkv.weight, qkv.bias, proj.weight, added, num_heads
         if tails is not None:
-            x, y = _LastAttentionBranch.apply(*beginning, *layers, tuple(tails))
+            x, y = _LastAttentionBranch.apply(*beginning, *parameters, tuple(tails))
         else:
-            x, y = _AttentionBranch.apply(*beginning, *layers)
+            x, y = _AttentionBranch.apply(*beginning, *parameters)
         return x, Pending(y, left, subset)
     x, normed = _begin_without_gradient(x, pending, norm, subset, plan)
     groups = plan.branch_groups

@@ -13,19 +13,12 @@ from pera_kernels.attention.op import attention_parts
 from pera_kernels.gelu_fp8 import gelu_fp8
 from pera_kernels.quantize_rows import Slot, WeightQuantizer, quantize_parts
 
-from .branches import Pending, Plan, output_bias
+from .branches import AttentionLayers, Pending, Plan, output_bias
 
 
-def attention_branch(
-    x: Tensor,
-    pending: Pending | None,
-    norm: nn.LayerNorm,
-    qkv: nn.Linear,
-    proj: nn.Linear,
-    num_heads: int,
-    plan: Plan,
-) -> tuple[Tensor, Pending]:
+def attention_branch(x: Tensor, pending: Pending | None, layers: AttentionLayers, plan: Plan) -> tuple[Tensor, Pending]:
     """As ``branches.attention_branch`` without gradients and subsets."""
+    norm, qkv, proj, num_heads = layers
     added, left = output_bias(proj, x)
     normed = _begin(x, pending, norm)
     parts = attention_parts(fp8.linear(normed, qkv.weight, qkv.bias, x.dtype), num_heads, plan.groups)

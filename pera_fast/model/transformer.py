@@ -17,7 +17,7 @@ from pera_kernels.embed_tokens import embed_tokens
 from pera_kernels.sequence_norm import sequence_norm
 
 from . import fp8 as fp8_branches
-from .branches import Pending, Plan, add_pending, attention_branch, mlp_branch, norm_pending
+from .branches import AttentionLayers, Pending, Plan, add_pending, attention_branch, mlp_branch, norm_pending
 from .rows import row_groups
 
 NORM_EPS = 1e-6
@@ -83,11 +83,11 @@ class Block(nn.Module):
         attn, mlp = self.attn, self.mlp
         in_fp8 = plan.fp8 and tails is None  # the last block has no large products: few of its rows are read
         with span("attention"):
-            layers = self.norm1, attn.qkv, attn.proj, attn.num_heads
+            layers = AttentionLayers(self.norm1, attn.qkv, attn.proj, attn.num_heads)
             if in_fp8:
-                x, pending = fp8_branches.attention_branch(x, pending, *layers, plan)
+                x, pending = fp8_branches.attention_branch(x, pending, layers, plan)
             else:
-                x, pending = attention_branch(x, pending, *layers, subsets[0], plan, tails)
+                x, pending = attention_branch(x, pending, layers, subsets[0], plan, tails)
         if tails is not None:
             plan = plan._replace(groups=tuple(row_groups(plan.groups, tails)))
         with span("mlp"):

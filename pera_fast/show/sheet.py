@@ -215,15 +215,11 @@ def _read_whole(cfg: Config, manifest: Manifest, sample: int) -> Image.Image | N
         data, _ = read_file(locate(os.fspath(manifest.root), path, offset, size))
     except OSError:
         return None
-    for decoder in ("pillow", "rasterio") if settings.encoded else settings.decoders:
-        try:
-            if settings.encoded:
-                return Image.fromarray(decode.decode(data, decoder, 3))
-            pixels = scaling_of(cfg)(decode.read(data, decoder, settings.channels, settings.bands))
-            return Image.fromarray(np.ascontiguousarray(by_type(_as_rgb(cfg, pixels))))
-        except Exception:  # the other may know it
-            continue
-    return None
+    try:
+        pixels = scaling_of(cfg)(decode.read_any(data, settings.channels, settings.bands))
+    except ValueError:
+        return None
+    return Image.fromarray(np.ascontiguousarray(by_type(_as_rgb(cfg, pixels))))
 
 
 def _printable(path: str) -> str:

@@ -29,6 +29,7 @@ from pera_fast.train.compute_copies import make_copies
 from pera_fast.train.console import RunLog
 from pera_fast.train.distributed import World, world
 from pera_fast.train.early import let_main_speak, write_finished
+from pera_fast.train.environment import check_environment, check_launcher
 from pera_fast.train.flops import fastest_rate
 from pera_fast.train.fused_update import make_update
 from pera_fast.train.graph import choose_graph
@@ -65,8 +66,8 @@ def pretrain(
 ) -> RunResult:
     """Pretrains on all images below `data`; everything that results lies in the run folder `out`.
 
-    Under torchrun this is data-parallel. SIGINT and SIGTERM finish the step, write a checkpoint and return; their
-    handlers are put back afterwards.
+    Under torchrun this is data-parallel. SIGINT, SIGTERM, SIGUSR1 and SIGHUP finish the step, write a checkpoint and
+    return; their handlers are put back afterwards.
 
     Args:
         data: folder of images.
@@ -81,16 +82,17 @@ def pretrain(
     """
     folder = RunFolder(Path(out))
     try:
+        check_launcher()
         if resume == "auto":
             start = start_auto(folder, recipe or "vit_b16", overrides)
         elif resume:
             start = start_resumed(folder, recipe, overrides)
         else:
             start = start_new(folder, recipe or "vit_b16", overrides)
+        check_environment(start, folder, Path(data))
         with exit_on_termination(), world(start.cfg.train.device) as here, ExitStack() as stack:
             here.barrier()  # all ranks have looked at the folder before rank 0 writes there
-            here.on_main(folder.make)
-            here.on_main(lambda: stack.enter_context(folder.locked()))
+            here.on_main(lambda: stack.enter_context(folder.opened()))
             stack.enter_context(RunLog(folder.log if here.main else None))
             stack.enter_context(step_stream(here.device))
             return _pretrain(Path(data), folder, start, here)
@@ -128,7 +130,6 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
             run.position = position
             if here.main:
                 folder.finished.unlink(missing_ok=True)
-                folder.write_config(cfg, start.asked)
                 folder.cut_metrics(run.step)
             _announce(run)
             log.info("%s", decoding)
@@ -175,6 +176,7 @@ def _build(folder: RunFolder, start: Start, here: World, manifest: Manifest, loa
         images=len(manifest.readable),
         data=_digest(manifest),
         export=export_teacher,
+        begin=lambda: folder.write_config(cfg, start.asked),
         graph=make_graph(pera, scaler, plan.accumulate) if graph.use else None,
         update=make_update(pera, optimizer, scaler),
     )

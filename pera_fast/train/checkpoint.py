@@ -5,10 +5,11 @@ The data position is the step: every draw of the data is keyed by it. Randomness
 reason.
 """
 
+import errno
 import logging
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -18,6 +19,8 @@ from pera_fast.errors import UserError
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+_WRITE_ERRORS = (OSError, RuntimeError)  # torch.save turns some write errors into RuntimeError
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Required(TypedDict):
@@ -58,24 +61,41 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def save_checkpoint(folder: Path, state: CheckpointState, keep: int) -> Path | None:
+class NotWrittenError(UserError):
+    """A file of a run that could not be written; the message has the reason."""
+
+
+def save_checkpoint(folder: Path, state: CheckpointState, keep: int) -> Path:
     """Writes the state atomically, then removes all but the newest `keep` checkpoints.
 
-    If it cannot be written (full disk, quota), the partial file is removed, nothing else is touched, a warning says so,
-    and None is returned: training goes on, and older checkpoints stay good.
+    On a full disk the older ones go first, but for the newest: then there may be room.
+
+    Raises:
+        NotWrittenError: it cannot be written; the partial file is removed and the newest checkpoint stays good.
     """
     path = checkpoint_path(folder, state["step"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(path, sync=True) as partial:
-            _write(partial, state)
-    except (OSError, RuntimeError) as error:  # torch.save turns some write errors into RuntimeError
+        _remove(folder.glob(".step_*.pt.partial"))  # of processes that were killed while they wrote
+        try:
+            _write_whole(path, state)
+        except _WRITE_ERRORS as error:
+            if _number(error) not in _FULL or len(find_checkpoints(folder)) < 2:
+                raise
+            log.warning("%s: %s: removing all checkpoints but the newest to make room", folder, _reason(error))
+            _prune(folder, 1)
+            _write_whole(path, state)
+    except _WRITE_ERRORS as error:
         last = find_checkpoints(folder)
         kept = f"the last good one is {last[-1].name}" if last else "there is none yet"
-        log.warning("checkpoint %s could not be written (%s); %s, training goes on", path, _reason(error), kept)
-        return None
+        raise NotWrittenError(f"checkpoint {path} could not be written ({_reason(error)}); {kept}") from error
     _prune(folder, keep)
     return path
+
+
+def _write_whole(path: Path, state: CheckpointState) -> None:
+    with whole_file(path, sync=True) as partial:
+        _write(partial, state)
 
 
 def _write(path: Path, state: CheckpointState) -> None:
@@ -85,18 +105,32 @@ def _write(path: Path, state: CheckpointState) -> None:
         torch.save(dict(state), file)
 
 
+def _cause(error: BaseException | None) -> OSError | None:
+    """The operating system's error, also where torch wrapped it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def _reason(error: BaseException) -> str:
-    """The operating system's words where it has any, also where torch wrapped them."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return " ".join(str(error).split())[:200]
+    """The operating system's words where it has any."""
+    cause = _cause(error)
+    return (cause.strerror if cause else None) or " ".join(str(error).split())[:200]
+
+
+def _number(error: BaseException) -> int | None:
+    cause = _cause(error)
+    return None if cause is None else cause.errno
 
 
 def _prune(folder: Path, keep: int) -> None:
-    for path in [*find_checkpoints(folder)[:-keep], *folder.glob(".step_*.pt.partial")]:
+    _remove(find_checkpoints(folder)[:-keep])
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
         try:
             path.unlink()
         except OSError as error:

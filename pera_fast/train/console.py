@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pera_fast.errors import UserError
+from pera_fast.progress import is_terminal
 from pera_fast.train.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class _Console(logging.Handler):
             bad = record.levelno >= logging.WARNING
             text = f"{record.levelname.lower()}: {record.getMessage()}" if bad else record.getMessage()
             print(text, file=sys.stderr if bad else sys.stdout, flush=True)
-        except (OSError, ValueError):
+        except Exception:  # a notebook's or a test's stream raises what it likes
             pass  # nobody reads any more: no reason to stop training
 
 
@@ -58,7 +59,7 @@ class RunLog:
     """
 
     def __init__(self, path: Path | None):
-        bar = path is not None and sys.stdout.isatty()
+        bar = path is not None and is_terminal(sys.stdout)
         self._handlers: list[logging.Handler] = []
         self._file: logging.Handler | None = None
         console = _Console(show_progress_lines=not bar)
@@ -125,7 +126,7 @@ class Progress:
         self._task: TaskID | None = None
 
     def __enter__(self) -> "Progress":
-        if self._active and sys.stdout.isatty():
+        if self._active and is_terminal(sys.stdout):
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
             from rich.progress import Progress as Bar
 

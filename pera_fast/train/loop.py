@@ -13,7 +13,7 @@ from pera_fast.config import BatchPlan, Config, to_yaml
 from pera_fast.errors import UserError
 from pera_fast.model.inputs import StepInputs
 from pera_fast.model.pera import PerA
-from pera_fast.train.checkpoint import FORMAT, CheckpointState, save_checkpoint
+from pera_fast.train.checkpoint import FORMAT, CheckpointState, NotWrittenError, checkpoint_path, save_checkpoint
 from pera_fast.train.compute_copies import refresh_copies
 from pera_fast.train.console import Progress
 from pera_fast.train.distributed import World
@@ -23,7 +23,7 @@ from pera_fast.train.graph import StepGraph
 from pera_fast.train.metrics import Metrics, MetricsWriter, memory_mib
 from pera_fast.train.run_folder import RunFolder
 from pera_fast.train.schedules import Schedules
-from pera_fast.train.signals import StopRequest
+from pera_fast.train.signals import StopRequest, exit_code
 from pera_fast.train.step import LaunchedStep, StepResult, launch_step
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ class Run:
     images: int
     data: str  # digest of the data
     export: Callable[[PerA, Path], None]  # writes the teacher
+    begin: Callable[[], None] = lambda: None  # called by rank 0 after the first step of this process
     graph: StepGraph | None = None  # of the micro-batches
     update: FusedUpdate | None = None  # on a GPU
     step: int = 0  # optimiser steps done
@@ -106,19 +107,21 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
     before a checkpoint, the last step and the end all that was launched is read.
 
     Returns:
-        (exit code, metrics of the last step): 0 done, 130 or 143 stopped by a signal, with a checkpoint written.
+        (exit code, metrics of the last step): 0 done, 129, 130, 138 or 143 stopped by a signal, with a
+        checkpoint written.
 
     Raises:
         UserError: too many steps in a row that were not finite, or the last checkpoint could not be written.
     """
     cfg, world = run.cfg, run.world
     reader = _Reader(run, MetricsWriter(run.folder.metrics if world.main else None, run.step))
+    clock = _Clock(cfg.train.checkpoint_minutes)
     try:
         with Progress(run.schedules.steps, run.place, world.main) as progress:
             while run.place < run.schedules.steps:
                 reader.take(_launch(run, stop), progress)
                 last = run.place == run.schedules.steps
-                due = last or run.step % cfg.train.checkpoint_every == 0
+                due = last or run.step % cfg.train.checkpoint_every == 0 or (world.main and clock.is_due())
                 if due or reader.stopped or (world.size == 1 and stop.exit_code) or run.update is None:
                     reader.finish(progress)
                 stopped = reader.stopped
@@ -127,17 +130,34 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
                     if stopped:
                         reader.finish(progress)
                 if stopped or due:
-                    saved = _save(run)
-                    if last and not saved:
-                        raise UserError(
-                            f"{run.folder.root}: the last step's weights could not be written; see train.log"
-                        )
+                    _save(run, must=bool(stopped) or last)
+                    clock.restart()
                 if stopped and not last:
                     log.info("stopped after step %d; continue with --resume", run.step)
                     return stopped, reader.metrics
     finally:
         reader.writer.close()
+    if not reader.metrics:
+        _catch_up(run)
     return 0, reader.metrics
+
+
+class _Clock:
+    """Says when the last checkpoint is so many minutes old (`train.checkpoint_minutes`).
+
+    Only rank 0 asks. The others need not agree: rank 0 alone writes, between two of its steps, and they wait for it in
+    the next step's collective. So no step of a GPU costs an exchange or a wait.
+    """
+
+    def __init__(self, minutes: float | None):
+        self._seconds = None if minutes is None else 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        self._began = time.monotonic()
+
+    def is_due(self) -> bool:
+        return self._seconds is not None and time.monotonic() - self._began >= self._seconds
 
 
 @dataclass
@@ -166,6 +186,7 @@ class _Reader:
     stopped: int = 0
     _pending: _Launch | None = None
     _before: LaunchedStep | None = None  # the one read last
+    _begun: bool = False
 
     def take(self, launch: _Launch, progress: Progress) -> None:
         """Keep a launched step and read the one before."""
@@ -199,10 +220,13 @@ class _Reader:
             self.metrics["nonfinite"] = result.nonfinite
         if result.loss_scale is not None:
             self.metrics["loss_scale"] = result.loss_scale
+        if run.world.main and not self._begun:
+            run.begin()  # not sooner: what takes no step is no run, and leaves nothing in the way of the next try
+            self._begun = True
         self.writer.write(self.metrics)
         progress.update(launch.place, self.metrics)
         _note_nonfinite(run, launch.metrics["step"], result)
-        self.stopped = 143 if result.stop[1] else 130 if result.stop[0] else self.stopped
+        self.stopped = exit_code(result.stop) or self.stopped
 
     def _times(self, launch: _Launch) -> tuple[float, float]:
         """Seconds of a step, and of those the ones in which it waited for its data.
@@ -267,16 +291,37 @@ def _note_nonfinite(run: Run, step: int, result: StepResult) -> None:
         )
 
 
-def _save(run: Run) -> bool:
-    """Checkpoint and export by rank 0; the others go on and wait at the next step's collective. False if it failed."""
+def _save(run: Run, must: bool) -> None:
+    """Checkpoint and export by rank 0; the others go on and wait at the next step's collective.
+
+    Where they cannot be written, training goes on and tries again at the next checkpoint: space may come.
+
+    Raises:
+        UserError: they cannot be written and must be, because the run ends here.
+    """
     if not run.world.main:
-        return True
-    if save_checkpoint(run.folder.checkpoints, run.state(), run.cfg.train.keep_checkpoints) is None:
-        return False
+        return
+    try:
+        save_checkpoint(run.folder.checkpoints, run.state(), run.cfg.train.keep_checkpoints)
+        _export(run)
+    except NotWrittenError as error:
+        if must:
+            raise UserError(f"{error}; make room and go on with --resume") from None
+        log.warning("%s; training goes on", error)
+
+
+def _export(run: Run) -> None:
     try:
         run.folder.teacher.parent.mkdir(exist_ok=True)
         run.export(run.pera, run.folder.teacher)
     except OSError as error:
-        log.warning("%s: could not be written (%s)", run.folder.teacher, error.strerror or error)
-        return False
-    return True
+        raise NotWrittenError(f"{run.folder.teacher}: could not be written ({error.strerror or error})") from None
+
+
+def _catch_up(run: Run) -> None:
+    """Export the teacher of a run that is done, if the process ended between its last checkpoint and that."""
+    teacher, last = run.folder.teacher, checkpoint_path(run.folder.checkpoints, run.step)
+    if not run.world.main or not last.exists():
+        return
+    if not teacher.exists() or teacher.stat().st_mtime_ns < last.stat().st_mtime_ns:
+        _export(run)

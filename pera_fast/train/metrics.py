@@ -39,7 +39,7 @@ def memory_mib(device: torch.device) -> float:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and TensorBoard's events. A full disk costs metrics, never the run.
+    """Appends to metrics.jsonl and TensorBoard's events. A full disk, or a TensorBoard that fails, never costs the run.
 
     Args:
         path: metrics.jsonl; TensorBoard's events lie beside it. None: nothing is written (ranks other than 0).
@@ -71,8 +71,8 @@ class MetricsWriter:
                 for key, value in clean.items():
                     if isinstance(value, (int, float)) and key != "step":
                         self._board.add_scalar(key, value, metrics["step"])
-            except OSError as error:
-                log.warning("TensorBoard events cannot be written (%s); going on without", error.strerror)
+            except Exception as error:
+                log.warning("TensorBoard events cannot be written (%s); going on without", _reason(error))
                 self._board = None
 
     def _drop_file(self) -> None:
@@ -90,8 +90,8 @@ class MetricsWriter:
         try:
             if board is not None:
                 board.close()
-        except OSError as error:
-            log.warning("TensorBoard events cannot be written (%s)", error.strerror)
+        except Exception as error:
+            log.warning("TensorBoard events cannot be written (%s)", _reason(error))
 
 
 def _board(folder: Path, done: int) -> "SummaryWriter | None":
@@ -99,6 +99,13 @@ def _board(folder: Path, done: int) -> "SummaryWriter | None":
         from torch.utils.tensorboard import SummaryWriter
 
         return SummaryWriter(str(folder), purge_step=done + 1 if done else None)
-    except (ImportError, OSError) as error:
-        log.warning("no TensorBoard events: %s", error)
+    except Exception as error:  # also TypeError (protobuf), AttributeError (a leftover folder called tensorflow), ...
+        log.warning("no TensorBoard events, training goes on without: %s", _reason(error))
         return None
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line; with its kind where its own words may not say it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -8,7 +8,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 BATCH = {"train.batch_size", "train.total_batch_size", "train.accumulate"}  # may be split anew if the total stays
 HARMLESS = {
-    "train.checkpoint_every", "train.keep_checkpoints", "train.max_nonfinite",
+    "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints", "train.max_nonfinite",
     "data.loader_threads", "data.prefetch", "data.verify", "data.index", "data.max_pixels", "model.recompute",
 }  # fmt: skip
 # These go on, but not bit for bit.
@@ -50,8 +50,33 @@ class RunFolder:
     finished = property(lambda self: self.root / "finished.json")
 
     def holds_run(self) -> bool:
-        """Whether a run was started here."""
-        return self.config.exists() or self.metrics.exists() or bool(find_checkpoints(self.checkpoints))
+        """Whether a run has taken a step here: with its first one it writes config.yaml, before it logs anything."""
+        return self.config.exists() or self._has_metrics() or bool(find_checkpoints(self.checkpoints))
+
+    def _has_metrics(self) -> bool:
+        return self.metrics.exists() and self.metrics.stat().st_size > 0
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Makes and locks the folder; a run that takes no step inside leaves nothing in it. Raises UserError."""
+        before = set(self.root.iterdir()) if self.root.is_dir() else None
+        self.make()
+        with self.locked():
+            try:
+                yield
+            finally:
+                if not self.holds_run():
+                    self._remove_all_but(before)
+
+    def _remove_all_but(self, before: set[Path] | None) -> None:
+        """Removes what a run makes before its first step; also the folder, if it was not there (``before`` is None)."""
+        files = [self.index, self.config, self.asked, self.metrics, self.log, self.skipped, self.root / ".lock"]
+        for path in {*files, *self.root.glob("events.out.tfevents.*")} - (before or set()):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        if before is None:
+            with suppress(OSError):  # something else came into it
+                self.root.rmdir()
 
     def make(self) -> None:
         """Creates the folder. Raises UserError if nothing can be written there."""

@@ -29,14 +29,14 @@ class StepResult:
         losses: total and logged parts, means over micro-batches and ranks (docs/method.md section 5.5).
         grad_norm: before clipping.
         applied: False if something was not finite: then parameters, teacher and center are as before.
-        stop: over all ranks, whether (SIGINT, SIGTERM) came.
+        stop: over all ranks, whether each signal came, in the order that `launch_step` was given.
         loss_scale: after this step; None without loss scaling.
     """
 
     losses: dict[str, float]
     grad_norm: float
     applied: bool
-    stop: tuple[bool, bool]
+    stop: tuple[bool, ...]
     loss_scale: float | None = None
 
     @property
@@ -53,8 +53,8 @@ class LaunchedStep:
     """A step whose work was handed to the device; the host has not waited for it.
 
     Attributes:
-        numbers: losses, (SIGINT, SIGTERM), gradient norm, whether the update was made, loss scale (0: none); float64 on
-            the host, where they arrive when ``end`` has passed.
+        numbers: losses, a number above 0 for each signal that came, gradient norm, whether the update was made, loss
+            scale (0: none); float64 on the host, where they arrive when ``end`` has passed.
         begin, end: CUDA events around the step's work, from when its first micro-batch is there; None on a CPU, where
             the work is done.
         gaps: CUDA events around the waits for its other micro-batches; empty on a CPU.
@@ -75,9 +75,9 @@ class LaunchedStep:
         """Wait for the step and read what it gave."""
         if self.end is not None:
             self.end.synchronize()
-        *losses, sigint, sigterm, norm, applied, scale = self.numbers.tolist()
-        named = dict(zip(LOSSES, losses, strict=True))
-        return StepResult(named, norm, bool(applied), (sigint > 0, sigterm > 0), scale or None)
+        *numbers, norm, applied, scale = self.numbers.tolist()
+        named = dict(zip(LOSSES, numbers[: len(LOSSES)], strict=True))
+        return StepResult(named, norm, bool(applied), tuple(n > 0 for n in numbers[len(LOSSES) :]), scale or None)
 
 
 def launch_step(
@@ -90,7 +90,7 @@ def launch_step(
     values: StepValues,
     clip: float,
     world: World,
-    stop: Callable[[], tuple[bool, bool]] = lambda: (False, False),
+    stop: Callable[[], tuple[bool, ...]] = lambda: (False, False),
     graph: StepGraph | None = None,
     update: FusedUpdate | None = None,
 ) -> LaunchedStep:
@@ -100,7 +100,7 @@ def launch_step(
         model: called for the losses; `pera` itself, or `pera` in DDP.
         pera: the model with its center and teacher.
         batches: gives the micro-batches, on any device.
-        stop: says whether (SIGINT, SIGTERM) came to this process; all ranks learn it, in `StepResult.stop`.
+        stop: says whether each of some signals came to this process; all ranks learn it, in `StepResult.stop`.
         graph: made by `make_graph`, runs the micro-batches; None: they run op by op.
         update: made by `make_update`, for a GPU; None: PyTorch's operators, and the host looks whether all is finite.
     """
@@ -125,17 +125,18 @@ def launch_step(
     total = parts[0] if accumulate == 1 else torch.stack(parts).sum(0)
     # One collective for all that the ranks must agree on: the losses, the center's input, and whether to stop.
     asked = [float(flag) for flag in stop()]
-    total = world.mean(torch.cat([total, _on_device(asked, total)]))
+    agreed = world.mean(torch.cat([total, _on_device(asked, total)]))
+    total, came = agreed.split([len(total), len(asked)])
     if graph is not None:
         world.mean_gradients([p.grad for p in model.parameters() if p.grad is not None])
     with span("optimiser"):
         if update is not None:
-            norm, ok = update(total, total[len(LOSSES) : -2], values, clip)
+            norm, ok = update(agreed, total[len(LOSSES) :], values, clip)
         else:
-            norm, ok = apply_gradients(optimizer, scaler, values, clip, total)
+            norm, ok = apply_gradients(optimizer, scaler, values, clip, agreed)
     scale = scaler._scale if scaler.is_enabled() else None
     last = torch.stack([norm, ok, torch.zeros_like(norm) if scale is None else scale.float()])
-    numbers = torch.cat([total[: len(LOSSES)], total[-2:], last]).double()
+    numbers = torch.cat([total[: len(LOSSES)], came, last]).double()
     begin = arrivals[0][1] if arrivals else None
     if update is not None:
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
@@ -144,7 +145,7 @@ def launch_step(
     numbers = numbers.cpu()  # waits for the device
     if numbers[-2] > 0:
         with span("EMA"):
-            pera.update_center(total[len(LOSSES) : -2])  # before the teacher's, and in effect from the next step on
+            pera.update_center(total[len(LOSSES) :])  # before the teacher's, and in effect from the next step on
             pera.update_teacher(values.momentum)
     return LaunchedStep(numbers, begin, _mark(world.device), arrivals[1:])
 

@@ -245,6 +245,7 @@ torch.backends.cuda.is_flash_attention_available = lambda: True
 torch.version.cuda = "13.0"
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 from pera_kernels.attention import sdpa, varlen, xformers
+from pera_kernels.attention.arguments import Attended, Packed
 cases = [(varlen, torch.bfloat16), (sdpa.fused, torch.bfloat16), (sdpa.fused, torch.float32)]
 try:
     from xformers.ops.fmha import attn_bias, common, flash
@@ -260,9 +261,9 @@ groups = [4, 158, 0, 5, 11, 8]
 for module, dtype in cases:
     qkv = torch.empty(720, 3 * 768, dtype=dtype, device="meta")
     lse = torch.empty(720, 12, device="meta")
-    out = module.forward(qkv, 12, groups, None, lse)
+    out = module.forward(Packed(qkv, 12, groups), None, lse)
     assert out.shape == (720, 768) and out.is_contiguous() and out.dtype == dtype
-    module.backward(torch.empty_like(out), qkv, out, lse, 12, groups, torch.empty_like(qkv))
+    module.backward(torch.empty_like(out), Packed(qkv, 12, groups), Attended(out, lse), torch.empty_like(qkv))
     print("ran", module)
 """
 

@@ -105,6 +105,17 @@ def test_broken_library_is_a_reason(monkeypatch, tmp_path):
     assert "\n" not in reason
 
 
+def test_processor_without_avx2_is_a_reason(monkeypatch, tmp_path):
+    """Asked is the processor, not what torch was told to use of it."""
+    library = tmp_path / "_native.so"
+    library.write_bytes(backend.LIBRARY.read_bytes())
+    monkeypatch.setattr(backend, "LIBRARY", library)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("torch.cpu._is_avx2_supported", lambda: False)
+    assert backend.native() is None
+    assert backend.needs_native("anything")(CPU) == "this processor has no AVX2"
+
+
 def test_library_without_the_op_is_a_reason(monkeypatch):
     monkeypatch.setattr(backend, "_load", lambda path: None)
     assert "lacks no_such_op" in (backend.needs_native("no_such_op")(CPU) or "")

@@ -197,19 +197,23 @@ def test_uninitialised_memory_does_not_matter(monkeypatch, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 1), (3, 301, 1), (2, 65, 33), (1, 300, 8), (0, 20, 4)])
 def test_odd_shapes(n, k, d, dtype):
-    args = make(n, k, d, dtype)
     upstream = torch.linspace(-1, 2, n)
-    exact = evaluate(reference.distillation_loss, wide(args), upstream.double())
-    dense = evaluate(reference.distillation_loss, args, upstream)
-    # All four share the errors of a few exponents, so one may be lucky. Where d or K is 1 the exact gradient is zero:
-    # then what counts is the size of what cancels.
-    sizes = [max(want.norm().item(), 1.0) for want in exact]
-    measure = [(plain.double() - want).norm() / size for plain, want, size in zip(dense, exact, sizes, strict=True)]
-    allowed = 3 * max(torch.finfo(dtype).eps, *measure)
-    ours = evaluate(distillation_loss, args, upstream)
-    for name, got, want, size in zip(("loss", "rows", "v", "g"), ours, exact, sizes, strict=True):
-        assert got.shape == want.shape, name
-        assert (got.double() - want).norm() <= allowed * size, name
+
+    def errors(function, seed):
+        """Relative errors; where d or K is 1 the exact gradient is zero: then the size of what cancels counts."""
+        args = make(n, k, d, dtype, seed=seed)
+        exact = evaluate(reference.distillation_loss, wide(args), upstream.double())
+        got = evaluate(function, args, upstream)
+        assert [value.shape for value in got] == [want.shape for want in exact]
+        return [
+            ((value.double() - want).norm() / max(want.norm().item(), 1.0)).item()
+            for value, want in zip(got, exact, strict=True)
+        ]
+
+    # All four share the errors of a few exponents, so that PyTorch may be lucky with one draw.
+    of_pytorch = max(max(errors(reference.distillation_loss, seed)) for seed in range(8))
+    ours = errors(distillation_loss, seed=0)
+    assert max(ours) <= 3 * max(torch.finfo(dtype).eps, of_pytorch), ours
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -29,6 +29,12 @@ SMALL = [
 ]
 
 
+needs_inductor = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="Inductor's C++ does not compile where torch is held to no vector units",
+)
+
+
 def config(*overrides: str) -> Config:
     return load_config("tiny", [*SMALL, *overrides])
 
@@ -61,9 +67,9 @@ def batch_of(cfg: Config, micro_step: int = 3) -> Batch:
     )
 
 
-def step(cfg: Config) -> tuple[PerA, dict[str, Tensor]]:
+def step(cfg: Config, dtype: torch.dtype = torch.float32) -> tuple[PerA, dict[str, Tensor]]:
     torch.manual_seed(0)
-    model = PerA(cfg)
+    model = PerA(cfg).to(dtype)
     out = model(make_inputs(batch_of(cfg), cfg), 0.04)
     out["loss"].backward()
     return model, out
@@ -126,11 +132,16 @@ def test_recomputation_changes_no_gradient(policy: str) -> None:
 
 @pytest.mark.parametrize(
     ("policy", "backend"),
-    [("none", "aot_eager"), ("block", "aot_eager"), ("cheap", "inductor")],  # inductor does all that aot_eager does
+    [
+        ("none", "aot_eager"),
+        ("block", "aot_eager"),
+        pytest.param("cheap", "inductor", marks=needs_inductor),  # does all that aot_eager does
+    ],
 )
 def test_blocks_compile_as_one_graph(policy: str, backend: str) -> None:
     cfg = config(f"model.recompute={policy}", "model.depth=4")
-    model, out = step(cfg)
+    model, _ = step(cfg)
+    exact, exact_out = step(cfg, torch.float64)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
@@ -142,9 +153,15 @@ def test_blocks_compile_as_one_graph(policy: str, backend: str) -> None:
     # last; with policy "block" every block is given a complete stream, as the first one is.
     graphs = 3 + (3 if policy == "block" else 4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
-    torch.testing.assert_close(compiled_out["loss"], out["loss"], rtol=1e-6, atol=0)
-    for (name, grad), got in zip(gradients(model).items(), gradients(compiled).values(), strict=True):
-        assert (grad - got).norm() <= 1e-5 * grad.norm() + 1e-12, name
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(compiled_out["loss"], exact_out["loss"], rtol=4 * eps, atol=0)
+    wanted = gradients(exact)
+
+    def errors(of: PerA) -> dict[str, float]:
+        return {k: float((g - wanted[k]).norm() / wanted[k].norm()) for k, g in gradients(of).items()}
+
+    allowed = 3 * max(eps, *errors(model).values())
+    assert all(error <= allowed for error in errors(compiled).values()), errors(compiled)
 
 
 def test_steps_repeat_to_the_bit() -> None:

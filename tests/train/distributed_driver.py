@@ -1,4 +1,4 @@
-"""The two processes of test_distributed.py: three short runs on random crops, results as JSON per rank."""
+"""The two processes of test_distributed.py: short runs on random crops, results as JSON per rank."""
 
 import json
 import math
@@ -50,6 +50,13 @@ def stopped(out: Path, here: World) -> dict[str, Any]:
     return {"code": fit(run, stop)[0], "steps": run.step}
 
 
+def clocked(out: Path, here: World) -> dict[str, Any]:
+    """A checkpoint after every step, by the clock of rank 0 alone."""
+    settings = ["train.batch_size=2", "train.steps=3", "train.checkpoint_minutes=1e-9", "train.checkpoint_every=100"]
+    run = make_run(small_config(*settings), out / "clocked", here=here)
+    return {"code": fit(run, StopRequest())[0], "steps": run.step}
+
+
 def agreed(here: World) -> dict[str, Any]:
     """What rank 0 alone does, with its errors."""
 
@@ -67,7 +74,7 @@ def agreed(here: World) -> dict[str, Any]:
 def main(out: Path) -> None:
     with world("cpu") as here:
         results = {"exact": exact(out, here), "nonfinite": nonfinite(out, here), "stopped": stopped(out, here)}
-        results["agreed"] = agreed(here)
+        results["clocked"], results["agreed"] = clocked(out, here), agreed(here)
         here.barrier()
         (out / f"rank{here.rank}.json").write_text(json.dumps(results))
 

@@ -16,6 +16,7 @@ from pera_fast.errors import UserError
 from pera_fast.train import checkpoint
 from pera_fast.train.checkpoint import (
     FORMAT,
+    NotWrittenError,
     checkpoint_path,
     find_checkpoints,
     load_checkpoint,
@@ -52,33 +53,54 @@ def test_no_space_keeps_the_last_good(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    assert save_checkpoint(tmp_path, state(2), keep=1) is None
+    with pytest.raises(NotWrittenError) as error:
+        save_checkpoint(tmp_path, state(2), keep=1)
     assert names(tmp_path) == ["step_00000001.pt"]
-    assert "No space left on device" in caplog.text
-    assert "step_00000001.pt" in caplog.text  # says what is still good
+    assert "No space left on device" in str(error.value)
+    assert "step_00000001.pt" in str(error.value)  # says what is still good
+    assert caplog.text == ""  # once
     found = load_newest(tmp_path)
     assert found is not None
     assert found[1]["step"] == 1
 
 
+def test_older_checkpoints_make_room_for_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    """A disk that holds two checkpoints, one of them while the other is written."""
+    write = checkpoint._write
+
+    def limited(path: Path, contents: dict) -> None:
+        if len(find_checkpoints(tmp_path)) > 1:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, contents)
+
+    monkeypatch.setattr(checkpoint, "_write", limited)
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, state(step), keep=3)
+    assert names(tmp_path) == ["step_00000002.pt", "step_00000003.pt"]
+    assert "No space left on device: removing all checkpoints but the newest to make room" in caplog.text
+
+
 def test_limit_hit_inside_of_torch_save(tmp_path: Path):
     """The kernel refuses to let the file grow: what a full disk does, in the middle of torch's own writing."""
     code = textwrap.dedent("""
-        import logging, resource, signal, sys
+        import resource, signal, sys
         from pathlib import Path
         from train_support import state
-        from pera_fast.train.checkpoint import save_checkpoint
-        logging.basicConfig(level=logging.WARNING)
+        from pera_fast.train.checkpoint import NotWrittenError, save_checkpoint
         folder = Path(sys.argv[1])
         assert save_checkpoint(folder, state(1), keep=3)
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        assert save_checkpoint(folder, state(2), keep=3) is None
+        try:
+            save_checkpoint(folder, state(2), keep=3)
+        except NotWrittenError as error:
+            sys.exit(str(error))
     """)
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=environment()
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
     assert names(tmp_path) == ["step_00000001.pt"]
     assert "File too large" in done.stderr
     assert load_checkpoint(checkpoint_path(tmp_path, 1))["step"] == 1

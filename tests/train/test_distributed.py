@@ -86,6 +86,13 @@ def test_signal_to_one_rank_stops_all_after_the_same_step(two):
     assert [p.name for p in find_checkpoints(out / "stopped" / "checkpoints")] == ["step_00000002.pt"]
 
 
+def test_clock_of_rank_0_decides_on_checkpoints(two):
+    out, results = two
+    assert [r["clocked"] for r in results] == [{"code": 0, "steps": 3}] * 2
+    saved = [path.name for path in find_checkpoints(out / "clocked" / "checkpoints")]
+    assert saved == [f"step_{step:08d}.pt" for step in (1, 2, 3)]
+
+
 def test_rank_0_speaks_for_all(two):
     assert [r["agreed"]["value"] for r in two[1]] == [0, None]
     assert [r["agreed"]["error"] for r in two[1]] == ["only rank 0 looked"] * 2

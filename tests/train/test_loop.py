@@ -205,7 +205,7 @@ def test_fp16_overflow_lowers_the_scale_and_is_no_failure(tmp_path: Path):
     assert run.nonfinite["total"] == 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)])
 def test_stop_request_saves_and_leaves(tmp_path: Path, number: int, code: int):
     run = make_run(small_config("train.checkpoint_every=100"), tmp_path)
     assert fit(run, stop_after(run, 2, number))[0] == code
@@ -224,6 +224,19 @@ def test_teacher_is_exported_with_every_checkpoint_kept(tmp_path: Path):
     run = make_run(small_config(), tmp_path, export=lambda model, path: exported.append((run.step, path)))
     fit(run, StopRequest())
     assert exported == [(step, tmp_path / "exported" / "teacher.safetensors") for step in (2, 4, 6)]
+
+
+def test_checkpoints_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each step takes 40 s of this clock: a checkpoint a minute is one every second step, from the last one on."""
+    now, saved = [0.0], []
+    run = make_run(
+        small_config("train.checkpoint_minutes=1", "train.checkpoint_every=5", "train.steps=8"),
+        tmp_path, export=lambda model, path: saved.append(run.step),
+    )  # fmt: skip
+    Tampered(run, lambda call, out: now.__setitem__(0, 40.0 * call))
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    assert fit(run, StopRequest())[0] == 0
+    assert saved == [2, 4, 5, 7, 8]
 
 
 def test_full_disk_in_the_middle_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
@@ -248,8 +261,9 @@ def test_full_disk_in_the_middle_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(read_metrics(tmp_path)) == 6
 
 
-def test_full_disk_at_the_end_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    run = make_run(small_config("train.steps=4"), tmp_path)
+@pytest.mark.parametrize("end", ["last step", "signal"])
+def test_full_disk_at_the_end_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str):
+    run = make_run(small_config("train.steps=4" if end == "last step" else "train.steps=9"), tmp_path)
 
     def full(path: Path, state: Any) -> None:
         if state["step"] == 4:
@@ -258,8 +272,12 @@ def test_full_disk_at_the_end_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
 
     write = checkpoint._write
     monkeypatch.setattr(checkpoint, "_write", full)
-    with pytest.raises(UserError, match="could not be written"):
-        fit(run, StopRequest())
+    with pytest.raises(UserError) as error:
+        fit(run, StopRequest() if end == "last step" else stop_after(run, 4))
+    assert str(error.value) == (
+        f"checkpoint {run.folder.checkpoints}/step_00000004.pt could not be written (No space left on device);"
+        " the last good one is step_00000002.pt; make room and go on with --resume"
+    )
     assert [path.name for path in find_checkpoints(run.folder.checkpoints)] == ["step_00000002.pt"]
 
 

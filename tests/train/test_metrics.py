@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,34 @@ def test_log_on_a_full_disk_is_quiet(capsys):
     said = capsys.readouterr()
     assert said.out == "hello\n"
     assert said.err == ""
+
+
+def test_stream_that_can_do_little_is_no_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A notebook's, a service's or no stdout at all: messages go to the file, progress is lines."""
+    for name, stream in (("none", None), ("object", SimpleNamespace(write=lambda text: None))):
+        monkeypatch.setattr("sys.stdout", stream)
+        with RunLog(tmp_path / name), Progress(2, 0, active=True) as progress:
+            progress.update(2, METRICS)
+        assert "step 2/2" in (tmp_path / name).read_text()
+
+
+@pytest.mark.parametrize("when", ["__init__", "add_scalar", "close"])
+def test_tensorboard_that_fails_costs_its_events_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, when: str
+):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def fail(*_: object, **__: object) -> None:
+        raise TypeError("Descriptors cannot be created directly.\nIf this call came from a _pb2.py file, ...")
+
+    monkeypatch.setattr(SummaryWriter, when, fail)
+    writer = MetricsWriter(tmp_path / "metrics.jsonl")
+    writer.write({"step": 1, "loss": 1.0})
+    writer.write({"step": 2, "loss": 1.0})
+    writer.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert caplog.text.count("TensorBoard events") == 1
+    assert "TypeError: Descriptors cannot be created directly. If this call" in caplog.text
 
 
 def test_flops_of_a_block_are_what_torch_counts():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from pera_fast import cli
 from pera_fast.data.tools.pack import PackSettings, pack
 from pera_fast.errors import UserError
 from pera_fast.run_result import RunResult
-from pera_fast.train import api
+from pera_fast.train import api, loop
 from pera_fast.train.checkpoint import checkpoint_path, find_checkpoints, load_checkpoint
 from pera_fast.train.early import answer
 
@@ -140,14 +141,15 @@ def test_killed_and_resumed_is_the_run_that_was_not(
         assert torch.equal(value, states[1]["model"][name]), name
 
 
-def test_sigterm_saves_and_leaves(whole: Path, images: Path, tmp_path: Path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_signal_saves_and_leaves(whole: Path, images: Path, tmp_path: Path, number: signal.Signals, code: int):
     """A process of its own; SIGINT, which takes the same way, comes below without one."""
     out = tmp_path / "run"
     process = start(images, out, *KEYS, "train.steps=2000", "train.checkpoint_every=1000")
     wait_for_steps(process, out, 2)
-    process.terminate()
+    process.send_signal(number)
     said, complaints = process.communicate(timeout=100)
-    assert process.returncode == 143, complaints
+    assert process.returncode == code, complaints
     assert "continue with --resume" in said
     assert "Traceback" not in complaints
     (path,) = find_checkpoints(out / "checkpoints")
@@ -155,11 +157,25 @@ def test_sigterm_saves_and_leaves(whole: Path, images: Path, tmp_path: Path):
     assert (out / "exported" / "teacher.safetensors").exists()
 
 
+def test_stdout_closed_and_tensorboard_broken(images: Path, tmp_path: Path):
+    """Closed as `>&-` does; a leftover folder that TensorBoard takes for TensorFlow is on the path."""
+    (tmp_path / "left" / "tensorflow" / "python").mkdir(parents=True)
+    env = environment()
+    env["PYTHONPATH"] += f"{os.pathsep}{tmp_path / 'left'}"
+    program = [sys.executable, "-m", "pera_fast", "pretrain", "--data", str(images), "--out", str(tmp_path / "run")]
+    line = f"{shlex.join([*program, '--recipe', 'tiny', *KEYS, 'train.steps=2'])} >&-"
+    done = subprocess.run(["sh", "-c", line], env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "warning: no TensorBoard events, training goes on without: AttributeError: module 'tensorflow'" in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
+
+
 def test_interrupted_in_python_and_resumed(
     whole: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    from pera_fast.train import loop
-
     before, out = signal.getsignal(signal.SIGINT), tmp_path / "run"
     write = loop.MetricsWriter.write
 
@@ -366,7 +382,50 @@ def test_bad_input_gets_one_line(case: str, odd_places: Path, images: Path, tmp_
     message = str(error.value)
     assert words in message
     assert "\n" not in message
-    assert not (tmp_path / "new" / "config.yaml").exists()  # what failed to start leaves no run behind
+    assert not (tmp_path / "new").exists()  # what took no step leaves nothing behind
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_run_that_took_no_step_is_not_in_the_way(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+):
+    """It fails in its first step; what was in the folder before stays, and the repeated command runs."""
+    out = tmp_path / "run"
+    if there:
+        out.mkdir()
+        (out / "train.log").write_text("mine\n")
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "launch_step", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            api.pretrain(images, out, "tiny", overrides=[*KEYS, "train.steps=2"])
+    assert [path.name for path in out.iterdir()] == ["train.log"] if there else not out.exists()
+    assert api.pretrain(images, out, "tiny", overrides=[*KEYS, "train.steps=2"]).steps == 2
+
+
+def test_killed_before_the_first_step_is_no_run(images: Path, tmp_path: Path):
+    """What a process leaves that had no time to clean up: index, empty metrics, log."""
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("metrics.jsonl", "index.parquet", "asked.yaml", ".lock", "events.out.tfevents.1.host"):
+        (out / name).write_bytes(b"")
+    with pytest.raises(UserError, match="no run to resume"):
+        api.pretrain(images, out, "tiny", resume=True)
+    assert api.pretrain(images, out, "tiny", resume="auto", overrides=[*KEYS, "train.steps=1"]).steps == 1
+
+
+def test_teacher_of_a_run_that_was_killed_after_its_last_checkpoint(whole: Path, images: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    teacher = out / "exported" / "teacher.safetensors"
+    teacher.write_bytes(b"")
+    os.utime(teacher, ns=(0, 0))  # older than the checkpoint
+    api.pretrain(images, out, "tiny", resume=True)
+    exported, wanted = load_file(teacher), load_file(whole / "exported" / "teacher.safetensors")
+    assert all(torch.equal(exported[name], value) for name, value in wanted.items())
 
 
 def test_the_command_line_says_it_once(tmp_path: Path):

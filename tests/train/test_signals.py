@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: asked once, remembered; asked twice, obeyed at once; handlers put back."""
+"""Stopping signals: asked once, remembered; asked twice, obeyed at once; handlers put back."""
 
 import os
 import signal
@@ -11,18 +11,20 @@ import pytest
 from train_support import environment
 
 from pera_fast.train import signals
-from pera_fast.train.signals import StopRequest, exit_on_termination
+from pera_fast.train.signals import StopRequest, exit_code, exit_on_termination
+
+CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), CODES)
 def test_first_signal_is_remembered(number: signal.Signals, code: int):
     before = signal.getsignal(number)
     with StopRequest() as stop:
         assert stop.exit_code == 0
-        assert stop.asked() == (False, False)
+        assert exit_code(stop.asked()) == 0
         os.kill(os.getpid(), number)
         assert stop.exit_code == code
-        assert stop.asked() == (number == signal.SIGINT, number == signal.SIGTERM)
+        assert exit_code(stop.asked()) == code
         os.kill(os.getpid(), number)  # the same request, delivered twice
     assert signal.getsignal(number) is before
 
@@ -69,21 +71,39 @@ def test_outside_of_the_main_thread_nothing_is_touched():
     assert seen == [(before, 0)]
 
 
-def test_termination_during_set_up_leaves_through_finally():
-    before, left = signal.getsignal(signal.SIGTERM), []
+@pytest.mark.parametrize(("number", "code"), [pair for pair in CODES if pair[0] != signal.SIGINT])
+def test_termination_during_set_up_leaves_through_finally(number: signal.Signals, code: int):
+    before, left = signal.getsignal(number), []
 
     def run() -> None:
         with exit_on_termination():
             try:
                 with StopRequest() as stop:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    assert stop.exit_code == 143  # while training, the loop decides
-                os.kill(os.getpid(), signal.SIGTERM)
+                    os.kill(os.getpid(), number)
+                    assert stop.exit_code == code  # while training, the loop decides
+                os.kill(os.getpid(), number)
             finally:
                 left.append(True)
 
     with pytest.raises(SystemExit) as error:
         run()
-    assert error.value.code == 143
+    assert error.value.code == code
     assert left == [True]
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+
+
+def test_ignored_hangup_stays_ignored():
+    """What nohup asks for, in set-up and in training."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with exit_on_termination(), StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.exit_code == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_ranks_with_different_signals_agree_on_one():
+    assert exit_code([True, True, False, True]) == 143
+    assert exit_code([True, True, False, False]) == 138

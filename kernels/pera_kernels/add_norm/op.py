@@ -9,6 +9,7 @@ from .. import backend, cost
 from ..packing import kept_groups, num_tokens
 from ..sequence_add.op import sequence_add, sequence_add_backward
 from ..sequence_norm.op import sequence_norm_backward, sequence_norm_with_stats
+from .arguments import Norm, Subsets
 
 backend.register("add_norm", "triton", available=backend.needs_triton)
 backend.register("add_norm", "composed")  # of sequence_add and sequence_norm
@@ -37,9 +38,9 @@ def _add_norm(
     norm_subset: Tensor | None,
     norm_counts: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments = groups, add_subset, add_counts, norm_subset, norm_counts
     if (kernels := backend.kernels("add_norm", x)) is not None:
-        return kernels.add_norm(x, y, y_bias, weight, bias, eps, *arguments)
+        subsets = Subsets(groups, add_subset, add_counts, norm_subset, norm_counts)
+        return kernels.add_norm(x, y, y_bias, Norm(weight, bias, eps), subsets)
     if y_bias is not None:
         y = y + y_bias.to(y.dtype)
     keep = _keep(add_subset, add_counts)
@@ -63,7 +64,7 @@ def _add_norm_inplace(
     x: Tensor, y: Tensor, y_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float, groups: Sequence[int]
 ) -> Tensor:
     if (kernels := backend.kernels("add_norm", x)) is not None and x.is_contiguous():
-        return kernels.add_norm(x, y, y_bias, weight, bias, eps, groups, None, (), None, (), inplace=True)[1]
+        return kernels.add_norm(x, y, y_bias, Norm(weight, bias, eps), Subsets(groups), inplace=True)[1]
     x.add_(y)
     if y_bias is not None:
         x.add_(y_bias)
@@ -92,8 +93,8 @@ def _backward(
     has_bias: bool,
 ) -> list[Tensor]:
     if (kernels := backend.kernels("add_norm", x)) is not None:
-        arguments = groups, add_subset, add_counts, norm_subset, norm_counts, has_add, has_bias
-        return kernels.add_norm_backward(grad, grad_normed, x, weight, mean, rstd, *arguments)
+        subsets = Subsets(groups, add_subset, add_counts, norm_subset, norm_counts)
+        return kernels.add_norm_backward(grad, grad_normed, x, weight, mean, rstd, subsets, has_add, has_bias)
     sums = x.new_zeros(3, x.shape[1], dtype=_stats_dtype(x))
     if grad_normed is None or weight is None or mean is None or rstd is None:
         assert grad is not None

@@ -20,6 +20,7 @@ from ..packed_triton import Pair, group_pairs
 from ..packing import kept_groups, num_tokens
 from ..partial_sums.triton import add_up
 from ..sequence_norm.triton import MAX_DIM
+from .arguments import Norm, Subsets
 
 FORWARD_WARPS = 1
 FORWARD_ROWS = 1  # of a tile: a warp has a row, and exchanges nothing with others
@@ -226,17 +227,12 @@ def add_norm(
     x: Tensor,  # (T, D)
     y: Tensor,  # (Ra, D)
     y_bias: Tensor | None,  # (D,)
-    weight: Tensor | None,  # (D,)
-    bias: Tensor | None,  # (D,)
-    eps: float,
-    groups: Sequence[int],
-    add_subset: Tensor | None,
-    add_counts: Sequence[int],
-    norm_subset: Tensor | None,
-    norm_counts: Sequence[int],
+    norm: Norm,
+    subsets: Subsets,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Forward: the sum (T, D), which is x if ``inplace``, the normalised rows (Rn, D), mean and rstd (Rn,) float32."""
+    (weight, bias, eps), (groups, add_subset, add_counts, norm_subset, norm_counts) = norm, subsets
     x, y, dim = x.contiguous(), y.contiguous(), x.shape[1]
     add_counts_or_all = None if add_subset is None else add_counts
     norm_counts_or_all = None if norm_subset is None else norm_counts
@@ -277,15 +273,12 @@ def add_norm_backward(
     weight: Tensor | None,  # (D,)
     mean: Tensor | None,  # (Rn,) float32
     rstd: Tensor | None,  # (Rn,) float32
-    groups: Sequence[int],
-    add_subset: Tensor | None,
-    add_counts: Sequence[int],
-    norm_subset: Tensor | None,
-    norm_counts: Sequence[int],
+    subsets: Subsets,
     has_add: bool,
     has_bias: bool,
 ) -> list[Tensor]:
     """Gradients: of x (T, D), of y (Ra, D; empty without a subset: it is that of x), sums (3, D) float32."""
+    groups, add_subset, add_counts, norm_subset, norm_counts = subsets
     grad = None if grad is None else grad.contiguous()
     grad_normed = None if grad_normed is None else grad_normed.contiguous()
     x, dim = x.contiguous(), x.shape[1]

@@ -6,7 +6,6 @@ in the packed projections; gradients are packed by one kernel that also sums the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from .. import backend
 from ..packing import pairs, split
 from . import measured
+from .arguments import Attended, Packed
 
 if TYPE_CHECKING:
     from .triton import ColumnSums
@@ -82,14 +82,15 @@ def backward_group(
     )  # fmt: skip
 
 
-def forward(
-    qkv: Tensor,  # (T, 3 * D)
-    num_heads: int,
-    groups: Sequence[int],
-    out: Tensor | None,  # (T, D), filled; None: where one group is all, the operator's own result is returned
-    lse: Tensor | None,  # (T, H) float32, filled, a group's values as (n, H, len); None: nobody reads them
-) -> Tensor:
-    """Attention (T, D) of every group."""
+def forward(packed: Packed, out: Tensor | None, lse: Tensor | None) -> Tensor:
+    """Attention (T, D) of every group.
+
+    Args:
+        packed: the projections.
+        out: (T, D), filled; None: where one group is all, the operator's own result is returned.
+        lse: (T, H) float32, filled, a group's values as (n, H, len); None: nobody reads them.
+    """
+    qkv, num_heads, groups = packed
     single = out is None and len([n for n, length in pairs(groups) if n * length]) == 1
     if out is None and not single:
         out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
@@ -101,27 +102,21 @@ def forward(
         y, found = forward_group(q, k, v, lse is not None)
         if lse is not None:
             _sums(split(lse, groups)[i]).copy_(found)
-        packed = y.transpose(1, 2).reshape(x.shape[0] * x.shape[1], -1)  # a view: y lies as q does
+        tokens = y.transpose(1, 2).reshape(x.shape[0] * x.shape[1], -1)  # a view: y lies as q does
         if single:
-            result = packed
+            result = tokens
         else:
             assert out is not None
-            split(out, groups)[i].copy_(packed.view(x.shape[0], x.shape[1], -1))
+            split(out, groups)[i].copy_(tokens.view(x.shape[0], x.shape[1], -1))
     assert result is not None
     return result
 
 
 def backward(
-    grad: Tensor,  # (T, D)
-    qkv: Tensor,  # (T, 3 * D)
-    out: Tensor,  # (T, D)
-    lse: Tensor,  # (T, H) float32, as ``forward`` left it
-    num_heads: int,
-    groups: Sequence[int],
-    grad_qkv: Tensor,  # (T, 3 * D), filled
-    column_sums: ColumnSums | None = None,  # gets those of grad_qkv
+    grad: Tensor, packed: Packed, attended: Attended, grad_qkv: Tensor, column_sums: ColumnSums | None = None
 ) -> None:
-    """Gradient of qkv."""
+    """Fills grad_qkv (T, 3 * D) from grad (T, D); ``column_sums`` gets those of grad_qkv."""
+    (qkv, num_heads, groups), (out, lse) = packed, attended
     if column_sums is None:
         from .triton import ColumnSums
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import backend, cost
 from ..packing import check, num_tokens, pairs
 from . import cudnn, sdpa, varlen, xformers
+from .arguments import Attended, Packed
 
 # Groups of at most this many tokens a sequence go to the Triton kernels, which take up to 32; 0: none. Set it by what
 # `pera-fast bench attention --all` measures. PERA_SHORT_ATTENTION=1 or 0 overrides: all up to 32, or none.
@@ -99,10 +100,10 @@ def _attention(qkv: Tensor, num_heads: int, groups: Sequence[int]) -> tuple[Tens
     runs = list(_runs(qkv, num_heads, groups))
     if len(runs) == 1:  # then an implementation's own output need not be copied
         module, _, part = runs[0]
-        return module.forward(qkv, num_heads, part, None, lse), lse
+        return module.forward(Packed(qkv, num_heads, part), None, lse), lse
     out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
     for module, rows, part in runs:
-        y = module.forward(qkv[rows], num_heads, part, out[rows], lse[rows])
+        y = module.forward(Packed(qkv[rows], num_heads, part), out[rows], lse[rows])
         if y.data_ptr() != out[rows].data_ptr():
             out[rows] = y
     return out, lse
@@ -123,7 +124,8 @@ def _backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: in
     grad, qkv, out, lse = (t.contiguous() for t in (grad, qkv, out, lse))
     grad_qkv = torch.empty_like(qkv)
     for module, rows, part in _runs(qkv, num_heads, groups):
-        module.backward(grad[rows], qkv[rows], out[rows], lse[rows], num_heads, part, grad_qkv[rows])
+        attended = Attended(out[rows], lse[rows])
+        module.backward(grad[rows], Packed(qkv[rows], num_heads, part), attended, grad_qkv[rows])
     return grad_qkv
 
 
@@ -184,7 +186,8 @@ def _backward_with_sums(
     grad_qkv = torch.empty_like(qkv)
     sums = _column_sums(grad_qkv, len(groups) // 2)
     for module, rows, part in _runs(qkv, num_heads, groups):
-        given = grad[rows], qkv[rows], out[rows], lse[rows], num_heads, part, grad_qkv[rows]
+        attended = Attended(out[rows], lse[rows])
+        given = grad[rows], Packed(qkv[rows], num_heads, part), attended, grad_qkv[rows]
         if module is cudnn:
             cudnn.backward(*given, sums)
             continue
@@ -230,7 +233,7 @@ def _parts(qkv: Tensor, num_heads: int, groups: Sequence[int]) -> list[Tensor]:
     qkv = qkv.contiguous()
     lse = qkv.new_empty(qkv.shape[0], num_heads, dtype=_wide(qkv))  # written by all but cuDNN's, read by nobody
     return [
-        module.forward(qkv[rows], num_heads, part, None, None if module is cudnn else lse[rows])
+        module.forward(Packed(qkv[rows], num_heads, part), None, None if module is cudnn else lse[rows])
         for module, rows, part in _runs(qkv, num_heads, groups)
     ]
 

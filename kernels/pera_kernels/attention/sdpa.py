@@ -3,13 +3,12 @@
 The sequences of a group have one length: to PyTorch's fused attention a group is a dense batch, no mask, no padding.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ..packing import split
 from ..products import product_dtype
+from .arguments import Attended, Packed
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
@@ -111,8 +110,9 @@ class _PerGroup:
         self.forward_group, self.backward_group = forward_group, backward_group
         self.available, self.why_not = available, why_not
 
-    def forward(self, qkv: Tensor, num_heads: int, groups: Sequence[int], out: Tensor | None, lse: Tensor) -> Tensor:
+    def forward(self, packed: Packed, out: Tensor | None, lse: Tensor) -> Tensor:
         """Attention (T, D) of every group, in ``out`` if that is given; fills lse (T, H)."""
+        qkv, num_heads, groups = packed
         if out is None:
             out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
         for x, target, sums in zip(*(split(t, groups) for t in (qkv, out, lse)), strict=True):
@@ -122,17 +122,9 @@ class _PerGroup:
                 sums.copy_(part_sums.transpose(1, 2))
         return out
 
-    def backward(
-        self,
-        grad: Tensor,
-        qkv: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        num_heads: int,
-        groups: Sequence[int],
-        grad_qkv: Tensor,
-    ) -> None:
-        """Fills grad_qkv (T, 3 * D)."""
+    def backward(self, grad: Tensor, packed: Packed, attended: Attended, grad_qkv: Tensor) -> None:
+        """Fills grad_qkv (T, 3 * D) from grad (T, D)."""
+        (qkv, num_heads, groups), (out, lse) = packed, attended
         for g, x, y, sums, target in zip(*(split(t, groups) for t in (grad, qkv, out, lse, grad_qkv)), strict=True):
             if x.numel():
                 (g,), (y,) = heads(g, num_heads, 1), heads(y, num_heads, 1)

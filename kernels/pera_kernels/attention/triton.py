@@ -17,6 +17,7 @@ from ..column_sums.triton import sum_shares
 from ..launching import device_of, on_their_device
 from ..packing import pairs
 from ..partial_sums.triton import add_up
+from .arguments import Attended, Packed
 
 MAX_LENGTH = 32
 MAX_HEAD_DIM = 128
@@ -153,14 +154,9 @@ def _constants(num_heads: int, head_dim: int, length: int, upcast: bool = False)
 
 
 @on_their_device
-def forward(
-    qkv: Tensor,  # (T, 3 * D)
-    num_heads: int,
-    groups: Sequence[int],
-    out: Tensor | None,  # (T, D), to be filled; None: a new one
-    lse: Tensor,  # (T, H) float32, filled
-) -> Tensor:
-    """Attention of groups of at most MAX_LENGTH tokens a sequence; returns out."""
+def forward(packed: Packed, out: Tensor | None, lse: Tensor) -> Tensor:
+    """Attention (T, D) of groups of at most MAX_LENGTH tokens a sequence, in ``out`` if given; fills lse (T, H)."""
+    qkv, num_heads, groups = packed
     head_dim = qkv.shape[1] // (3 * num_heads)
     if out is None:
         out = torch.empty(qkv.shape[0], num_heads * head_dim, dtype=qkv.dtype, device=qkv.device)
@@ -170,16 +166,9 @@ def forward(
 
 
 @on_their_device
-def backward(
-    grad: Tensor,  # (T, D)
-    qkv: Tensor,  # (T, 3 * D)
-    out: Tensor,  # (T, D), not read
-    lse: Tensor,  # (T, H) float32
-    num_heads: int,
-    groups: Sequence[int],
-    grad_qkv: Tensor,  # (T, 3 * D), filled
-) -> None:
-    """Gradient of qkv."""
+def backward(grad: Tensor, packed: Packed, attended: Attended, grad_qkv: Tensor) -> None:
+    """Fills grad_qkv (T, 3 * D) from grad (T, D)."""
+    (qkv, num_heads, groups), (_, lse) = packed, attended
     head_dim = qkv.shape[1] // (3 * num_heads)
     for rows, grid, args, constants in _launches(num_heads, head_dim, groups, qkv.dtype):
         tensors = grad[rows], qkv[rows], lse[rows], grad_qkv[rows]

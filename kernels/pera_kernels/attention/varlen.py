@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..packing import pairs
+from .arguments import Attended, Packed
 
 aten = torch.ops.aten
 MAX_HEAD_DIM = 256
@@ -54,14 +55,9 @@ def _bounds(groups: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]
     return cu_seqlens, max(sizes)
 
 
-def forward(
-    qkv: Tensor,  # (T, 3 * D)
-    num_heads: int,
-    groups: Sequence[int],
-    out: Tensor | None,  # not used: the operator makes its own
-    lse: Tensor,  # (T, H) float32, filled
-) -> Tensor:
-    """Attention (T, D) of every group."""
+def forward(packed: Packed, out: Tensor | None, lse: Tensor) -> Tensor:
+    """Attention (T, D) of every group, in memory of its own; fills lse (T, H)."""
+    qkv, num_heads, groups = packed
     q, k, v = qkv.view(qkv.shape[0], 3, num_heads, -1).unbind(1)
     bounds, longest = _bounds(tuple(groups), qkv.device)
     y, sums = aten._flash_attention_forward(q, k, v, bounds, bounds, longest, longest, 0.0, False, False)[:2]
@@ -69,16 +65,9 @@ def forward(
     return y.flatten(1)
 
 
-def backward(
-    grad: Tensor,  # (T, D)
-    qkv: Tensor,  # (T, 3 * D)
-    out: Tensor,  # (T, D)
-    lse: Tensor,  # (T, H) float32
-    num_heads: int,
-    groups: Sequence[int],
-    grad_qkv: Tensor,  # (T, 3 * D), filled
-) -> None:
-    """Gradient of qkv."""
+def backward(grad: Tensor, packed: Packed, attended: Attended, grad_qkv: Tensor) -> None:
+    """Fills grad_qkv (T, 3 * D) from grad (T, D)."""
+    (qkv, num_heads, groups), (out, lse) = packed, attended
     shape = qkv.shape[0], num_heads, -1
     q, k, v = qkv.view(qkv.shape[0], 3, num_heads, -1).unbind(1)
     bounds, longest = _bounds(tuple(groups), qkv.device)

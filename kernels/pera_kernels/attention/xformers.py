@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..packing import pairs, split
 from . import varlen
+from .arguments import Attended, Packed
 
 
 @cache
@@ -84,30 +85,18 @@ def _store_lse(sums: Tensor, lse: Tensor, groups: Sequence[int]) -> None:
             target.copy_(part[:, :, : target.shape[1]].transpose(1, 2))
 
 
-def forward(
-    qkv: Tensor,  # (T, 3 * D)
-    num_heads: int,
-    groups: Sequence[int],
-    out: Tensor | None,  # not used: the operator makes its own
-    lse: Tensor,  # (T, H) float32, filled
-) -> Tensor:
-    """Attention (T, D) of every group."""
+def forward(packed: Packed, out: Tensor | None, lse: Tensor) -> Tensor:
+    """Attention (T, D) of every group, in memory of its own; fills lse (T, H)."""
+    qkv, num_heads, groups = packed
     q, k, v = qkv.view(1, qkv.shape[0], 3, num_heads, -1).unbind(2)
     y, sums = _fmha().memory_efficient_attention_forward_requires_grad(q, k, v, _mask(tuple(groups), qkv.device))
     _store_lse(sums, lse, groups)
     return y.reshape(qkv.shape[0], -1)
 
 
-def backward(
-    grad: Tensor,  # (T, D)
-    qkv: Tensor,  # (T, 3 * D)
-    out: Tensor,  # (T, D)
-    lse: Tensor,  # (T, H) float32
-    num_heads: int,
-    groups: Sequence[int],
-    grad_qkv: Tensor,  # (T, 3 * D), filled
-) -> None:
-    """Gradient of qkv. The packed log-sum-exps make xformers choose a Flash-Attention operator."""
+def backward(grad: Tensor, packed: Packed, attended: Attended, grad_qkv: Tensor) -> None:
+    """Fills grad_qkv (T, 3 * D). The packed log-sum-exps make xformers choose a Flash-Attention operator."""
+    (qkv, num_heads, groups), (out, lse) = packed, attended
     shape = 1, qkv.shape[0], num_heads, -1
     q, k, v = qkv.view(1, qkv.shape[0], 3, num_heads, -1).unbind(2)
     sums = lse.t().contiguous().unsqueeze(0)

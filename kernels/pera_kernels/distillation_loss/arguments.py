@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -25,20 +25,10 @@ class Arguments(NamedTuple):
     teacher_temp: float
 
     @staticmethod
-    def of(
-        student_rows: Tensor,
-        student_v: Tensor,
-        student_g: Tensor,
-        teacher_rows: Tensor,
-        teacher_v: Tensor,
-        teacher_g: Tensor,
-        center: Tensor,
-        student_temp: float,
-        teacher_temp: float,
-    ) -> Arguments:
-        """Build from the op's arguments, in their order."""
-        student, teacher = Network(student_rows, student_v, student_g), Network(teacher_rows, teacher_v, teacher_g)
-        return Arguments(student, teacher, center, student_temp, teacher_temp)
+    def of(*values: Any) -> Arguments:
+        """Build from the op's nine arguments, in their order."""
+        *tensors, student_temp, teacher_temp = values
+        return Arguments(Network(*tensors[:3]), Network(*tensors[3:6]), tensors[6], student_temp, teacher_temp)
 
     @property
     def multiplied(self) -> tuple[Tensor, ...]:

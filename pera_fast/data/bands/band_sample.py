@@ -100,6 +100,7 @@ def sample_bands(
 def _count(raster: Raster, pixels: int, bands: list[BandStats]) -> None:
     """Adds the values of each band on a grid of about so many pixels, those with data."""
     step = max(1, int(np.sqrt(raster.bands[0].size / pixels)))
-    grid = (slice(None), slice(step // 2, None, step), slice(step // 2, None, step))
-    for number, (band, values) in enumerate(zip(bands, raster.bands[grid], strict=True)):
-        band.add(values, None if raster.valid is None else raster.valid[grid][number])
+    grid = (slice(step // 2, None, step), slice(step // 2, None, step))
+    for channel, band in enumerate(bands):
+        counted = raster.counted(channel)
+        band.add(raster.values(channel)[grid], None if counted is None else counted[grid])

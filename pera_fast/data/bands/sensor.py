@@ -80,12 +80,31 @@ def is_deep(manifest: Manifest) -> bool:
     return deep * 2 > readable
 
 
+def mixed_scales(manifest: Manifest) -> str:
+    """Message about files of more than 8 bits that declare unlike scales, which are not converted; empty: none do."""
+    table = manifest.table
+    shallow = pc.is_in(table["dtype"], value_set=pa.array(_SHALLOW))
+    deep = table.filter(pc.and_(table["ok"], pc.invert(shallow)))
+    counts = sorted(
+        ((row["counts"], row["values"]) for row in pc.value_counts(deep["scale"]).to_pylist()), reverse=True
+    )
+    if len(counts) < 2:
+        return ""
+    kinds = ", ".join(f"{scale or 'none'} in {count} file(s)" for count, scale in counts[:4])
+    return (
+        f"values have {len(counts)} declared scales ({kinds}), which are not converted: the same ground may come out in"
+        " several brightnesses; train on files of one scale, or convert the others (gdal_translate -unscale)"
+    )
+
+
 def measure(cfg: Config, manifest: Manifest, depth: int, progress: bool = True) -> None:
     """Writes into the manifest what was decided: the depth, and the ranges, which are measured where none are given.
 
     Raises:
         UserError: no file of the sample has a value that could be measured.
     """
+    if told := mixed_scales(manifest):
+        _log.warning("data %s: %s", manifest.root, told)
     scale, ranges = band_scale(cfg), cfg.data.band_range
     if ranges is None:
         if isinstance(scale, (int, float)):

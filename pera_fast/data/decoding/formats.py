@@ -1,5 +1,9 @@
 """Tells the format of a file by its suffix and by its first bytes."""
 
+import os
+
+from pera_fast.errors import UserError
+
 SUFFIXES = (
     frozenset(("jpg", "jpeg", "jpe", "jfif", "png", "tif", "tiff", "btf", "webp", "bmp", "dib", "gif", "tga", "ico"))
     | frozenset(("jp2", "j2k", "j2c", "jpc", "jpx", "jpf"))
@@ -18,6 +22,14 @@ def has_image_suffix(name: str) -> bool:
     return bool(dot) and suffix.lower() in SUFFIXES
 
 
+def refuse_virtual(what: str, path: str | os.PathLike[str]) -> None:
+    """Raises UserError for a path that only GDAL could open; `what` says whose it is."""
+    if os.fspath(path).startswith("/vsi"):
+        raise UserError(
+            f"{what} {path}: is a virtual path of GDAL, which is not read; copy or mount the files, give their folder"
+        )
+
+
 def sniff(head: bytes) -> str | None:
     """The image format that a file's first bytes (HEAD_BYTES of them) tell, or None."""
     if head.startswith(b"\xff\xd8\xff"):
@@ -26,6 +38,8 @@ def sniff(head: bytes) -> str | None:
         return "png"
     if head.startswith(_TIFF):
         return "tiff"
+    if b"<VRTDataset" in head:
+        return "vrt"  # an XML file of GDAL that refers to other files; refused, see `probe`
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "webp"
     if head.startswith(b"\0\0\0\x0cjP  \r\n\x87\n") or head.startswith(b"\xff\x4f\xff\x51"):

@@ -6,16 +6,22 @@ import re
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from pera_fast.data.decoding import decode
 from pera_fast.data.decoding.dali import DaliDecoder, error_reason
+from pera_fast.data.decoding.declared import declared
 from pera_fast.data.decoding.formats import HEAD_BYTES, sniff
+from pera_fast.data.decoding.scaling import Raster
 from pera_fast.data.decoding.tar import FileState, Member, read_member
 
 MAX_FILES = 64  # of one call
 MAX_BYTES = 2**31  # of one file; it is read as a whole
+VRT_REASON = (
+    "VRT: refers to other files, which are not read through it; cut it into tiles: pera-fast data tile FILE.vrt"
+)
 _BATCH_PIXELS = 2**24  # decoded together
 _HEAD = 2**16  # bytes in which a header is looked for first
 
@@ -43,7 +49,7 @@ class ProbeSettings:
     @property
     def decoders(self) -> tuple[str, ...]:
         """Decoders to try, in this order."""
-        return ("dali", "pillow", "rasterio") if self.encoded else ("rasterio", "pillow")
+        return ("dali", "rasterio", "pillow") if self.encoded else ("rasterio", "pillow")
 
 
 @dataclass
@@ -62,6 +68,7 @@ class ProbeResult:
     size: int = -1  # bytes; -1: could not be opened
     mtime_ns: int = 0
     offset: int = -1  # of a shard's member, bytes; -1: a file of its own
+    scale: str = ""  # declared scale of the values, of each band if they differ; empty: none
 
 
 @dataclass
@@ -79,6 +86,11 @@ class _File:
 
     def refuse(self, height: int, width: int, max_pixels: int) -> None:
         self.result.reason = f"{width} x {height} is more than data.max_pixels={max_pixels}"
+
+    @cached_property
+    def decoders(self) -> tuple[str, ...]:
+        """Decoders that give its values as they are stored."""
+        return declared(self.data, self.kind).decoders
 
     @property
     def open(self) -> bool:
@@ -141,7 +153,7 @@ class Prober:
         self._read_headers(files, settings, codec)
         if settings.verify:
             if "dali" in decoders:
-                self._try_dali([file for file in files if file.open], settings)
+                self._try_dali([file for file in files if file.open and "dali" in file.decoders], settings)
             for decoder in decoders:
                 if decoder != "dali" and any(file.open for file in files):
                     say(decoder)
@@ -163,6 +175,8 @@ class Prober:
         if not data:
             result.reason = "empty file"
         kind = sniff(data[:HEAD_BYTES])
+        if kind == "vrt":
+            result.reason = VRT_REASON
         result.format = kind or ""
         return _File(result, data, kind)
 
@@ -210,18 +224,23 @@ class Prober:
     @staticmethod
     def _try_library(files: list[_File], decoder: str, settings: ProbeSettings) -> None:
         for file in files:
-            if not decode.can_decode(decoder, file.kind, raw=not settings.encoded):
+            if decoder not in file.decoders:
                 continue
             try:
-                if settings.encoded:
-                    height, width = decode.decode(file.data, decoder, settings.channels).shape[:2]
-                else:
-                    height, width = decode.read(file.data, decoder, settings.channels, settings.bands).bands.shape[1:]
+                raster = decode.read(file.data, decoder, settings.channels, settings.bands)
             except Exception as error:  # hostile bytes: any library may raise anything
                 told = "out of memory" if isinstance(error, MemoryError) else _one_line(error)
                 file.failures.append(f"{decoder.replace('pillow', 'Pillow')}: {told}")
             else:
+                _, height, width = raster.bands.shape
                 file.accept(decoder, height, width, settings.max_pixels)
+                file.result.dtype, file.result.scale = raster.bands.dtype.name, _scale(raster)
+
+
+def _scale(raster: Raster) -> str:
+    """Declared scales as text, one if all bands have the same."""
+    scales = [] if raster.scale is None else [f"{scale:.6g}" for scale in raster.scale]
+    return ",".join(scales[:1] if len(set(scales)) == 1 else scales)
 
 
 def _batches(files: list[_File]) -> list[list[_File]]:
@@ -239,6 +258,8 @@ def _batches(files: list[_File]) -> list[list[_File]]:
 
 
 def _one_line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # "see previous exception for details"
+        error = error.__cause__
     text = _MEMORY_NAMES.sub("", " ".join(str(error).split())).strip()
     return (text or type(error).__name__)[:160]
 

@@ -21,7 +21,7 @@ from pera_fast.errors import UserError
 
 pc: Any = pyarrow.compute  # made when it is imported: type checkers see none of its functions
 _METADATA = b"pera_fast"
-_VERSION = 3
+_VERSION = 4
 
 SCHEMA = pa.schema(
     [
@@ -37,6 +37,7 @@ SCHEMA = pa.schema(
         ("size", pa.int64()),  # bytes
         ("mtime_ns", pa.int64()),  # of a member: its shard's
         ("offset", pa.int64()),  # of a shard's member: bytes from the shard's start; -1: a file of its own
+        ("scale", pa.string()),  # declared scale of the values; empty: none, or 8 bits
     ]
 )
 _ROW_GROUP = 2**16

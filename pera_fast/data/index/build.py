@@ -16,6 +16,7 @@ import pyarrow as pa
 from pera_fast.config import Config
 from pera_fast.data.bands.sensor import band_plan, is_deep, measure, probe_settings
 from pera_fast.data.decoding.decode import Bands
+from pera_fast.data.decoding.formats import refuse_virtual
 from pera_fast.data.decoding.probe import ProbeSettings
 from pera_fast.data.files.manifest import Manifest, ManifestWriter, StoredManifest, not_writable
 from pera_fast.data.files.scan import LISTED, Listing, scan
@@ -128,6 +129,7 @@ def build_index(
     Raises:
         UserError: no such folder, no readable image in it, manifest not writable.
     """
+    refuse_virtual("data", root)
     folder = Path(os.path.abspath(root))
     if not folder.exists():
         raise UserError(f"data folder {root} does not exist")

@@ -185,11 +185,8 @@ class SampleSource:
             return Image(row, np.frombuffer(data, np.uint8), known.height, known.width)
         settings = self._settings
         try:
-            if settings.encoded:
-                pixels = decode.decode(data, known.decoder, settings.channels)
-            else:
-                pixels = self._scaling(decode.read(data, known.decoder, settings.channels, settings.bands))
-                pixels = np.require(pixels, requirements="W")  # what Pillow gave is not; PyTorch would remark on that
+            pixels = self._scaling(decode.read(data, known.decoder, settings.channels, settings.bands))
+            pixels = np.require(pixels, requirements="W")  # what Pillow gave is not; PyTorch would remark on that
         except Exception as error:  # it decoded when it was checked; whatever it is now, it must not end the run
             raise _UnusableError(f"{known.decoder}: {error}") from error
         height, width = pixels.shape[:2]
@@ -202,15 +199,14 @@ class SampleSource:
         except _UnusableError as error:  # whoever measures takes another one
             _log.debug("%s cannot be measured: %s", self._path(sample), error)
             return None
-        # DALI gives 8 bits whatever is stored. What it decodes one of the others does.
-        for decoder in ("rasterio", "pillow") if known.decoder == "dali" else (known.decoder,):
-            if not decode.can_decode(decoder, sniff(data[:HEAD_BYTES])):
-                continue
-            try:
-                return decode.read(data, decoder, self._settings.channels, self._settings.bands)
-            except Exception as error:
-                _log.debug("%s cannot be measured: %s", self._path(sample), error)
-        return None
+        settings = self._settings
+        try:
+            if known.decoder == "dali":  # what it decodes one of the others does
+                return decode.read_any(data, settings.channels, settings.bands)
+            return decode.read(data, known.decoder, settings.channels, settings.bands)
+        except Exception as error:
+            _log.debug("%s cannot be measured: %s", self._path(sample), error)
+            return None
 
     def _probe(self, path: str | Member, decoders: tuple[str, ...] | None = None) -> ProbeResult:
         sandbox = self._idle.get()

@@ -7,12 +7,13 @@ brightness, and little of an image without structure, means of a 4 x 4 grid go w
 """
 
 import io
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
 from pera_fast.data.decoding import decode
-from pera_fast.data.decoding.scaling import by_type
+from pera_fast.data.decoding.scaling import Scaling
 
 GRID = 4
 _SIDE, _KEPT = 32, 8
@@ -72,5 +73,7 @@ def read_small(data: bytes, decoder: str) -> np.ndarray:
 
 def _stretched(data: bytes, decoder: str) -> np.ndarray:
     """8 bits as they are, others from their least to their greatest value: 12 bits in 16 would leave 16 levels."""
-    bands = np.moveaxis(decode.read(data, decoder, 3).bands, 0, -1)
-    return by_type(bands if bands.dtype in (np.uint8, np.bool_) else bands.astype(np.float64))
+    raster = decode.read(data, decoder, 3)
+    if raster.bands.dtype not in (np.uint8, np.bool_):
+        raster = replace(raster, bands=raster.bands.astype(np.float64))
+    return Scaling()(raster)

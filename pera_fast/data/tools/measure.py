@@ -162,9 +162,9 @@ def _measure(cfg: Config, manifest: Manifest, rows: np.ndarray, workers: int, pr
                     continue
                 pixels = scaling(raster)
                 for channel in range(channels):
-                    valid = None if raster.valid is None else np.asarray(raster.valid[channel])
-                    own.stored[channel].add(raster.bands[channel], valid)
-                    own.pixels[channel].add(pixels[..., channel], valid)
+                    counted = raster.counted(channel)
+                    own.stored[channel].add(raster.values(channel), counted)
+                    own.pixels[channel].add(pixels[..., channel], counted)
                 own.files += 1
             advance(len(rows[start : start + _TURN]))
         return own

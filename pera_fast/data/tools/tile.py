@@ -12,6 +12,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from pera_fast.data.decoding.formats import HEAD_BYTES, refuse_virtual, sniff
 from pera_fast.data.decoding.worker_process import DiedError, WorkerProcess
 from pera_fast.data.files.scan import scan
 from pera_fast.data.files.skipped import SkippedFiles
@@ -24,6 +25,7 @@ from pera_fast.progress import progress_bar
 _log = logging.getLogger("pera_fast")
 _STATE, _SKIPPED = ".tiles", "skipped.csv"
 _SECONDS = 600.0  # for one read of a scene and the tiles cut from it
+_VRT = "VRT: refers to other files, which may lie here too; name it alone to cut it: pera-fast data tile FILE.vrt"
 _MODULE = "pera_fast.data.tools.tile_scene"
 
 
@@ -67,6 +69,7 @@ def tile(
 
 
 def _check(source: Path, folder: Path, settings: TileSettings) -> None:
+    refuse_virtual("scenes", source)
     if not source.exists():
         raise UserError(f"scenes {source} do not exist")
     if settings.size < 16:
@@ -114,6 +117,10 @@ def _tile(source: Path, folder: Path, settings: TileSettings, workers: int, prog
     failed: list[tuple[str, str]] = []
     todo = []
     for path, state in scenes.items():
+        if source.is_dir() and _is_vrt(source / path):
+            failed.append((path, _VRT))
+            skipped.add(path, _VRT)
+            continue
         before = _load(_marker(folder, names[path]))
         if before.get("state") == state and (folder / names[path]).is_dir() == (before["written"] > 0):
             done.written, done.left_out = done.written + before["written"], done.left_out + before["left_out"]
@@ -156,6 +163,14 @@ def _scenes(source: Path) -> dict[str, list[int]]:
     if not found:
         raise UserError(f"scenes {source} hold no image file among {listing.other_files} file(s)")
     return dict(sorted(found.items()))
+
+
+def _is_vrt(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return sniff(file.read(HEAD_BYTES)) == "vrt"
+    except OSError:  # whoever reads it says so
+        return False
 
 
 def _folders(paths: Sequence[str]) -> dict[str, str]:

@@ -38,7 +38,7 @@ def test_a_killed_decoder_costs_neither_its_batch_nor_the_decoders_after_it(tmp_
     assert [result.path for result in results] == paths
     assert [result.decoder for result in results] == ["dali", "pillow", "dali", "", "dali"]
     assert [result.ok for result in results] == [True, True, True, False, True]
-    assert results[3].reason == "DALI: killed by SIGSEGV; Pillow: killed by SIGSEGV; rasterio: killed by SIGSEGV"
+    assert results[3].reason == "DALI: killed by SIGSEGV; rasterio: killed by SIGSEGV; Pillow: killed by SIGSEGV"
     assert results[3].size == os.path.getsize(paths[3])
 
 
