@@ -218,6 +218,7 @@ class DataConfig:
     prefetch: int = _count(2)  # batches ready ahead of the step
     verify: bool = True  # decode every file fully when the index is built
     index: str | None = None  # path of the Parquet manifest; null: in the user's cache
+    storage_timeout: float = _key(600.0, low=0)  # seconds to wait for a storage that does not answer, before giving up
     max_pixels: int = _count(2**28)  # width * height of the largest image that is read
     # Decode a JPEG on the CPU at 1/2, 1/4 or 1/8 of its size, if the windows of all its crops then still have this many
     # times their crop's pixels a side. null: never.

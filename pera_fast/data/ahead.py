@@ -10,7 +10,12 @@ Result = TypeVar("Result")
 
 
 def map_ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int, name: str
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    threads: int,
+    ahead: int,
+    name: str,
+    stop: Callable[[], None] = lambda: None,
 ) -> Iterator[Result]:
     """Apply a function to items in threads; unlike ``Executor.map`` it holds a bounded number of results.
 
@@ -20,6 +25,7 @@ def map_ahead(
         threads: how many.
         ahead: items under way for each thread.
         name: prefix of the threads' names.
+        stop: called at the end, before the threads are waited for: ends what they may wait for.
 
     Yields:
         Results in the order of the items. An exception of the function is raised here; what had not begun is then
@@ -35,4 +41,5 @@ def map_ahead(
         while under_way:
             yield under_way.popleft().result()
     finally:
+        stop()
         pool.shutdown(cancel_futures=True)

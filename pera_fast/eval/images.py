@@ -1,6 +1,7 @@
 """Labelled images for probes: a folder per class, or a CSV that names file, class and split."""
 
 import csv
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from torch import Tensor
 from pera_fast.config import Config
 from pera_fast.data.bands.sensor import probe_settings, scaling_of
 from pera_fast.data.decoding import decode, formats
+from pera_fast.data.decoding.probe import read_file
 from pera_fast.errors import UserError
+from pera_fast.storage import MachineError, Storage
 
 SUFFIXES = frozenset(f".{suffix}" for suffix in formats.SUFFIXES)
 
@@ -105,11 +108,14 @@ def load_images(files: Sequence[Path], size: int, cfg: Config | None = None) -> 
     """
     cfg = cfg or Config()
     settings, scaling = probe_settings(cfg), scaling_of(cfg)
-    pictures = []
+    pictures, storage = [], Storage(os.sep)
     for file in files:
         try:
-            pixels = scaling(decode.read_any(file.read_bytes(), settings.channels, settings.bands))
+            data, _ = storage(lambda file=file: read_file(os.fspath(file)), os.fspath(file), 0)
+            pixels = scaling(decode.read_any(data, settings.channels, settings.bands))
             pictures.append((_resized_8_bit if settings.encoded else _resized)(pixels, size))
+        except MachineError:
+            raise
         except Exception as error:  # a library may raise anything
             told = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{file}: cannot be read as an image for evaluation ({told})") from error

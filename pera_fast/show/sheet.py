@@ -13,10 +13,11 @@ from pera_fast.data.decoding import decode
 from pera_fast.data.decoding.probe import read_file
 from pera_fast.data.decoding.scaling import by_type
 from pera_fast.data.files.manifest import Manifest
-from pera_fast.data.files.shards import locate
+from pera_fast.data.files.shards import locate, place_of
 from pera_fast.data.sampling.views import draw_windows
 from pera_fast.model.inputs import GroupInputs
 from pera_fast.show.panels import HIDDEN, PREDICTED, STUDENT, TEACHER, colored_view
+from pera_fast.storage import Storage
 from pera_fast.train.redraw import Redrawn
 
 _CELL, _GAP, _TEXT, _HEAD = 256, 8, 22, 58  # pixels
@@ -212,7 +213,8 @@ def _read_whole(cfg: Config, manifest: Manifest, sample: int) -> Image.Image | N
     files, settings = manifest.readable, probe_settings(cfg)
     path, offset, size = files.paths[sample].as_py(), int(files.offset[sample]), int(files.size[sample])
     try:
-        data, _ = read_file(locate(os.fspath(manifest.root), path, offset, size))
+        location = locate(os.fspath(manifest.root), path, offset, size)
+        data, _ = Storage(manifest.root)(lambda: read_file(location), *place_of(location))
     except OSError:
         return None
     try:

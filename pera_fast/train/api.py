@@ -124,6 +124,7 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
             batch_size=plan.per_device, accumulate=plan.accumulate, rank=here.rank, world_size=here.size,
             device=here.device, skipped=SkippedFiles(folder.skipped), start_micro_step=position * plan.accumulate,
             transform=lambda batch: make_inputs(batch, cfg, here.rank), decoding=decoding,
+            asked_to_stop=lambda: bool(stop.exit_code),
         )  # fmt: skip
         try:
             run = _build(folder, start, here, manifest, loader)

@@ -13,6 +13,7 @@ from pera_fast.config import BatchPlan, Config, to_yaml
 from pera_fast.errors import UserError
 from pera_fast.model.inputs import StepInputs
 from pera_fast.model.pera import PerA
+from pera_fast.storage import MachineError
 from pera_fast.train.checkpoint import FORMAT, CheckpointState, NotWrittenError, checkpoint_path, save_checkpoint
 from pera_fast.train.compute_copies import refresh_copies
 from pera_fast.train.console import Progress
@@ -112,14 +113,20 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
 
     Raises:
         UserError: too many steps in a row that were not finite, or the last checkpoint could not be written.
+        MachineError: the images' storage did not answer in time; a checkpoint was written.
     """
-    cfg, world = run.cfg, run.world
+    cfg, world, first = run.cfg, run.world, run.step
     reader = _Reader(run, MetricsWriter(run.folder.metrics if world.main else None, run.step))
     clock = _Clock(cfg.train.checkpoint_minutes)
     try:
         with Progress(run.schedules.steps, run.place, world.main) as progress:
             while run.place < run.schedules.steps:
-                reader.take(_launch(run, stop), progress)
+                try:
+                    launch = _launch(run, stop)
+                except MachineError as error:  # in the middle of a step, which has changed nothing yet
+                    reader.finish(progress)
+                    return _leave(run, stop, error, first), reader.metrics
+                reader.take(launch, progress)
                 last = run.place == run.schedules.steps
                 due = last or run.step % cfg.train.checkpoint_every == 0 or (world.main and clock.is_due())
                 if due or reader.stopped or (world.size == 1 and stop.exit_code) or run.update is None:
@@ -158,6 +165,19 @@ class _Clock:
 
     def is_due(self) -> bool:
         return self._seconds is not None and time.monotonic() - self._began >= self._seconds
+
+
+def _leave(run: Run, stop: StopRequest, error: MachineError, first: int) -> int:
+    """Saves because no batch comes any more. Returns the exit code of a stop that was asked for, else raises."""
+    if run.step == first:
+        if stop.exit_code:
+            return stop.exit_code
+        raise error
+    _save(run, must=True)
+    if stop.exit_code:
+        log.info("stopped after step %d; continue with --resume", run.step)
+        return stop.exit_code
+    raise MachineError(f"{error}; stopped after step {run.step} with a checkpoint; continue with --resume") from error
 
 
 @dataclass

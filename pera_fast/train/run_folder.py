@@ -25,6 +25,7 @@ BATCH = {"train.batch_size", "train.total_batch_size", "train.accumulate"}  # ma
 HARMLESS = {
     "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints", "train.max_nonfinite",
     "data.loader_threads", "data.prefetch", "data.verify", "data.index", "data.max_pixels", "model.recompute",
+    "data.storage_timeout",
 }  # fmt: skip
 # These go on, but not bit for bit.
 NOTED = {

@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from pera_fast.data.reading.source import SampleSource
 from pera_fast.errors import UserError
 from pera_fast.keyed import Purpose, generator
 from pera_fast.progress import progress_bar
+from pera_fast.storage import TIMEOUT
 
 FILES = 256  # of a sample
 PIXELS = 2**16  # of each of them
@@ -46,6 +48,7 @@ def sample_bands(
     pixels: int = PIXELS,
     only_deep: bool = False,
     progress: bool = True,
+    timeout: float = TIMEOUT,
 ) -> BandSample:
     """Reads a sample of the readable files: the same one whenever manifest and seed are.
 
@@ -57,6 +60,7 @@ def sample_bands(
         pixels: about as many of each, on a grid over the image.
         only_deep: leave out files of 8 bits.
         progress: show a bar, if there is a terminal.
+        timeout: seconds that are waited for a storage that does not answer.
 
     Returns:
         The values; of no file if all were left out.
@@ -67,25 +71,23 @@ def sample_bands(
     count = len(manifest.readable)
     rows = np.sort(generator(seed, Purpose.MEASURE).permutation(count)[:files])
     threads = min(len(os.sched_getaffinity(0)), 16)
-    source = SampleSource(manifest, settings, seed, SkippedFiles(os.devnull), sandboxes=threads)
+    source = SampleSource(manifest, settings, seed, SkippedFiles(os.devnull), sandboxes=threads, timeout=timeout)
     bands = [BandStats() for _ in range(settings.channels)]
     read = shallow = 0
-    try:
-        with (
-            ThreadPoolExecutor(threads, thread_name_prefix="pera-measure") as pool,
-            progress_bar("measuring bands", len(rows), wanted=progress) as advance,
-        ):
-            for raster in pool.map(source.raster, map(int, rows)):
-                advance(1)
-                if raster is None:
-                    continue
-                if only_deep and raster.bands.dtype in (np.uint8, np.bool_):
-                    shallow += 1
-                    continue
-                read += 1
-                _count(raster, pixels, bands)
-    finally:
-        source.close()
+    with (
+        ThreadPoolExecutor(threads, thread_name_prefix="pera-measure") as pool,
+        closing(source),  # before the pool, whose threads may wait for the storage
+        progress_bar("measuring bands", len(rows), wanted=progress) as advance,
+    ):
+        for raster in pool.map(source.raster, map(int, rows)):
+            advance(1)
+            if raster is None:
+                continue
+            if only_deep and raster.bands.dtype in (np.uint8, np.bool_):
+                shallow += 1
+                continue
+            read += 1
+            _count(raster, pixels, bands)
     if shallow and not read:
         return BandSample([], 0)
     for number, band in enumerate(bands, 1):

@@ -112,7 +112,10 @@ def measure(cfg: Config, manifest: Manifest, depth: int, progress: bool = True) 
         elif scale is not None or depth == 16:
             only_deep = scale is None  # auto: 8-bit files keep their range
             settings = probe_settings(cfg, replace(band_plan(cfg), depth=depth))
-            sample = sample_bands(manifest, settings, cfg.train.seed, only_deep=only_deep, progress=progress)
+            wait = cfg.data.storage_timeout
+            sample = sample_bands(
+                manifest, settings, cfg.train.seed, only_deep=only_deep, progress=progress, timeout=wait
+            )
             ranges = sample.ranges(*(scale or _AUTO_PERCENTILES)) if sample.files else None
     manifest.decided = {"depth": str(depth), "band_range": ranges}
 

@@ -1,6 +1,5 @@
 """Checks whether a file can be decoded, and by which decoder. Runs in a `sandbox`: a decoder may die or hang."""
 
-import contextlib
 import os
 import re
 import stat
@@ -16,6 +15,7 @@ from pera_fast.data.decoding.declared import declared
 from pera_fast.data.decoding.formats import HEAD_BYTES, sniff
 from pera_fast.data.decoding.scaling import Raster
 from pera_fast.data.decoding.tar import FileState, Member, read_member
+from pera_fast.storage import is_passing
 
 MAX_FILES = 64  # of one call
 MAX_BYTES = 2**31  # of one file; it is read as a whole
@@ -69,6 +69,7 @@ class ProbeResult:
     mtime_ns: int = 0
     offset: int = -1  # of a shard's member, bytes; -1: a file of its own
     scale: str = ""  # declared scale of the values, of each band if they differ; empty: none
+    fault: int = 0  # errno of the storage or the machine: nothing was found out about the file
 
 
 @dataclass
@@ -110,17 +111,19 @@ def read_file(path: str | Member, most: int | None = None) -> tuple[bytes, FileS
     if isinstance(path, Member):
         return read_member(path, MAX_BYTES)
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # non-blocking: opening a pipe would wait for ever
-    with open(fd, "rb", buffering=0) as file:
+    try:
         state = os.fstat(fd)
         if not stat.S_ISREG(state.st_mode):
             raise OSError("not a regular file")
         if state.st_size > MAX_BYTES:
             raise OSError(f"{state.st_size / 2**30:.1f} GiB are too much to read at once: cut it into tiles")
         wanted = state.st_size if most is None else min(most, state.st_size)
-        data = file.read(wanted) or b""
-        while len(data) < wanted and (more := file.read(wanted - len(data))):
+        data = os.read(fd, wanted)
+        while len(data) < wanted and (more := os.read(fd, wanted - len(data))):
             data += more
         after = os.fstat(fd)
+    finally:
+        os.close(fd)
     if len(data) != wanted or (after.st_size, after.st_mtime_ns) != (state.st_size, state.st_mtime_ns):
         raise OSError("changed while it was read")
     return data, FileState(state.st_size, state.st_mtime_ns)
@@ -129,6 +132,19 @@ def read_file(path: str | Member, most: int | None = None) -> tuple[bytes, FileS
 def os_reason(error: OSError) -> str:
     """Reason of an OSError, without the path, on one line."""
     return f"cannot read: {error.strerror or error}"
+
+
+def answered(result: ProbeResult) -> ProbeResult:
+    """The result, if it is one. Raises OSError where the storage or the machine kept the file from being read."""
+    if result.fault:
+        raise OSError(result.fault, os.strerror(result.fault))
+    return result
+
+
+def _note(result: ProbeResult, error: OSError) -> None:
+    result.reason = os_reason(error)
+    if is_passing(error):
+        result.fault = error.errno or 0
 
 
 class Prober:
@@ -169,7 +185,7 @@ class Prober:
         try:
             data, state = read_file(path, most)
         except OSError as error:
-            result.reason = os_reason(error)
+            _note(result, error)
             return _File(result)
         result.size, result.mtime_ns = state.st_size, state.st_mtime_ns
         if not data:
@@ -187,9 +203,13 @@ class Prober:
                 continue
             header = decode.read_header(file.data, file.kind, codec=codec, upright=not settings.verify)
             if header is None and len(file.data) < file.result.size:  # it stands further back
-                with contextlib.suppress(OSError):
+                try:
                     file.data, _ = read_file(file.result.path)
                     header = decode.read_header(file.data, file.kind, codec=codec, upright=True)
+                except OSError as error:
+                    if is_passing(error):
+                        _note(file.result, error)
+                        continue
             if header is None:
                 if not settings.verify:
                     file.failures.append("no readable header")

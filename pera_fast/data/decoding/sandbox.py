@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pera_fast.data.decoding.probe import ProbeResult, ProbeSettings
 from pera_fast.data.decoding.tar import Member
 from pera_fast.data.decoding.worker_process import DiedError, WorkerProcess
+from pera_fast.storage import is_passing
 
 _LABELS = {"dali": "DALI", "pillow": "Pillow", "rasterio": "rasterio"}
 
@@ -58,8 +59,8 @@ class Sandbox:
             told.append(str(died))
             left = left[left.index(died.stage) + 1 :] if died.stage in left else []
             if not left or not settings.verify:
-                size, mtime_ns = _state(path)
-                return ProbeResult(str(path), reason="; ".join(told), size=size, mtime_ns=mtime_ns)
+                size, mtime_ns, fault = _state(path)
+                return ProbeResult(str(path), reason="; ".join(told), size=size, mtime_ns=mtime_ns, fault=fault)
             try:
                 (result,) = self._call([path], settings, tuple(left))
             except DiedError as again:
@@ -82,9 +83,10 @@ class Sandbox:
             self._worker.close()
 
 
-def _state(path: str | Member) -> tuple[int, int]:
+def _state(path: str | Member) -> tuple[int, int, int]:
+    """(size, mtime_ns, fault) as a ProbeResult has them."""
     try:
         state = os.stat(path.tar if isinstance(path, Member) else path)
-    except OSError:
-        return -1, 0
-    return path.size if isinstance(path, Member) else state.st_size, state.st_mtime_ns
+    except OSError as error:
+        return -1, 0, (error.errno or 0) if is_passing(error) else 0
+    return path.size if isinstance(path, Member) else state.st_size, state.st_mtime_ns, 0

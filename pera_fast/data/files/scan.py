@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from pera_fast.data.decoding.formats import HEAD_BYTES, has_image_suffix, sniff
+from pera_fast.storage import Storage
 
 LISTED = pa.schema(
     [
@@ -40,7 +41,8 @@ class Rows:
     """Candidates on their way into a record batch."""
 
     def __init__(self) -> None:
-        self._columns: tuple[list, ...] = ([], [], [], [], [])
+        self._columns: tuple[list, ...]
+        self.clear()
 
     def __len__(self) -> int:
         return len(self._columns[0])
@@ -52,14 +54,23 @@ class Rows:
     def batch(self) -> pa.RecordBatch:
         """Files that were added since the last batch."""
         batch = pa.record_batch(list(self._columns), schema=LISTED)
-        self.__init__()
+        self.clear()
         return batch
+
+    def clear(self) -> None:
+        """Forget the files that were added since the last batch."""
+        self._columns = ([], [], [], [], [])
 
 
 def scan(
-    root: str, emit: Callable[[pa.RecordBatch], None], report: Callable[[int], None] = lambda found: None
+    root: str,
+    emit: Callable[[pa.RecordBatch], None],
+    report: Callable[[int], None] = lambda found: None,
+    storage: Storage | None = None,
 ) -> Listing:
     """Hands on all candidates under `root`, in no order. Unreadable folders are passed over.
+
+    Where the storage fails within a folder, that folder is listed again: some of its files are then handed on twice.
 
     A candidate has an image's suffix, or begins like an image whatever its name. Links to folders are followed after
     the real folders, in the order of their paths, and only to where nothing was listed yet: so loops end, each file is
@@ -69,18 +80,27 @@ def scan(
         root: the folder.
         emit: takes record batches (LISTED); called by one thread at a time.
         report: told now and then how many candidates there are so far.
+        storage: waits where the storage is away; None: one of its own.
+
+    Raises:
+        MachineError: the storage did not answer in time.
     """
-    walk = _Walk(root, emit, report)
+    storage = storage or Storage(root)
+    walk = _Walk(root, emit, report, storage)
     pending, seen = [""], _Trees()
     while pending:
-        folders = [(folder, real) for folder in sorted(pending) if seen.add(real := _real(root, folder))]
+        folders = [(folder, real) for folder in sorted(pending) if seen.add(real := _real(root, folder, storage))]
         pending = walk.run(folders, seen)
     walk.listing.unreadable.sort()
     return walk.listing
 
 
-def _real(root: str, folder: str) -> str:
-    return os.path.realpath(os.path.join(root, folder))
+def _real(root: str, folder: str, storage: Storage) -> str:
+    path = os.path.join(root, folder)
+    try:
+        return storage(lambda: os.path.realpath(path, strict=True), path)  # not strict, it takes a fault for no link
+    except OSError:
+        return os.path.realpath(path)
 
 
 class _Trees:
@@ -106,8 +126,11 @@ class _Trees:
 class _Walk:
     """Threads that list trees of folders."""
 
-    def __init__(self, root: str, emit: Callable[[pa.RecordBatch], None], report: Callable[[int], None]):
+    def __init__(
+        self, root: str, emit: Callable[[pa.RecordBatch], None], report: Callable[[int], None], storage: Storage
+    ):
         self.listing = Listing()
+        self._storage = storage
         self._root, self._emit, self._report = root, emit, report
         self._lock = threading.Lock()
         self._errors: list[BaseException] = []
@@ -139,7 +162,6 @@ class _Walk:
             try:
                 if not self._errors:
                     self._list(*item, rows, tops)
-                    self._flush(rows)
             except OSError as error:
                 with self._lock:
                     self.listing.unreadable.append((item[0], error.strerror or str(error)))
@@ -152,16 +174,30 @@ class _Walk:
                         self._folders.put(None)
 
     def _list(self, folder: str, real: str, rows: Rows, tops: frozenset[str]) -> None:
-        others = 0
-        with os.scandir(os.path.join(self._root, folder)) as items:
-            for item in items:
-                path = os.path.join(folder, item.name)
-                if is_dir(item):
-                    self._enter(path, os.path.join(real, item.name), item.is_symlink(), tops)
-                elif not _add_candidate(rows, item, path):
-                    others += 1
-                if len(rows) >= BATCH_ROWS:
-                    self._flush(rows)
+        entered: set[str] = set()  # folders and links, which a second look does not enter again
+        handed_on = 0
+
+        def look() -> int:
+            nonlocal handed_on
+            with self._lock:
+                self.listing.files -= handed_on  # by a look that the storage cut short
+            rows.clear()
+            others = handed_on = 0
+            with os.scandir(os.path.join(self._root, folder)) as items:
+                for item in items:
+                    path = os.path.join(folder, item.name)
+                    if is_dir(item, self._storage):
+                        if path not in entered:
+                            self._enter(path, os.path.join(real, item.name), item.is_symlink(), tops)
+                        entered.add(path)
+                    elif not _add_candidate(rows, item, path, self._storage):
+                        others += 1
+                    if len(rows) >= BATCH_ROWS:
+                        handed_on += self._flush(rows)
+            handed_on += self._flush(rows)
+            return others
+
+        others = self._storage(look, os.path.join(self._root, folder))
         with self._lock:
             self.listing.other_files += others
 
@@ -176,9 +212,10 @@ class _Walk:
         if not link:
             self._folders.put((path, real))
 
-    def _flush(self, rows: Rows) -> None:
+    def _flush(self, rows: Rows) -> int:
+        """Hand on the rows; returns how many."""
         if not len(rows):
-            return
+            return 0
         batch = rows.batch()
         with self._lock:
             self.listing.files += batch.num_rows
@@ -187,17 +224,18 @@ class _Walk:
                 self._emit(batch)
             except BaseException as error:  # not the folder's fault, whatever it is
                 self._errors.append(error)
+        return batch.num_rows
 
 
-def is_dir(item: os.DirEntry[str]) -> bool:
+def is_dir(item: os.DirEntry[str], storage: Storage) -> bool:
     """Whether an entry is a folder, or a link to one."""
     try:
-        return item.is_dir()
+        return storage(item.is_dir, item.path)
     except OSError:  # a link that leads to itself
         return False
 
 
-def _add_candidate(rows: Rows, item: os.DirEntry[str], path: str) -> bool:
+def _add_candidate(rows: Rows, item: os.DirEntry[str], path: str, storage: Storage) -> bool:
     """Whether the file is meant to be an image; if so it is added."""
     named = has_image_suffix(item.name)
     try:
@@ -208,7 +246,7 @@ def _add_candidate(rows: Rows, item: os.DirEntry[str], path: str) -> bool:
             rows.add(shown, reason="file name is not UTF-8: rename it")
         return named
     try:
-        state = item.stat()
+        state = storage(item.stat, item.path, 0)
     except OSError as error:
         if named:
             rows.add(path, reason=f"cannot read: {error.strerror or error}")
@@ -217,15 +255,18 @@ def _add_candidate(rows: Rows, item: os.DirEntry[str], path: str) -> bool:
         if named:
             rows.add(path, reason="cannot read: not a regular file")
         return named
-    if not named and not _begins_like_image(item.path):
+    if not named and not _begins_like_image(item.path, storage):
         return False
     rows.add(path, state.st_size, state.st_mtime_ns)
     return True
 
 
-def _begins_like_image(path: str) -> bool:
-    try:
+def _begins_like_image(path: str, storage: Storage) -> bool:
+    def head() -> bytes:
         with open(path, "rb", buffering=0) as file:
-            return sniff(file.read(HEAD_BYTES)) is not None
+            return os.read(file.fileno(), HEAD_BYTES)
+
+    try:
+        return sniff(storage(head, path, 0)) is not None
     except OSError:
         return False

@@ -5,6 +5,7 @@ import tarfile
 
 from pera_fast.data.decoding.tar import BLOCK, Found, parse_header, refusal
 from pera_fast.data.files.shard_writer import index_name
+from pera_fast.storage import is_passing
 
 _VERSION = "v1.2"
 _FIELDS = 4  # of a member: extension, offset, size, name
@@ -16,7 +17,7 @@ def read_index(tar: str) -> list[Found] | None:
     """The members of a shard as the index beside it says, in its order; None if there is none that fits the shard.
 
     First and last member are looked up in the shard. One in between that is not what the index says is noticed when
-    it is read (`tar.read_member`).
+    it is read (`tar.read_member`). Raises OSError for a fault of the storage.
     """
     try:
         path = index_name(tar)
@@ -35,7 +36,11 @@ def read_index(tar: str) -> list[Found] | None:
                 header = parse_header(file.read(BLOCK))
                 if (header.name, header.size) != (member.name, member.size):
                     return None
-    except (OSError, ValueError, tarfile.HeaderError):
+    except OSError as error:
+        if is_passing(error):
+            raise
+        return None
+    except (ValueError, tarfile.HeaderError):
         return None
     return found
 

@@ -16,6 +16,7 @@ from pera_fast.data.decoding.formats import has_image_suffix
 from pera_fast.data.decoding.tar import Member, TarDamageError, list_members
 from pera_fast.data.files.scan import BATCH_ROWS, Listing, Rows, is_dir
 from pera_fast.data.files.shard_index import read_index
+from pera_fast.storage import Storage
 
 _log = logging.getLogger("pera_fast")
 SUFFIX = ".tar"
@@ -30,6 +31,11 @@ def locate(root: str, path: str, offset: int, size: int) -> str | Member:
     return Member(os.path.join(root, shard), name, offset, size)
 
 
+def place_of(location: str | Member) -> tuple[str, int]:
+    """(file, offset of the content in bytes) of a location."""
+    return (location.tar, location.offset) if isinstance(location, Member) else (location, 0)
+
+
 def split_path(path: str) -> tuple[str, str]:
     """(shard, member) of a sample's path in a manifest: SHARD.tar/MEMBER."""
     shard, _, name = path.partition(f"{SUFFIX}/")
@@ -42,7 +48,10 @@ def file_of(path: str, offset: int) -> str:
 
 
 def list_shards(
-    root: str, emit: Callable[[pa.RecordBatch], None], report: Callable[[int], None] = lambda found: None
+    root: str,
+    emit: Callable[[pa.RecordBatch], None],
+    report: Callable[[int], None] = lambda found: None,
+    storage: Storage | None = None,
 ) -> Listing | None:
     """All images in the shards below `root`; None if it is not a folder of shards.
 
@@ -52,9 +61,13 @@ def list_shards(
         root: the folder.
         emit: takes record batches (scan.LISTED), in no order; called by one thread at a time.
         report: told now and then how many images there are so far.
+        storage: waits where the storage is away; None: one of its own.
+
+    Raises:
+        MachineError: the storage did not answer in time.
     """
-    listing = Listing()
-    shards = _find(root, listing.unreadable)
+    listing, storage = Listing(), storage or Storage(root)
+    shards = _find(root, listing.unreadable, storage)
     if not shards:
         return None
     lock = threading.Lock()
@@ -68,11 +81,16 @@ def list_shards(
             report(listing.files)
 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="pera-scan") as pool:  # on a network disk it is all waiting
-        listing.other_files = sum(pool.map(lambda shard: _list_shard(root, shard, take), shards))
+        try:
+            listing.other_files = sum(pool.map(lambda shard: _list_shard(root, shard, take, storage), shards))
+        except BaseException:  # Ctrl-C, while threads wait for the storage
+            storage.close()
+            pool.shutdown(cancel_futures=True)
+            raise
     return listing
 
 
-def _find(root: str, unreadable: list[tuple[str, str]]) -> list[str]:
+def _find(root: str, unreadable: list[tuple[str, str]], storage: Storage) -> list[str]:
     """Paths of the tar files, relative to `root` and sorted; none if there is an image file."""
     shards: list[str] = []
     seen: set[tuple[int, int]] = set()
@@ -80,11 +98,12 @@ def _find(root: str, unreadable: list[tuple[str, str]]) -> list[str]:
     while folders:
         folder = folders.pop()
         try:
-            state = os.stat(os.path.join(root, folder))
+            where = os.path.join(root, folder)
+            state = storage(lambda where=where: os.stat(where), where)
             if (state.st_dev, state.st_ino) in seen:  # links that lead in circles
                 continue
             seen.add((state.st_dev, state.st_ino))
-            below, tars, images = _look(root, folder)
+            below, tars, images = storage(lambda folder=folder: _look(root, folder, storage), where)
         except OSError as error:
             unreadable.append((folder or ".", error.strerror or str(error)))
             continue
@@ -97,7 +116,7 @@ def _find(root: str, unreadable: list[tuple[str, str]]) -> list[str]:
     return sorted(shards)
 
 
-def _look(root: str, folder: str) -> tuple[list[str], list[str], bool]:
+def _look(root: str, folder: str, storage: Storage) -> tuple[list[str], list[str], bool]:
     """(folders, tar files, whether there is an image file) in a folder, of however many files."""
     folders: list[str] = []
     tars: list[str] = []
@@ -105,7 +124,7 @@ def _look(root: str, folder: str) -> tuple[list[str], list[str], bool]:
     with os.scandir(os.path.join(root, folder)) as items:
         for item in items:
             tar = item.name.endswith(SUFFIX)
-            if is_dir(item):
+            if is_dir(item, storage):
                 folders += [] if tar else [os.path.join(folder, item.name)]
             elif tar and not item.name.startswith("."):
                 tars.append(os.path.join(folder, item.name))
@@ -114,15 +133,21 @@ def _look(root: str, folder: str) -> tuple[list[str], list[str], bool]:
     return folders, tars, images
 
 
-def _list_shard(root: str, shard: str, take: Callable[[Rows], None]) -> int:
+def _list_shard(root: str, shard: str, take: Callable[[Rows], None], storage: Storage) -> int:
     """Hands on the images of one shard; returns the number of its other members."""
     rows = Rows()
     names: set[str] = set()
+    seen: set[int] = set()  # offsets of members, which a second look leaves out
     others = 0
     where = os.path.join(root, shard)
-    try:
+
+    def look() -> None:
+        nonlocal others
         mtime_ns = os.stat(where).st_mtime_ns
         for found in read_index(where) or list_members(where):
+            if found.offset in seen:
+                continue
+            seen.add(found.offset)
             if not has_image_suffix(found.name):
                 others += 1
                 continue
@@ -135,6 +160,9 @@ def _list_shard(root: str, shard: str, take: Callable[[Rows], None]) -> int:
             rows.add(path, found.size, mtime_ns, reason, found.offset)
             if len(rows) >= BATCH_ROWS:
                 take(rows)
+
+    try:
+        storage(look, where)
     except OSError as error:
         rows.add(_shown(shard), reason=f"cannot read: {error.strerror or error}")
     except TarDamageError as error:

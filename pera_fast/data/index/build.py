@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from pera_fast.data.index.journal import Journal
 from pera_fast.data.index.known import FIRST_REASONS, Counts, Known, tasks
 from pera_fast.data.index.sorted_parts import SortedParts, side_by_side
 from pera_fast.errors import UserError
+from pera_fast.storage import TIMEOUT, Storage
 
 _log = logging.getLogger("pera_fast")
 
@@ -76,6 +78,7 @@ def _index_for(root: str | os.PathLike[str], cfg: Config, workers: int | None, p
             max_pixels=cfg.data.max_pixels,
             bands=settings.bands,
             scaled=settings.scaled,
+            storage_timeout=cfg.data.storage_timeout,
         )
 
     settings = probe_settings(cfg)
@@ -108,6 +111,7 @@ def build_index(
     bands: Bands = (),
     scaled: bool = False,
     timeout: float = 60.0,
+    storage_timeout: float = TIMEOUT,
 ) -> Manifest:
     """Lists a folder, checks what is new or changed since the manifest was written, writes it.
 
@@ -125,21 +129,24 @@ def build_index(
         bands: data.bands; a file without them is not readable.
         scaled: values are scaled by us, not by DALI.
         timeout: seconds after which a decoder is taken to hang.
+        storage_timeout: seconds that are waited for a storage that does not answer.
 
     Raises:
         UserError: no such folder, no readable image in it, manifest not writable.
+        MachineError: the storage did not answer in time; what was checked is kept.
     """
     refuse_virtual("data", root)
     folder = Path(os.path.abspath(root))
-    if not folder.exists():
+    storage = Storage(folder, storage_timeout)
+    if not os.path.lexists(folder):
         raise UserError(f"data folder {root} does not exist")
-    if not folder.is_dir():
+    if not stat.S_ISDIR(storage(lambda: os.stat(folder), os.fspath(folder)).st_mode):
         raise UserError(f"data {root} is not a folder")
     settings = ProbeSettings(channels, max_pixels, verify, bands, scaled)
     target = Path(out) if out is not None else default_index_path(root)
     try:
         with _locked(target), bars(progress) as shown:
-            manifest = _update(folder, target, settings, workers or _cores(), timeout, shown)
+            manifest = _update(folder, target, settings, workers or _cores(), timeout, shown, storage)
     except KeyboardInterrupt:
         _log.warning("stopped; what was checked is kept, and the next index of %s goes on from there", folder)
         raise
@@ -148,7 +155,13 @@ def build_index(
 
 
 def _update(
-    folder: Path, target: Path, settings: ProbeSettings, workers: int, timeout: float, bars: "Bars"
+    folder: Path,
+    target: Path,
+    settings: ProbeSettings,
+    workers: int,
+    timeout: float,
+    bars: "Bars",
+    storage: Storage,
 ) -> Manifest:
     version = _dali_version()
     counts = Counts()
@@ -157,11 +170,11 @@ def _update(
     with (
         Journal(target, folder, settings, version) as journal,
         ManifestWriter(target, folder, settings, version) as writer,
-        Checks(folder, settings, workers, timeout) as checks,
+        Checks(folder, settings, workers, timeout, storage) as checks,
     ):
         listed = SortedParts(journal.folder, LISTED)
         try:
-            where = os.fspath(folder), listed.add, bars.scanned
+            where = os.fspath(folder), listed.add, bars.scanned, storage
             listing = list_shards(*where) or scan(*where)  # the images in its shards, or its image files
             for path, reason in listing.unreadable:
                 _log.warning("cannot read the folder %s: %s", folder / path, reason)

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -10,10 +10,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from pera_fast.data.decoding.probe import MAX_FILES, ProbeResult, ProbeSettings
+from pera_fast.data.decoding.probe import MAX_FILES, ProbeResult, ProbeSettings, answered, os_reason
 from pera_fast.data.decoding.sandbox import Sandbox
+from pera_fast.data.decoding.tar import Member
 from pera_fast.data.files.manifest import to_table
-from pera_fast.data.files.shards import locate
+from pera_fast.data.files.shards import locate, place_of
+from pera_fast.storage import AloneError, Storage
 
 _BATCH_BYTES = 2**26  # read together by one worker
 _AHEAD = 8  # batches under way for each worker: those that wait for a slow one before them
@@ -29,9 +31,11 @@ class Checks:
         settings: how the files will be used.
         workers: processes.
         timeout: seconds after which a decoder is taken to hang.
+        storage: waits where the storage is away.
     """
 
-    def __init__(self, folder: Path, settings: ProbeSettings, workers: int, timeout: float):
+    def __init__(self, folder: Path, settings: ProbeSettings, workers: int, timeout: float, storage: Storage):
+        self._storage = storage
         self._folder, self._settings, self._workers = os.fspath(folder), settings, workers
         self._sandboxes = [Sandbox(timeout) for _ in range(workers)]
         self._idle: SimpleQueue[Sandbox] = SimpleQueue()
@@ -43,6 +47,7 @@ class Checks:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._storage.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         for sandbox in self._sandboxes:
             sandbox.close()
@@ -62,18 +67,33 @@ class Checks:
         wanted = [row for row in batch if not row["reason"]]
         found: Iterator[ProbeResult] = iter(())
         if wanted:
-            sandbox = self._idle.get()
-            try:
-                paths = [locate(self._folder, row["path"], row["offset"], row["size"]) for row in wanted]
-                found = iter(sandbox.probe(paths, self._settings))
-            finally:
-                self._idle.put(sandbox)
+            paths = [locate(self._folder, row["path"], row["offset"], row["size"]) for row in wanted]
+            found = map(self._settled, self._probe(paths), paths)
         results = []
         for row in batch:
             result = ProbeResult(row["path"], reason=row["reason"]) if row["reason"] else next(found)
             result.path, result.offset = row["path"], row["offset"]
             results.append(result)
         return to_table(results)
+
+    def _probe(self, paths: Sequence[str | Member]) -> list[ProbeResult]:
+        sandbox = self._idle.get()
+        try:
+            return sandbox.probe(paths, self._settings)
+        finally:
+            self._idle.put(sandbox)
+
+    def _settled(self, result: ProbeResult, path: str | Member) -> ProbeResult:
+        """The result, or that of another try where the storage or the machine kept the file from being read."""
+        first = [result]
+
+        def once() -> ProbeResult:
+            return answered(first.pop() if first else self._probe([path])[0])
+
+        try:
+            return self._storage(once, *place_of(path))
+        except AloneError as error:  # of size -1, so that the next index tries it again
+            return ProbeResult(str(path), reason=os_reason(error))
 
 
 def batches(listed: pa.Table) -> Iterator[Batch]:

@@ -50,6 +50,8 @@ class Counts:
 def tasks(ranges: Iterator[list[pa.Table | None]], counts: Counts) -> Iterator[Batch | pa.Table]:
     """Per range of paths: batches to check, then the rows of what need not be, perhaps none."""
     for listed, known in ranges:
+        if listed is not None:
+            listed = _without_repeats(listed)  # of folders that were listed again
         if known is not None:
             known = _without_repeats(known)
         if listed is None:

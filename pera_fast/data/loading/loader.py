@@ -1,9 +1,11 @@
 """The loader: endless micro-batches of one rank, read, decoded and cropped ahead of the training step."""
 
+import contextlib
+import queue
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -16,8 +18,10 @@ from pera_fast.data.loading.decode_on import Decoding, plan
 from pera_fast.data.loading.producer import Failure, Producer
 from pera_fast.data.loading.streams import receive, with_index
 from pera_fast.data.sampling.order import SampleOrder
+from pera_fast.storage import MachineError
 
 T = TypeVar("T")
+_LOOK_SECONDS = 0.5  # between two looks whether the run is asked to stop, while it waits for a batch
 
 
 class Loader(Iterator[T], Generic[T]):
@@ -36,10 +40,12 @@ class Loader(Iterator[T], Generic[T]):
         transform: applied to each batch in the loader's thread; its result is what `next` gives. Where the batch goes
             to a GPU, this is before: its crops are where they were made, everything else is on the CPU.
         decoding: where images are decoded, and by how many threads; None: see `decode_on.plan`.
+        asked_to_stop: looked at while the storage is away; if it says so, `next` raises MachineError.
 
     Raises:
-        UserError: too few images, or DALI is not installed. From `next`: no readable image is left. Whatever a thread
-            or `transform` raises comes out of `next`, then and ever after.
+        UserError: too few images, or DALI is not installed. From `next`: no readable image is left, or (MachineError)
+            the storage did not answer in time. Whatever a thread or `transform` raises comes out of `next`, then and
+            ever after.
     """
 
     steps_per_epoch: int  # optimiser steps
@@ -60,6 +66,7 @@ class Loader(Iterator[T], Generic[T]):
         start_micro_step: int = 0,
         transform: Callable[[Batch], T] | None = None,
         decoding: Decoding | None = None,
+        asked_to_stop: Callable[[], bool] = lambda: False,
     ):
         require_dali()
         order = SampleOrder(
@@ -76,7 +83,7 @@ class Loader(Iterator[T], Generic[T]):
             for path, reason in manifest.unreadable():
                 skipped.add(path, reason)
         self._failure: BaseException | None = None
-        self._device = with_index(device)
+        self._device, self._asked_to_stop = with_index(device), asked_to_stop
         self.decoding = decoding or plan(cfg, manifest, device, ranks=world_size)
         self._producer = Producer(
             cfg, manifest, order, self._device, skipped, start_micro_step, transform, self.decoding
@@ -93,12 +100,19 @@ class Loader(Iterator[T], Generic[T]):
         if not self._finalizer.alive:
             raise RuntimeError("the loader is closed")
         start = time.perf_counter()
-        item = self._producer.batches.get()
+        item = self._wait()
         self.wait_seconds = time.perf_counter() - start
         if isinstance(item, Failure):
             self._failure = item.error
             raise item.error
         return receive(item, self._device)
+
+    def _wait(self) -> Any:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._producer.batches.get(timeout=_LOOK_SECONDS)
+            if self._producer.storage.away and self._asked_to_stop():
+                raise MachineError("stopped while the storage did not answer")
 
     def close(self) -> None:
         """Stops the threads and processes; takes as long as one batch at most."""

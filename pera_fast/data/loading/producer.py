@@ -82,7 +82,9 @@ class Producer:
         reduced = None
         if settings.encoded and self._crops_on.type == "cpu" and cfg.data.reduced_decoding is not None:
             reduced = ReducedDecoder(self._views, self._seed, self._channels, cfg.data.reduced_decoding)
-        self._source = SampleSource(manifest, settings, self._seed, skipped, sandboxes, scaling, reduced)
+        timeout = cfg.data.storage_timeout
+        self._source = SampleSource(manifest, settings, self._seed, skipped, sandboxes, scaling, reduced, timeout)
+        self.storage = self._source.storage
         self._readers = ThreadPoolExecutor(self._threads, thread_name_prefix="pera-read")
         self._reading: deque[_Pending] = deque()
         self._decoding: deque[_Pending] = deque()

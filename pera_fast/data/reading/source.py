@@ -1,6 +1,5 @@
 """Reads the encoded bytes or the raster of a sample, and handles files that changed or vanished since the index."""
 
-import errno
 import logging
 import os
 import threading
@@ -12,21 +11,21 @@ import numpy as np
 
 from pera_fast.data.decoding import decode
 from pera_fast.data.decoding.formats import HEAD_BYTES, sniff
-from pera_fast.data.decoding.probe import ProbeResult, ProbeSettings, os_reason, read_file
+from pera_fast.data.decoding.probe import ProbeResult, ProbeSettings, answered, os_reason, read_file
 from pera_fast.data.decoding.sandbox import Sandbox
 from pera_fast.data.decoding.scaling import Raster, Scaling
 from pera_fast.data.decoding.tar import Member
 from pera_fast.data.files.manifest import Manifest
-from pera_fast.data.files.shards import locate
+from pera_fast.data.files.shards import locate, place_of
 from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.reading.reduced import ReducedDecoder
 from pera_fast.errors import UserError
 from pera_fast.keyed import Purpose, generator
+from pera_fast.storage import TIMEOUT, AloneError, Storage
 
 _log = logging.getLogger("pera_fast")
 _READS = 3  # of a file that changes under our hands
 _DRAWS = 64  # substitutes drawn before the rest is walked in order
-_NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the process is at its limits
 
 
 @dataclass
@@ -45,11 +44,16 @@ class _UnusableError(Exception):
     """Nothing can decode this file; the message says why."""
 
 
+class _OutOfReachError(Exception):
+    """The storage gives every file but this one; the message says why."""
+
+
 class SampleSource:
     """Reads samples. A file that cannot be used is reported once and another sample stands in for it.
 
     Files whose size and time are those of the index are decoded in this process; others are checked in a sandbox
-    first, because a decoder can die by a signal. Thread-safe.
+    first, because a decoder can die by a signal. A read that fails for the storage's or the machine's sake is repeated
+    and never held against the file. Thread-safe.
 
     Args:
         manifest: of the data folder.
@@ -59,6 +63,7 @@ class SampleSource:
         sandboxes: the most processes that check files at a time.
         scaling: how values become pixels where the pipeline takes arrays.
         reduced: decodes JPEG files at a smaller size where their crops allow it; None: the pipeline decodes them all.
+        timeout: seconds that are waited for a storage that does not answer.
     """
 
     def __init__(
@@ -70,8 +75,10 @@ class SampleSource:
         sandboxes: int = 1,
         scaling: Scaling | None = None,
         reduced: ReducedDecoder | None = None,
+        timeout: float = TIMEOUT,
     ):
         self._root = os.fspath(manifest.root)
+        self.storage = Storage(self._root, timeout)
         self._files = manifest.readable
         self._settings = replace(settings, verify=True)
         self._scaling = scaling or Scaling()
@@ -91,6 +98,7 @@ class SampleSource:
 
         Raises:
             UserError: no readable image is left.
+            MachineError: the storage did not answer in time.
         """
         for row in self._candidates(epoch, sample):
             if row in self._unusable:
@@ -99,6 +107,8 @@ class SampleSource:
                 return self._image(epoch, row, *self._load(row))
             except _UnusableError as error:
                 self._reject(row, str(error))
+            except _OutOfReachError as error:  # tried again when it is drawn again
+                _log.warning("%s: %s: another image takes its place this time", self._path(row), error)
         raise UserError(f"no readable image is left in {self._root}: all {len(self._files)} have become unreadable")
 
     def distrust(self, sample: int, reason: str) -> None:
@@ -107,7 +117,10 @@ class SampleSource:
             self._reject(sample, f"DALI: {reason}")
             return
         others = tuple(decoder for decoder in self._settings.decoders if decoder != "dali")
-        result = self._probe(self._path(sample), others)
+        try:
+            result = self._probe(self._path(sample), others)
+        except _OutOfReachError as error:
+            result = ProbeResult("", reason=str(error))
         if result.ok:
             with self._lock:
                 self._checked[sample] = result
@@ -115,7 +128,8 @@ class SampleSource:
             self._reject(sample, f"DALI: {reason}; {result.reason}")
 
     def close(self) -> None:
-        """Ends the sandboxes; a fetch that waits for one raises RuntimeError."""
+        """Ends the sandboxes; a fetch that waits for one, or for the storage, raises RuntimeError."""
+        self.storage.close()
         for sandbox in self._sandboxes:
             sandbox.close()
 
@@ -132,17 +146,16 @@ class SampleSource:
         return locate(self._root, files.paths[row].as_py(), int(files.offset[row]), int(files.size[row]))
 
     def _load(self, row: int) -> tuple[bytes, ProbeResult]:
-        """The file's bytes and what is known about them. Raises _UnusableError."""
+        """The file's bytes and what is known about them. Raises _UnusableError, _OutOfReachError, MachineError."""
         path = self._path(row)
+        place = place_of(path)
         reason = "changes all the time"
         for _ in range(_READS):
             try:
-                data, state = read_file(path)
+                data, state = self.storage(lambda: read_file(path), *place)
+            except AloneError as error:
+                raise _OutOfReachError(os_reason(error)) from error
             except OSError as error:
-                if error.errno in _NOT_THE_FILE:
-                    raise
-                if not os.path.isdir(self._root):
-                    raise UserError(f"the data folder {self._root} is gone") from error
                 reason = os_reason(error)
                 if error.errno is not None:
                     break
@@ -196,7 +209,7 @@ class SampleSource:
         """The sample's values as they are stored; None if it cannot be used."""
         try:
             data, known = self._load(sample)
-        except _UnusableError as error:  # whoever measures takes another one
+        except (_UnusableError, _OutOfReachError) as error:  # whoever measures takes another one
             _log.debug("%s cannot be measured: %s", self._path(sample), error)
             return None
         settings = self._settings
@@ -209,11 +222,17 @@ class SampleSource:
             return None
 
     def _probe(self, path: str | Member, decoders: tuple[str, ...] | None = None) -> ProbeResult:
-        sandbox = self._idle.get()
+        def once() -> ProbeResult:
+            sandbox = self._idle.get()
+            try:
+                return answered(sandbox.probe([path], self._settings, decoders)[0])
+            finally:
+                self._idle.put(sandbox)
+
         try:
-            return sandbox.probe([path], self._settings, decoders)[0]
-        finally:
-            self._idle.put(sandbox)
+            return self.storage(once, *place_of(path))
+        except AloneError as error:
+            raise _OutOfReachError(os_reason(error)) from error
 
     def _reject(self, row: int, reason: str) -> None:
         with self._lock:

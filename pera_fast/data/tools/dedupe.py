@@ -14,13 +14,14 @@ from pera_fast.data.ahead import map_ahead
 from pera_fast.data.decoding import decode
 from pera_fast.data.decoding.probe import os_reason, read_file
 from pera_fast.data.files.manifest import Manifest, ReadableFiles
-from pera_fast.data.files.shards import locate
+from pera_fast.data.files.shards import locate, place_of
 from pera_fast.data.index.build import build_index
 from pera_fast.data.tools.fingerprint import GRID, fingerprint, read_small
 from pera_fast.data.tools.similar import MAX_BITS, distances, similar_pairs
 from pera_fast.errors import UserError
 from pera_fast.paths import new_file
 from pera_fast.progress import progress_bar
+from pera_fast.storage import ClosedError, MachineError, Storage
 
 _log = logging.getLogger("pera_fast")
 BITS = 5
@@ -116,13 +117,16 @@ def _fingerprints(manifest: Manifest, workers: int, progress: bool) -> tuple[np.
     count = len(manifest.readable)
     hashes, means = np.zeros(count, np.uint64), np.zeros((count, GRID * GRID * 3), np.uint8)
     ok = np.zeros(count, np.bool_)
+    storage = Storage(manifest.root)
     decode.allow_pixels(manifest.settings.max_pixels)
 
     def look(start: int) -> None:
         for row in range(start, min(start + _FILES, count)):
             try:
-                hashes[row], means[row] = fingerprint(_read(manifest, row))
+                hashes[row], means[row] = fingerprint(_read(manifest, row, storage))
                 ok[row] = True
+            except (MachineError, ClosedError):
+                raise
             except Exception as error:  # hostile bytes: any library may raise anything
                 told = os_reason(error) if isinstance(error, OSError) else " ".join(str(error).split())[:160]
                 path = manifest.readable.paths[row].as_py()
@@ -130,15 +134,17 @@ def _fingerprints(manifest: Manifest, workers: int, progress: bool) -> tuple[np.
 
     starts = range(0, count, _FILES)
     with progress_bar("hashing", count, wanted=progress) as bar:
-        for start, _ in zip(starts, map_ahead(look, starts, workers, _AHEAD, "pera-dedupe"), strict=True):
+        for start, _ in zip(
+            starts, map_ahead(look, starts, workers, _AHEAD, "pera-dedupe", storage.close), strict=True
+        ):
             bar(min(_FILES, count - start))
     return hashes, means, ok
 
 
-def _read(manifest: Manifest, row: int) -> np.ndarray:
+def _read(manifest: Manifest, row: int, storage: Storage) -> np.ndarray:
     files = manifest.readable
     path = locate(os.fspath(manifest.root), files.paths[row].as_py(), int(files.offset[row]), int(files.size[row]))
-    data, state = read_file(path)
+    data, state = storage(lambda: read_file(path), *place_of(path))
     if (state.st_size, state.st_mtime_ns) != (files.size[row], files.mtime_ns[row]):
         raise OSError("was changed since the index was made")  # unchecked bytes could kill the decoder
     return read_small(data, files.decoder[row].as_py())

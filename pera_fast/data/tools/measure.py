@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,9 @@ def measure_data(
 def _measure(cfg: Config, manifest: Manifest, rows: np.ndarray, workers: int, progress: bool) -> Measured:
     settings, scaling = probe_settings(cfg), scaling_of(cfg)
     channels = settings.channels
-    source = SampleSource(manifest, settings, 0, SkippedFiles(os.devnull), sandboxes=workers)
+    source = SampleSource(
+        manifest, settings, 0, SkippedFiles(os.devnull), sandboxes=workers, timeout=cfg.data.storage_timeout
+    )
     total = Measured(cfg, _bands(channels), _bands(channels), 0, 0, len(manifest.readable))
     turns = iter(range(0, len(rows), _TURN))
 
@@ -169,15 +172,13 @@ def _measure(cfg: Config, manifest: Manifest, rows: np.ndarray, workers: int, pr
             advance(len(rows[start : start + _TURN]))
         return own
 
-    try:
-        with (
-            ThreadPoolExecutor(workers, thread_name_prefix="pera-stats") as pool,
-            progress_bar("measuring", len(rows), wanted=progress) as advance,
-        ):
-            for part in [pool.submit(work, advance) for _ in range(workers)]:
-                _merge(total, part.result())
-    finally:
-        source.close()
+    with (
+        ThreadPoolExecutor(workers, thread_name_prefix="pera-stats") as pool,
+        closing(source),  # before the pool, whose threads may wait for the storage
+        progress_bar("measuring", len(rows), wanted=progress) as advance,
+    ):
+        for part in [pool.submit(work, advance) for _ in range(workers)]:
+            _merge(total, part.result())
     for name, band in zip(total.names(), total.stored, strict=True):
         if not band.count:
             raise UserError(f"data {manifest.root}: band {name} has no value in the {len(rows)} file(s) that were read")

@@ -14,13 +14,14 @@ from pera_fast.data.decoding import decode
 from pera_fast.data.decoding.probe import os_reason, read_file
 from pera_fast.data.files.manifest import Manifest, ReadableFiles
 from pera_fast.data.files.shard_writer import ShardWriter, remove_others
-from pera_fast.data.files.shards import locate
+from pera_fast.data.files.shards import locate, place_of
 from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.index.build import build_index
 from pera_fast.data.tools.pack_images import ImagePacker, PackSettings, Sample
 from pera_fast.durable import lock, whole_file
 from pera_fast.errors import UserError
 from pera_fast.progress import progress_bar
+from pera_fast.storage import Storage
 
 _log = logging.getLogger("pera_fast")
 _STATE, _SOURCE, _SKIPPED, _LOCK = "pack.json", "source.parquet", "skipped.csv", ".lock"
@@ -209,12 +210,14 @@ def _samples(
 ) -> Iterator[list[Sample] | str]:
     """The samples of each file from number `first` on, or why there are none; made ahead by threads."""
     packer, root = ImagePacker(settings), os.fspath(manifest.root)
+    storage = Storage(root)
     decode.allow_pixels(_MAX_PIXELS)
 
     def make(row: int) -> list[Sample] | str:
         path = files.paths[row].as_py()
+        location = locate(root, path, int(files.offset[row]), int(files.size[row]))
         try:
-            data, state = read_file(locate(root, path, int(files.offset[row]), int(files.size[row])))
+            data, state = storage(lambda: read_file(location), *place_of(location))
         except OSError as error:
             return os_reason(error)
         if (state.st_size, state.st_mtime_ns) != (files.size[row], files.mtime_ns[row]):
@@ -225,4 +228,4 @@ def _samples(
         except Exception as error:  # hostile bytes: any library may raise anything
             return f"cannot be packed: {' '.join(str(error).split())[:160] or type(error).__name__}"
 
-    yield from map_ahead(make, range(first, len(files)), workers, _AHEAD, "pera-pack")
+    yield from map_ahead(make, range(first, len(files)), workers, _AHEAD, "pera-pack", storage.close)

@@ -21,11 +21,13 @@ from pera_fast.data.tools.tile_scene import TileCounts
 from pera_fast.durable import lock, whole_file
 from pera_fast.errors import UserError
 from pera_fast.progress import progress_bar
+from pera_fast.storage import Storage
 
 _log = logging.getLogger("pera_fast")
 _STATE, _SKIPPED = ".tiles", "skipped.csv"
 _SECONDS = 600.0  # for one read of a scene and the tiles cut from it
 _VRT = "VRT: refers to other files, which may lie here too; name it alone to cut it: pera-fast data tile FILE.vrt"
+_TRIES = 8  # of a scene while the storage comes and goes
 _MODULE = "pera_fast.data.tools.tile_scene"
 
 
@@ -149,7 +151,7 @@ def _tile(source: Path, folder: Path, settings: TileSettings, workers: int, prog
 def _scenes(source: Path) -> dict[str, list[int]]:
     """[bytes, time] of each candidate, by its path below `source`, sorted."""
     if not source.is_dir():
-        state = source.stat()
+        state = Storage(source)(source.stat, os.fspath(source), 0)
         return {source.name: [state.st_size, state.st_mtime_ns]}
     found: dict[str, list[int]] = {}
 
@@ -198,6 +200,7 @@ class _Cutters:
 
     def __init__(self, root: Path, folder: Path, settings: TileSettings, workers: int):
         self._root, self._folder, self._settings = root.absolute(), folder.absolute(), settings
+        self._storage = Storage(self._root)
         self._workers = [WorkerProcess(_MODULE, _SECONDS) for _ in range(workers)]
         self._idle: SimpleQueue[WorkerProcess] = SimpleQueue()
         for worker in self._workers:
@@ -208,6 +211,7 @@ class _Cutters:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._storage.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
             worker.end()
@@ -229,13 +233,7 @@ class _Cutters:
             shutil.rmtree(part, ignore_errors=True)
         part.mkdir(exist_ok=True)
         _save(begun, {"state": state})
-        worker = self._idle.get()
-        try:
-            result = worker.call((os.fspath(self._root / path), path, os.fspath(part), self._settings))
-        except DiedError as died:
-            result = f"rasterio: {died}"
-        finally:
-            self._idle.put(worker)
+        result = self._cut_into(path, part)
         if isinstance(result, OSError):
             raise result
         if isinstance(result, str):
@@ -249,6 +247,39 @@ class _Cutters:
             shutil.rmtree(part)
         _save(marker, {"state": state, "written": result.written, "left_out": result.left_out})
         return result
+
+    def _cut_into(self, path: str, part: Path) -> TileCounts | str | OSError:
+        """The worker's result. GDAL tells no error number, so a failure counts only if the storage was there.
+
+        That shows when the scene is read from end to end, which waits for the storage.
+        """
+        scene = os.fspath(self._root / path)
+        result, told = None, ""
+        for _ in range(_TRIES):
+            worker = self._idle.get()
+            try:
+                result = worker.call((scene, path, os.fspath(part), self._settings))
+            except DiedError as died:
+                return f"rasterio: {died}"
+            finally:
+                self._idle.put(worker)
+            if not isinstance(result, str) or result == told:
+                return result
+            faults, told = self._storage.faults, result
+            try:
+                self._storage(lambda: _read_through(scene), scene, 0)
+            except OSError as error:
+                return f"cannot read: {error.strerror or error}"
+            if self._storage.faults != faults:
+                told = ""
+        assert result is not None
+        return result
+
+
+def _read_through(path: str) -> None:
+    with open(path, "rb", buffering=0) as file:
+        while os.read(file.fileno(), 2**24):
+            pass
 
 
 def _marker(folder: Path, name: str) -> Path:
