@@ -29,6 +29,7 @@ def index(
 ) -> None:
     """Check every image below DIR and write what was found into a manifest that pretraining reuses."""
     from pera_fast.config import load_config
+    from pera_fast.data.bands.sensor import misfits
     from pera_fast.data.index.build import index_for
     from pera_fast.data.index.unreadable import name_unreadable
 
@@ -39,7 +40,7 @@ def index(
         "data.index": cfg.data.index if out is None else str(out),
     })  # fmt: skip
     manifest = index_for(directory, cfg, workers=workers)
-    for line in (manifest.summary, *name_unreadable(manifest)):
+    for line in (manifest.summary, *name_unreadable(manifest), *misfits(cfg, manifest)):
         typer.echo(line)
 
 
