@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from pera_fast.data.decoding import decode
+from pera_fast.data.decoding.band_numbers import Bands
 from pera_fast.data.decoding.dali import DaliDecoder, complaints, error_reason
 from pera_fast.data.decoding.declared import declared
 from pera_fast.data.decoding.formats import HEAD_BYTES, sniff
@@ -35,7 +36,7 @@ class ProbeSettings:
     channels: int = 3  # of the decoded image
     max_pixels: int = 2**28
     verify: bool = True  # decode, not only read the header
-    bands: decode.Bands = ()  # which bands of a file; empty: all
+    bands: Bands = ()  # which bands of a file; empty: all
     scaled: bool = False  # values are scaled by us and not by DALI, which keeps 8 bits
 
     def __post_init__(self) -> None:

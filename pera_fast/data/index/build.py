@@ -17,7 +17,7 @@ import pyarrow as pa
 from pera_fast.config import Config
 from pera_fast.cores import default_workers
 from pera_fast.data.bands.sensor import band_plan, is_deep, measure, probe_settings
-from pera_fast.data.decoding.decode import Bands
+from pera_fast.data.decoding.band_numbers import Bands
 from pera_fast.data.decoding.formats import refuse_virtual
 from pera_fast.data.decoding.probe import ProbeSettings
 from pera_fast.data.files.manifest import Manifest, ManifestWriter, StoredManifest, not_writable

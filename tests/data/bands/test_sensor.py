@@ -15,7 +15,8 @@ from rasterio.io import MemoryFile
 from pera_fast import cli
 from pera_fast.config import Config
 from pera_fast.data.bands.sensor import BandPlan, adopt, band_plan, describe, is_deep, probe_settings, scaling_of
-from pera_fast.data.decoding.decode import band_numbers, read, read_header
+from pera_fast.data.decoding.band_numbers import band_numbers
+from pera_fast.data.decoding.decode import read, read_header
 from pera_fast.data.decoding.scaling import Raster, Scaling
 from pera_fast.data.files.manifest import Manifest
 from pera_fast.data.files.skipped import SkippedFiles
