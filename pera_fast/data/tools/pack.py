@@ -21,6 +21,7 @@ from pera_fast.data.index.build import build_index
 from pera_fast.data.tools.pack_images import ImagePacker, PackSettings, Sample
 from pera_fast.durable import lock, whole_file
 from pera_fast.errors import UserError
+from pera_fast.paths import refuse_inside
 from pera_fast.progress import progress_bar
 from pera_fast.storage import Storage
 
@@ -120,8 +121,7 @@ def _check(root: Path, folder: Path, settings: PackSettings) -> None:
             f"--channels {settings.channels}: only images of 1 or 3 channels can be resized, tiled or encoded anew;"
             " leave that out, and the files are packed as they are"
         )
-    if folder.resolve() == root.resolve():
-        raise UserError(f"--out {folder}: is the folder of images itself; give another one")
+    refuse_inside("--out", folder, root)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: is a file; give a folder")
 

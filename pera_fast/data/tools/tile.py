@@ -22,6 +22,7 @@ from pera_fast.data.tools.tile_grid import TileSettings
 from pera_fast.data.tools.tile_scene import TileCounts
 from pera_fast.durable import lock, whole_file
 from pera_fast.errors import UserError
+from pera_fast.paths import refuse_inside
 from pera_fast.progress import progress_bar
 from pera_fast.storage import Storage
 
@@ -86,8 +87,7 @@ def _check(source: Path, folder: Path, settings: TileSettings) -> None:
         raise UserError(f"--nodata-max {settings.nodata_max:g}: is a fraction, 0 to 1")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: is a file; give a folder")
-    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"--out {folder}: lies in the folder of scenes, which is searched for scenes; give another one")
+    refuse_inside("--out", folder, source)
 
 
 @contextmanager
