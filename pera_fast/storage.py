@@ -229,6 +229,14 @@ class Storage:
         return True
 
 
+def mode(storage: Storage, path: str | os.PathLike[str]) -> int:
+    """Mode of a file or folder, as `stat` has it; 0 where there is none. Waits where the storage is away."""
+    try:
+        return storage(lambda: os.stat(path), os.fspath(path)).st_mode
+    except OSError:
+        return 0
+
+
 def start(what: str, action: Callable[[], T]) -> T:
     """Start a process or a thread, tried a few times while the machine has no room for one more.
 

@@ -2,10 +2,12 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Literal
 
 import torch
@@ -24,6 +26,7 @@ from pera_fast.model.export import export_teacher
 from pera_fast.model.inputs import StepInputs
 from pera_fast.model.pera import PerA
 from pera_fast.run_result import RunResult
+from pera_fast.storage import Storage, mode
 from pera_fast.train.attention import describe_attention, prefer_attention
 from pera_fast.train.compute_copies import make_copies
 from pera_fast.train.console import RunLog
@@ -215,23 +218,24 @@ def _open_data(data: Path, folder: RunFolder, start: Start, here: World) -> Mani
 
     def open_on_main() -> Manifest:
         if start.resumed and folder.index.exists():
-            return _known_data(data, folder)
+            return _known_data(data, folder, start.cfg.data.storage_timeout)
         manifest = open_or_build(data, start.cfg)
         manifest.save(folder.index)
         return manifest
 
-    return here.on_main(open_on_main) or _known_data(data, folder)
+    return here.on_main(open_on_main) or _known_data(data, folder, start.cfg.data.storage_timeout)
 
 
-def _known_data(data: Path, folder: RunFolder) -> Manifest:
+def _known_data(data: Path, folder: RunFolder, timeout: float) -> Manifest:
     """The run's own index, for images that lie below `data` (perhaps moved since). Raises UserError if they do not."""
-    if not data.is_dir():
+    storage = Storage(os.sep, timeout)  # where the images' folder is missing, that is the user's to mend
+    if not S_ISDIR(mode(storage, data)):
         raise UserError(f"--data {data}: no such folder")
     manifest = Manifest.load(folder.index)
     manifest.root = data.absolute()
     files = manifest.readable
     some = files.paths[:LOOKED_FOR].to_pylist()
-    if not any((manifest.root / file_of(*row)).exists() for row in zip(some, files.offset, strict=False)):
+    if not any(mode(storage, manifest.root / file_of(*row)) for row in zip(some, files.offset, strict=False)):
         raise UserError(
             f"--data {data}: holds none of the images that this run was started with (such as {some[0]});"
             " give the folder where they are now"

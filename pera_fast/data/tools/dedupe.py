@@ -53,6 +53,7 @@ def find_duplicates(
     channels: int = 3,
     workers: int | None = None,
     progress: bool = True,
+    companions: bool = False,
 ) -> tuple[Manifest, Duplicates]:
     """Looks at every readable image of a folder (or of shards).
 
@@ -64,13 +65,14 @@ def find_duplicates(
         channels: model.in_chans of the training that it is for, whose index is used.
         workers: threads; None: one a core.
         progress: show bars, if there is a terminal.
+        companions: look at companions of images, and what lies in hidden and trash folders, too.
 
     Raises:
         UserError: `bits` out of range, or no readable image.
     """
     if not 0 <= bits <= MAX_BITS:
         raise UserError(f"--threshold {bits}: must be 0 to {MAX_BITS} of the 64 bits of a hash")
-    manifest = build_index(root, workers=workers, progress=progress, channels=channels)
+    manifest = build_index(root, workers=workers, progress=progress, channels=channels, companions=companions)
     files = manifest.readable
     hashes, means, ok = _fingerprints(manifest, workers or default_workers(), progress)
     rows = np.flatnonzero(ok)
@@ -229,6 +231,7 @@ def dedupe(
     workers: int | None = None,
     progress: bool = True,
     overwrite: bool = False,
+    companions: bool = False,
 ) -> str:
     """Finds, reports and, if `move_to` is given, moves near-duplicates. Returns one line that sums up."""
     report = new_file("--out", out, overwrite or _is_report(Path(out)))
@@ -236,7 +239,9 @@ def dedupe(
         refuse_inside("--move", move_to, root)
     if report.is_dir() or not report.absolute().parent.is_dir():
         raise UserError(f"--out {report}: give the name of a CSV file in a folder that exists")
-    manifest, duplicates = find_duplicates(root, bits=bits, channels=channels, workers=workers, progress=progress)
+    manifest, duplicates = find_duplicates(
+        root, bits=bits, channels=channels, workers=workers, progress=progress, companions=companions
+    )
     groups = write_report(duplicates, report)
     told = (
         f"{len(duplicates.rows)} of {len(duplicates.files)} images are near-duplicates of {groups} others,"

@@ -78,6 +78,7 @@ def pack(
     *,
     workers: int | None = None,
     progress: bool = True,
+    companions: bool = False,
 ) -> str:
     """Packs every readable image below `root` into shards in `out`; goes on where it was stopped.
 
@@ -89,6 +90,7 @@ def pack(
         settings: what is done to the images.
         workers: threads that encode; None: one a core.
         progress: show a bar, if there is a terminal.
+        companions: pack companions of images, and what lies in hidden and trash folders, too.
 
     Returns:
         One line that sums up.
@@ -101,7 +103,7 @@ def pack(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
-            state, manifest = _begin(Path(root), folder, settings, workers, progress)
+            state, manifest = _begin(Path(root), folder, settings, workers, progress, companions)
             if not state.complete:
                 _write(manifest, folder, settings, state, workers or default_workers(), progress)
     except OSError as error:
@@ -137,7 +139,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _begin(
-    root: Path, folder: Path, settings: PackSettings, workers: int | None, progress: bool
+    root: Path, folder: Path, settings: PackSettings, workers: int | None, progress: bool, companions: bool
 ) -> tuple[_State, Manifest]:
     """Load or start the progress of packing, with the files as they were when it began."""
     state = _State.load(folder)
@@ -145,7 +147,9 @@ def _begin(
         other = sorted(set(os.listdir(folder)) - {_LOCK, _SOURCE, _SKIPPED})
         if other:
             raise UserError(f"--out {folder}: holds other files ({other[0]}); give an empty folder")
-        manifest = build_index(root, workers=workers, progress=progress, channels=settings.channels)
+        manifest = build_index(
+            root, workers=workers, progress=progress, channels=settings.channels, companions=companions
+        )
         manifest.save(folder / _SOURCE)
         state = _State(os.fspath(manifest.root), asdict(settings), [])
         state.save(folder)

@@ -15,6 +15,7 @@ from typing import Any
 from pera_fast.cores import default_workers
 from pera_fast.data.decoding.formats import HEAD_BYTES, refuse_virtual, sniff
 from pera_fast.data.decoding.worker_process import DiedError, WorkerProcess
+from pera_fast.data.files.companions import not_taken
 from pera_fast.data.files.scan import scan
 from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.tools.tile_grid import TileSettings
@@ -40,6 +41,7 @@ def tile(
     *,
     workers: int | None = None,
     progress: bool = True,
+    companions: bool = False,
 ) -> str:
     """Cuts every scene below a folder, or one scene, into tiles: OUT/SCENE/yTOP_xLEFT.tif, and .json beside each.
 
@@ -52,6 +54,7 @@ def tile(
         settings: how the scenes are cut.
         workers: processes; None: one a core.
         progress: show a bar, if there is a terminal.
+        companions: cut companions of scenes, and what lies in hidden and trash folders, too.
 
     Returns:
         One line that sums up.
@@ -65,7 +68,7 @@ def tile(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder, settings):
-            return _tile(source, folder, settings, workers or default_workers(), progress)
+            return _tile(source, folder, settings, workers or default_workers(), progress, companions)
     except OSError as error:
         raise UserError(
             f"--out {out}: cannot write there ({error.strerror or error}); the same command goes on from here"
@@ -111,8 +114,8 @@ def _locked(folder: Path, settings: TileSettings) -> Iterator[None]:
         yield
 
 
-def _tile(source: Path, folder: Path, settings: TileSettings, workers: int, progress: bool) -> str:
-    scenes = _scenes(source)
+def _tile(source: Path, folder: Path, settings: TileSettings, workers: int, progress: bool, companions: bool) -> str:
+    scenes = _scenes(source, companions)
     root = source if source.is_dir() else source.parent
     names = _folders(list(scenes))
     skipped = SkippedFiles(folder / _SKIPPED)
@@ -149,7 +152,7 @@ def _tile(source: Path, folder: Path, settings: TileSettings, workers: int, prog
     )
 
 
-def _scenes(source: Path) -> dict[str, list[int]]:
+def _scenes(source: Path, companions: bool) -> dict[str, list[int]]:
     """[bytes, time] of each candidate, by its path below `source`, sorted."""
     if not source.is_dir():
         state = Storage(source)(source.stat, os.fspath(source), 0)
@@ -160,7 +163,9 @@ def _scenes(source: Path) -> dict[str, list[int]]:
         for row in batch.to_pylist():
             found[row["path"]] = [row["size"], row["mtime_ns"]]
 
-    listing = scan(os.fspath(source), take)
+    listing = scan(os.fspath(source), take, companions=companions)
+    if told := not_taken(listing.left_out):
+        _log.warning("%s: %s", source, told)
     for path, reason in listing.unreadable:
         _log.warning("cannot read the folder %s: %s", source / path, reason)
     if not found:
