@@ -190,7 +190,8 @@ def start_auto(folder: RunFolder, recipe: str | PathLike[str], overrides: Sequen
     saved, state, source = _newest(folder)
     new = flatten(requested)
     check_asked(folder, folder.read_asked() or saved, requested)
-    taken = {key: new[key] for key in BATCH | HARMLESS}
+    # NOTED as well: they were asked for, perhaps on resuming, and no checkpoint has been written since.
+    taken = {key: new[key] for key in BATCH | HARMLESS | NOTED}
     cfg = from_yaml(to_yaml(saved.with_values(taken)))  # checks it
     return Start(cfg, requested, state, True, [_resuming(folder, state, source)])
 
