@@ -86,7 +86,9 @@ def pretrain(
 
 @app.command()
 def config(
-    recipe: Annotated[str, typer.Option(help="Recipe, or a YAML file such as RUN/config.yaml.")] = "vit_b16",
+    recipe: Annotated[
+        str, typer.Option(help="vit_b16, vit_g16, vit_s16, vit_l16, tiny, or a YAML file such as RUN/config.yaml.")
+    ] = "vit_b16",
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings on top, such as train.epochs=20.")
     ] = None,

@@ -123,7 +123,15 @@ def gradient_sync(model: nn.Module, last: bool) -> AbstractContextManager[object
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`train.device`: auto takes CUDA where it works. Raises UserError for CUDA without a device."""
+    """`train.device`: auto takes CUDA where it works. Raises UserError for CUDA without a device.
+
+    PyTorch for AMD's GPUs (ROCm) calls them cuda too, but neither the Triton kernels nor DALI were made for them.
+    """
+    if torch.version.hip is not None:
+        if name == "cuda":
+            why = "this PyTorch is for AMD's GPUs (ROCm), and the kernels and the loader are for NVIDIA's"
+            raise UserError(f"train.device=cuda: {why}; give train.device=cpu")
+        name = "cpu"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":

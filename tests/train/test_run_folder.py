@@ -173,6 +173,14 @@ def test_resume_with_another_recipe_lists_the_keys(held: RunFolder):
     assert "model.depth=12 (was 2)" in message
 
 
+def test_resume_takes_no_recipe_file(held: RunFolder):
+    """Its keys would be taken for changes, or passed over; --resume auto compares them all."""
+    with pytest.raises(UserError) as error:
+        start_resumed(held, str(held.config), [])
+    why = "a run goes on with its own settings; leave --recipe out, or give --resume auto"
+    assert line(error) == f"--resume with --recipe {held.config}: {why}"
+
+
 def test_resume_from_a_damaged_checkpoint(held: RunFolder):
     flip_middle(checkpoint_path(held.checkpoints, 4))
     with pytest.raises(UserError) as error:
