@@ -389,9 +389,9 @@ def test_run_that_took_no_step_is_not_in_the_way(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
 ):
     """It fails in its first step; what was in the folder before stays, and the repeated command runs."""
-    out = tmp_path / "run"
+    out = tmp_path / "runs" / "one"
     if there:
-        out.mkdir()
+        out.mkdir(parents=True)
         (out / "train.log").write_text("mine\n")
 
     def fail(*_: Any) -> None:
@@ -401,7 +401,7 @@ def test_run_that_took_no_step_is_not_in_the_way(
         patch.setattr(loop, "launch_step", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             api.pretrain(images, out, "tiny", overrides=[*KEYS, "train.steps=2"])
-    assert [path.name for path in out.iterdir()] == ["train.log"] if there else not out.exists()
+    assert [path.name for path in out.iterdir()] == ["train.log"] if there else not out.parent.exists()
     assert api.pretrain(images, out, "tiny", overrides=[*KEYS, "train.steps=2"]).steps == 2
 
 
