@@ -60,24 +60,25 @@ class RunFolder:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Makes and locks the folder; a run that takes no step inside leaves nothing in it. Raises UserError."""
-        before = set(self.root.iterdir()) if self.root.is_dir() else None
+        missing = [path for path in (self.root, *self.root.absolute().parents) if not path.exists()]
+        before = set() if missing else set(self.root.iterdir())
         self.make()
         with self.locked():
             try:
                 yield
             finally:
                 if not self.holds_run():
-                    self._remove_all_but(before)
+                    self._remove_all_but(before, missing)
 
-    def _remove_all_but(self, before: set[Path] | None) -> None:
-        """Removes what a run makes before its first step; also the folder, if it was not there (``before`` is None)."""
+    def _remove_all_but(self, before: set[Path], folders: list[Path]) -> None:
+        """Removes what a run makes before its first step, and the folders that were made for it, innermost first."""
         files = [self.index, self.config, self.asked, self.metrics, self.log, self.skipped, self.root / ".lock"]
-        for path in {*files, *self.root.glob("events.out.tfevents.*")} - (before or set()):
+        for path in {*files, *self.root.glob("events.out.tfevents.*")} - before:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-        if before is None:
+        for folder in folders:
             with suppress(OSError):  # something else came into it
-                self.root.rmdir()
+                folder.rmdir()
 
     def make(self) -> None:
         """Creates the folder. Raises UserError if nothing can be written there."""
@@ -190,7 +191,8 @@ def start_auto(folder: RunFolder, recipe: str | PathLike[str], overrides: Sequen
     saved, state, source = _newest(folder)
     new = flatten(requested)
     check_asked(folder, folder.read_asked() or saved, requested)
-    taken = {key: new[key] for key in BATCH | HARMLESS}
+    # NOTED as well: they were asked for, perhaps on resuming, and no checkpoint has been written since.
+    taken = {key: new[key] for key in BATCH | HARMLESS | NOTED}
     cfg = from_yaml(to_yaml(saved.with_values(taken)))  # checks it
     return Start(cfg, requested, state, True, [_resuming(folder, state, source)])
 

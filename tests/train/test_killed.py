@@ -5,8 +5,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +34,19 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in MEASURED} for row in lines]
 
 
-def test_killed_again_and_again_is_the_run_that_was_not(tmp_path: Path):
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
     (tmp_path / "images").mkdir()
     rng = np.random.default_rng(0)
     for i in range(14):
         pixels = rng.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / f"{i:02d}.{'png' if i % 2 else 'jpg'}")
+    return tmp_path / "images"
+
+
+def test_killed_again_and_again_is_the_run_that_was_not(images: Path, tmp_path: Path):
     settings = [*SMALL, "data.loader_threads=1", f"train.steps={STEPS}", "train.checkpoint_every=3"]
-    driver = [sys.executable, str(Path(__file__).with_name("killed_driver.py")), str(tmp_path / "images")]
+    driver = [sys.executable, str(Path(__file__).with_name("killed_driver.py")), str(images)]
     done = subprocess.run(
         [*driver, str(tmp_path), str(KILLS), str(SEED), *settings],
         env=environment(XDG_CACHE_HOME=str(tmp_path / "cache")), capture_output=True, text=True,
@@ -64,6 +71,51 @@ def test_killed_again_and_again_is_the_run_that_was_not(tmp_path: Path):
     assert_equal(*(load_file(out / "exported" / "teacher.safetensors") for out in (killed, whole)))
     assert [path.name for path in (killed / "checkpoints").iterdir() if path.name.startswith(".")] == []
     assert len(find_checkpoints(killed / "checkpoints")) == 3
+
+
+@pytest.mark.skipif(KILLS < 20, reason="takes a minute: by hand, with PERA_TEST_KILLS=20")
+def test_torchrun_restarts_what_was_killed(images: Path, tmp_path: Path):
+    """`torchrun --max-restarts=2`: each of the two workers is killed once, and the run goes on by itself."""
+    assert torchrun(images, tmp_path / "whole", kills=()) == 0
+    assert torchrun(images, tmp_path / "killed", kills=("1", "0")) == 0
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+
+def torchrun(images: Path, out: Path, kills: tuple[str, ...]) -> int:
+    """Train with two processes, of which those of these local ranks are killed, one after the other."""
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--max-restarts=2",
+        "-m",
+        "pera_fast",
+    ]
+    line = ["pretrain", "--data", str(images), "--out", str(out), "--recipe", "tiny", "--resume", "auto"]
+    settings = [*SMALL, "data.loader_threads=1", "train.batch_size=2", "train.steps=40", "train.checkpoint_every=3"]
+    with open(out.with_suffix(".log"), "w") as log:
+        command = [sys.executable, *launch, *line, *settings]
+        process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+        for number, local_rank in enumerate(kills, start=1):
+            while process.poll() is None and lines_of(out) < 10 * number:
+                time.sleep(0.05)
+            os.kill(worker(process.pid, local_rank), signal.SIGKILL)
+            while process.poll() is None and lines_of(out) >= 10 * number:  # cut when the run goes on
+                time.sleep(0.05)
+        return process.wait(timeout=200)
+
+
+def lines_of(out: Path) -> int:
+    return (out / "metrics.jsonl").read_text().count("\n") if (out / "metrics.jsonl").exists() else 0
+
+
+def worker(parent: int, local_rank: str) -> int:
+    """Process number of torchrun's worker."""
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        if f"LOCAL_RANK={local_rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"torchrun has no worker {local_rank}")
 
 
 def assert_equal(a: Any, b: Any) -> None:

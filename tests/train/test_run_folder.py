@@ -128,6 +128,12 @@ def test_what_is_changed_on_resuming_is_asked_for_from_then_on(held: RunFolder):
         start_auto(held, "tiny", RECIPE)
 
 
+def test_what_was_changed_on_resuming_outlives_a_kill_before_the_next_checkpoint(held: RunFolder):
+    start = start_resumed(held, None, ["train.steps=12"])
+    held.write_config(start.cfg, start.asked)  # and killed: the newest checkpoint still says 8
+    assert start_auto(held, "tiny", ["train.steps=12", "model.depth=2"]).cfg.train.steps == 12
+
+
 def test_resume_of_a_run_that_ended_before_its_first_checkpoint(held: RunFolder):
     checkpoint_path(held.checkpoints, 4).unlink()
     start = start_resumed(held, "tiny", [])
