@@ -180,8 +180,10 @@ def stats(
 ) -> None:
     """Mean, deviation and percentiles of each band, and the settings for pretraining that follow."""
     from pera_fast.data.tools import measure
-    from pera_fast.paths import new_file
+    from pera_fast.paths import new_file, refuse_inside
 
+    if plot is not None:
+        refuse_inside("--plot", plot, data)
     for name, path in (("--json", json), ("--plot", plot)):
         if path is not None:
             new_file(name, path, overwrite)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pera_fast import __version__
+from pera_fast.cores import usable_cores
 
 # Part -> (distributions that carry it, why one would want it, how to get it). torch and what is always installed with
 # pera-fast are listed by version only.
@@ -126,7 +127,6 @@ def _decoding(device: str) -> str:
     import torch
 
     from pera_fast.config import load_config
-    from pera_fast.data.loading.cores import usable_cores
     from pera_fast.data.loading.decode_on import choose, cores_image_seconds, has_jpeg_hardware
     from pera_fast.train.flops import fastest_rate
 
@@ -200,7 +200,9 @@ def _cpu(capability: str) -> str:
         pass  # not Linux, or no /proc
     flags = set((facts.get("flags") or facts.get("Features") or "").split())
     features = " ".join(name for name in _FEATURES if name in flags)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores, usable = os.cpu_count() or 1, usable_cores()
+    allowed = "" if usable == cores else f" of which {usable:g} may be used,"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     model = facts.get("model name") or platform.processor() or platform.machine()
-    return f"{model}, {cores} cores, {memory:.0f} GiB; {features or 'no vector features'} (torch uses {capability})"
+    size = f"{cores} cores,{allowed} {memory:.0f} GiB"
+    return f"{model}, {size}; {features or 'no vector features'} (torch uses {capability})"

@@ -34,6 +34,7 @@ from pera_fast.train.flops import fastest_rate
 from pera_fast.train.fused_update import make_update
 from pera_fast.train.graph import choose_graph
 from pera_fast.train.host_memory import reuse_freed_memory
+from pera_fast.train.host_threads import hold_to_quota
 from pera_fast.train.inputs import make_inputs
 from pera_fast.train.loop import Run, fit
 from pera_fast.train.memory_plan import choose_recompute
@@ -41,6 +42,7 @@ from pera_fast.train.optim import make_optimizer, make_scaler
 from pera_fast.train.run_folder import (
     RunFolder,
     Start,
+    change_notes,
     check_resumed_batch,
     resumed_position,
     start_auto,
@@ -114,6 +116,7 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
     if start.checkpoint:
         position, note = resumed_position(start.checkpoint, plan.total, here.size, len(manifest.readable))
         start.notes += [note] if note else []
+    start.notes += change_notes(start.changed, cfg, here.device.type, torch.cuda.is_available())
     for note in start.notes:
         log.info("%s", note)
     rate = fastest_rate(cfg, here.device)
@@ -147,6 +150,7 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
 def _build(folder: RunFolder, start: Start, here: World, manifest: Manifest, loader: Loader[StepInputs]) -> Run:
     """The run with its model and optimiser, continued from the checkpoint if there is one."""
     cfg = start.cfg
+    hold_to_quota()
     if here.device.type == "cpu":
         reuse_freed_memory()
     prefer_attention(cfg, here.device)

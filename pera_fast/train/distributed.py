@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pera_fast.errors import UserError
+from pera_fast.train.meeting import meet
 
 T = TypeVar("T")
 MAIN_SPEAKS_SECONDS = 5.0
@@ -159,7 +160,9 @@ def world(device_name: str) -> Iterator[World]:
     ours = not dist.is_initialized()
     if ours:
         os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")  # as the step's stream: not to wait behind it
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, size = meet()
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
         assert not isinstance(host_group, int), "this process is in the group"

@@ -143,6 +143,7 @@ class Start:
     checkpoint: CheckpointState | None = None
     resumed: bool = False
     notes: list[str] = field(default_factory=list)  # for the log
+    changed: Differences = field(default_factory=dict)  # on resuming, of the keys that may change the results
 
     @property
     def step(self) -> int:
@@ -169,10 +170,10 @@ def start_resumed(folder: RunFolder, recipe: str | PathLike[str] | None, overrid
     if not folder.holds_run():
         raise UserError(f"--out {folder.root}: no run to resume there; leave --resume out to start one")
     saved, state, source = _newest(folder)
-    cfg, notes = continue_config(saved, recipe, overrides, source)
+    cfg, changed = continue_config(saved, recipe, overrides, source)
     new = flatten(cfg)
     asked = (folder.read_asked() or saved).with_values({key: new[key] for key in differences(saved, cfg)})
-    return Start(cfg, asked, state, True, [_resuming(folder, state, source), *notes])
+    return Start(cfg, asked, state, True, [_resuming(folder, state, source)], changed)
 
 
 def start_auto(folder: RunFolder, recipe: str | PathLike[str], overrides: Sequence[str]) -> Start:
@@ -222,8 +223,8 @@ def _resuming(folder: RunFolder, state: CheckpointState | None, source: str) -> 
 
 def continue_config(
     saved: Config, recipe: str | PathLike[str] | None, overrides: Sequence[str], source: str
-) -> tuple[Config, list[str]]:
-    """The saved configuration with the overrides given on resuming, and what to note about them.
+) -> tuple[Config, Differences]:
+    """The saved configuration with the overrides given on resuming, and those that may change the results.
 
     Raises:
         UserError: another recipe, or a change that would make it another run; lists the keys that differ.
@@ -245,9 +246,30 @@ def continue_config(
     refused = _refused(saved, cfg)
     if refused:
         raise UserError(f"{source}: cannot be continued with {_list(refused)}; leave that out, or give another --out")
-    changed = {key: pair for key, pair in differences(saved, cfg).items() if key in NOTED}
-    note = f"changed on resuming: {_list(changed)}; from here on this is not the run that it would have been"
-    return cfg, [note] if changed else []
+    return cfg, {key: pair for key, pair in differences(saved, cfg).items() if key in NOTED}
+
+
+def change_notes(changed: Differences, cfg: Config, device: str, has_gpu: bool) -> list[str]:
+    """Messages about the keys that were changed on resuming: which have an effect, and which have none and why.
+
+    Args:
+        changed: of `continue_config`.
+        cfg: the configuration that holds from now on.
+        device: type of the run's device, cpu or cuda.
+        has_gpu: whether there is a GPU.
+    """
+    without: dict[str, str] = {}
+    if cfg.train.steps is not None and "train.steps" not in changed:
+        without["train.epochs"] = f"train.steps={cfg.train.steps} is the length of the run"
+    if device == "cpu":
+        without |= dict.fromkeys(("train.cuda_graph", "data.decode_on"), "the run is on a CPU")
+    if not has_gpu and set(changed.get("train.device", ())) == {"auto", "cpu"}:
+        without["train.device"] = "there is no GPU"
+    notes = [f"{key}={changed[key][1]} has no effect: {why}" for key, why in without.items() if key in changed]
+    if counts := {key: pair for key, pair in changed.items() if key not in without}:
+        told = f"changed on resuming: {_list(counts)}; from here on this is not the run that it would have been"
+        notes.insert(0, told)
+    return notes
 
 
 def _refused(saved: Config, cfg: Config) -> Differences:

@@ -259,8 +259,12 @@ def _pillow_alpha(image: Image.Image) -> np.ndarray | None:
     """Pixels whose alpha is not 0, bool [H, W]; None: all."""
     if not image.has_transparency_data:
         return None
-    alpha = image if "A" in image.getbands() else image.convert("RGBA")
-    opaque = np.asarray(alpha.getchannel("A")) != 0
+    key = image.info.get("transparency")
+    if isinstance(key, int) and image.mode[0] in "LI":  # a gray that is transparent; convert() knows it for 8 bits only
+        opaque = np.asarray(image) != key
+    else:
+        alpha = image if "A" in image.getbands() else image.convert("RGBA")
+        opaque = np.asarray(alpha.getchannel("A")) != 0
     return None if opaque.all() else opaque
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pera_fast.config import Config
+from pera_fast.cores import default_workers
 from pera_fast.data.bands.sensor import band_plan, is_deep, measure, probe_settings
 from pera_fast.data.decoding.decode import Bands
 from pera_fast.data.decoding.formats import refuse_virtual
@@ -26,11 +27,12 @@ from pera_fast.data.index.bars import Bars, bars
 from pera_fast.data.index.checks import Checks
 from pera_fast.data.index.journal import Journal
 from pera_fast.data.index.known import FIRST_REASONS, Counts, Known, tasks
-from pera_fast.data.index.sorted_parts import SortedParts, side_by_side
+from pera_fast.data.index.sorted_parts import SortedParts, Tables, side_by_side
 from pera_fast.errors import UserError
 from pera_fast.storage import TIMEOUT, Storage
 
 _log = logging.getLogger("pera_fast")
+_MOST_WORKERS = 16
 
 
 def default_index_path(root: str | os.PathLike[str]) -> Path:
@@ -146,7 +148,9 @@ def build_index(
     target = Path(out) if out is not None else default_index_path(root)
     try:
         with _locked(target), bars(progress) as shown:
-            manifest = _update(folder, target, settings, workers or _cores(), timeout, shown, storage)
+            manifest = _update(
+                folder, target, settings, workers or default_workers(_MOST_WORKERS), timeout, shown, storage
+            )
     except KeyboardInterrupt:
         _log.warning("stopped; what was checked is kept, and the next index of %s goes on from there", folder)
         raise
@@ -173,15 +177,22 @@ def _update(
         Checks(folder, settings, workers, timeout, storage) as checks,
     ):
         listed = SortedParts(journal.folder, LISTED)
+
+        def add(batch: pa.RecordBatch) -> None:
+            with _of_index(target):
+                listed.add(batch)
+
         try:
-            where = os.fspath(folder), listed.add, bars.scanned, storage
+            where = os.fspath(folder), add, bars.scanned, storage
             listing = list_shards(*where) or scan(*where)  # the images in its shards, or its image files
             for path, reason in listing.unreadable:
                 _log.warning("cannot read the folder %s: %s", folder / path, reason)
             bars.start_check(listing.files)
             streams = [*(known.parts(parts) for parts in journal.earlier()), *old]
             pieces: list[pa.Table] = []
-            for checked, rows in checks.run(tasks(side_by_side(listed.streams(), streams), counts)):
+            with _of_index(target):
+                found = [_read_back(rows, target) for rows in listed.streams()]
+            for checked, rows in checks.run(tasks(side_by_side(found, streams), counts)):
                 pieces.append(rows)
                 counts.add(rows, checked)
                 bars.done(rows.num_rows, counts.failed)
@@ -190,8 +201,6 @@ def _update(
                 else:  # the end of a range of paths
                     writer.write(pa.concat_tables(pieces).sort_by("path"))
                     pieces = []
-        except OSError as error:
-            raise UserError(not_writable(target, error)) from error
         finally:
             listed.delete()
         if counts.readable and (counts.checked or counts.gone or not target.exists()):
@@ -206,6 +215,20 @@ def _update(
         f" ({counts.kept} known, {counts.checked} checked, {counts.gone} gone; {target})"
     )
     return manifest
+
+
+@contextlib.contextmanager
+def _of_index(target: Path) -> Iterator[None]:
+    """Inside, an OSError is one of the index's own files."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(not_writable(target, error)) from error
+
+
+def _read_back(rows: Tables, target: Path) -> Tables:
+    with _of_index(target):
+        yield from rows
 
 
 def _nothing_readable(folder: Path, counts: Counts, listing: Listing) -> str:
@@ -224,10 +247,6 @@ def _dali_version() -> str:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
     return ""
-
-
-def _cores() -> int:
-    return min(len(os.sched_getaffinity(0)), 16)
 
 
 @contextlib.contextmanager

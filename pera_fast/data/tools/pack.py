@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pera_fast.cores import default_workers
 from pera_fast.data.ahead import map_ahead
 from pera_fast.data.decoding import decode
 from pera_fast.data.decoding.probe import os_reason, read_file
@@ -20,6 +21,7 @@ from pera_fast.data.index.build import build_index
 from pera_fast.data.tools.pack_images import ImagePacker, PackSettings, Sample
 from pera_fast.durable import lock, whole_file
 from pera_fast.errors import UserError
+from pera_fast.paths import refuse_inside
 from pera_fast.progress import progress_bar
 from pera_fast.storage import Storage
 
@@ -101,7 +103,7 @@ def pack(
         with _locked(folder):
             state, manifest = _begin(Path(root), folder, settings, workers, progress)
             if not state.complete:
-                _write(manifest, folder, settings, state, workers or len(os.sched_getaffinity(0)), progress)
+                _write(manifest, folder, settings, state, workers or default_workers(), progress)
     except OSError as error:
         raise UserError(
             f"--out {out}: cannot write there ({error.strerror or error}); the same command goes on from the last whole"
@@ -117,8 +119,7 @@ def _check(root: Path, folder: Path, settings: PackSettings) -> None:
             f"--channels {settings.channels}: only images of 1 or 3 channels can be resized, tiled or encoded anew;"
             " leave that out, and the files are packed as they are"
         )
-    if folder.resolve() == root.resolve():
-        raise UserError(f"--out {folder}: is the folder of images itself; give another one")
+    refuse_inside("--out", folder, root)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: is a file; give a folder")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from pera_fast.cores import default_workers
 from pera_fast.data.decoding.formats import HEAD_BYTES, refuse_virtual, sniff
 from pera_fast.data.decoding.worker_process import DiedError, WorkerProcess
 from pera_fast.data.files.scan import scan
@@ -20,6 +21,7 @@ from pera_fast.data.tools.tile_grid import TileSettings
 from pera_fast.data.tools.tile_scene import TileCounts
 from pera_fast.durable import lock, whole_file
 from pera_fast.errors import UserError
+from pera_fast.paths import refuse_inside
 from pera_fast.progress import progress_bar
 from pera_fast.storage import Storage
 
@@ -63,7 +65,7 @@ def tile(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder, settings):
-            return _tile(source, folder, settings, workers or len(os.sched_getaffinity(0)), progress)
+            return _tile(source, folder, settings, workers or default_workers(), progress)
     except OSError as error:
         raise UserError(
             f"--out {out}: cannot write there ({error.strerror or error}); the same command goes on from here"
@@ -82,8 +84,7 @@ def _check(source: Path, folder: Path, settings: TileSettings) -> None:
         raise UserError(f"--nodata-max {settings.nodata_max:g}: is a fraction, 0 to 1")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: is a file; give a folder")
-    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"--out {folder}: lies in the folder of scenes, which is searched for scenes; give another one")
+    refuse_inside("--out", folder, source)
 
 
 @contextmanager
