@@ -77,6 +77,35 @@ def pack(
     typer.echo(run(directory, out, settings, workers=workers, companions=companions))
 
 
+class _Resampling(str, Enum):
+    nearest = "nearest"
+    bilinear = "bilinear"
+    cubic = "cubic"
+
+
+@data_app.command()
+def stack(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of one-band files.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the GeoTIFFs.", show_default=False)],
+    bands: Annotated[
+        str | None, typer.Option(help="Bands, such as B02,B03,B04,B08.", show_default="those that all scenes have")
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(help="Regular expression with a group (?P<band>...).", show_default="Sentinel-2, Landsat"),
+    ] = None,
+    resampling: Annotated[_Resampling, typer.Option(help="Resampling of the coarser bands.")] = _Resampling.bilinear,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one per core")] = None,
+) -> None:
+    """Stack files of one band each, such as Sentinel-2's JP2s, into one GeoTIFF per scene. Stopped, it goes on."""
+    from pera_fast.data.files.band_files import PATTERN
+    from pera_fast.data.tools.stack import StackSettings
+    from pera_fast.data.tools.stack import stack as run
+
+    chosen = tuple(band.strip() for band in bands.split(",") if band.strip()) if bands else ()
+    typer.echo(run(directory, out, StackSettings(chosen, pattern or PATTERN, resampling.value), workers=workers))
+
+
 class _TileFormat(str, Enum):
     tif = "tif"
     jpg = "jpg"

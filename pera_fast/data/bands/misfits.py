@@ -1,15 +1,18 @@
 """Finds files whose bands or depth the configuration would not read as their owner expects."""
 
+import re
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
 
 from pera_fast.config import Config
+from pera_fast.data.files.band_files import PATTERN, scenes_of
 from pera_fast.data.files.manifest import Manifest
 
 pc: Any = pyarrow.compute  # made when it is imported: type checkers see none of its functions
 _ALPHA = 4  # bands of a picture with alpha; files with more are no pictures
+_LOOKED_AT = 4096  # files, for names of bands
 SHALLOW = ("", "bool", "uint8", "int8")  # types of at most 8 bits; empty: not known
 
 
@@ -42,6 +45,27 @@ def bands_left_out(cfg: Config, manifest: Manifest) -> str:
     return (
         f"{files} of {sum(stored.values())} file(s) have {have}, and model.in_chans={cfg.model.in_chans} would take"
         f" {taken}; {every} some data.bands={some} with model.in_chans to match (numbers or names)"
+    )
+
+
+def single_bands(cfg: Config, manifest: Manifest) -> str:
+    """Message about files that are each one band of a scene, as their names say; empty: they are not.
+
+    As colour pictures each would be gray, and a crop would never see two bands of one place.
+    """
+    if cfg.data.bands or cfg.model.in_chans != 3:
+        return ""
+    table = manifest.table.select(["path", "channels", "ok"]).slice(0, _LOOKED_AT)
+    table = table.filter(table["ok"])
+    single = table.filter(pc.equal(table["channels"], 1))["path"].to_pylist()
+    scenes, _ = scenes_of(single, re.compile(PATTERN))
+    several = {scene: bands for scene, bands in scenes.items() if len(bands) > 1}
+    if 2 * sum(len(bands) for bands in several.values()) <= table.num_rows:
+        return ""
+    scene, bands = next(iter(several.items()))
+    return (
+        f"its files are single bands ({', '.join(list(bands)[:4])}, ... of {scene}), and each would be a gray picture:"
+        f" stack them first, pera-fast data stack {manifest.root} --out STACKED; or give model.in_chans=1"
     )
 
 

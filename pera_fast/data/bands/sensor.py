@@ -14,7 +14,7 @@ import pyarrow.compute
 from pera_fast.config import Config
 from pera_fast.config.check import band_scale
 from pera_fast.data.bands.band_sample import sample_bands
-from pera_fast.data.bands.misfits import bands_left_out, dark_files, deep_files, fourth_band
+from pera_fast.data.bands.misfits import bands_left_out, dark_files, deep_files, fourth_band, single_bands
 from pera_fast.data.decoding.probe import ProbeSettings
 from pera_fast.data.decoding.scaling import Scaling
 from pera_fast.data.files.manifest import Manifest
@@ -92,7 +92,7 @@ def mixed_scales(manifest: Manifest) -> str:
 def misfits(cfg: Config, manifest: Manifest) -> list[str]:
     """Messages about what a training with this configuration would refuse or warn of."""
     depth = int(cfg.data.depth) if cfg.data.depth != "auto" else 16 if is_deep(manifest) else 8
-    found = (bands_left_out(cfg, manifest), *_warnings(cfg, manifest, depth))
+    found = (bands_left_out(cfg, manifest), single_bands(cfg, manifest), *_warnings(cfg, manifest, depth))
     return [told for told in found if told]
 
 
@@ -107,7 +107,7 @@ def measure(cfg: Config, manifest: Manifest, depth: int, progress: bool = True) 
     Raises:
         UserError: no file of the sample has a value that could be measured; files of many bands of which nobody chose.
     """
-    if told := bands_left_out(cfg, manifest):
+    if told := bands_left_out(cfg, manifest) or single_bands(cfg, manifest):
         raise UserError(f"data {manifest.root}: {told}")
     for told in _warnings(cfg, manifest, depth):
         _log.warning("data %s: %s", manifest.root, told)

@@ -82,17 +82,34 @@ def _without_repeats(rows: pa.Table) -> pa.Table:
     return rows if new.all() else rows.filter(pa.array(new))
 
 
-def _never_dali(rows: pa.Table) -> pa.ChunkedArray:
-    """Readable files of more than 8 bits: one of the same decoders reads them, whether or not DALI may be asked."""
+def _decoded_alike(rows: pa.Table, now: ProbeSettings) -> pa.ChunkedArray:
+    """Readable files that the same decoder reads with the settings of now: DALI is asked about none of them."""
+    by_others = pc.and_(rows["ok"], pc.is_in(rows["decoder"], value_set=pa.array(["rasterio", "pillow"])))
+    if not now.encoded:
+        return by_others
     shallow = pc.is_in(rows["dtype"], value_set=pa.array(["", "bool", "uint8"]))
-    return pc.and_(pc.and_(rows["ok"], pc.not_equal(rows["decoder"], "")), pc.invert(shallow))
+    return pc.and_(by_others, pc.invert(shallow))
+
+
+def _has_bands(rows: pa.Table, now: ProbeSettings) -> pa.ChunkedArray:
+    """Files that have the bands of now, as far as their row says; names of bands do not stand there."""
+    stored, numbers = rows["channels"], [band for band in now.bands if isinstance(band, int)]
+    if len(numbers) < len(now.bands):
+        enough = pc.less(stored, 0)
+    elif numbers:
+        enough = pc.greater_equal(stored, max(numbers))
+    elif now.channels in (1, 3):
+        enough = pc.greater_equal(stored, 1)  # colour and gray convert
+    else:
+        enough = pc.equal(stored, now.channels)
+    return pc.and_(enough, pc.invert(pc.match_substring(rows["scale"], ",")))  # one scale for each band
 
 
 class Known:
     """Rows of earlier manifests that need no new check while size and mtime stay.
 
     Args:
-        settings: how files are checked now; rows of other settings are of no use.
+        settings: how files are checked now; of other settings those rows are of use that would come out the same.
         version: DALI's, now.
     """
 
@@ -121,11 +138,16 @@ class Known:
     def _rows(self, path: Path) -> Tables:
         with StoredManifest(path) as stored:
             before, now = (replace(settings, verify=True) for settings in (stored.settings, self._settings))
-            if replace(before, scaled=now.scaled) != now or stored.dali != self._version:
+            others = replace(before, scaled=now.scaled, channels=now.channels, bands=now.bands)
+            if others != now or stored.dali != self._version:
                 return
             for rows in stored.stream():
                 reusable = self._reusable(rows)
-                yield rows.filter(reusable if before == now else pc.and_(reusable, _never_dali(rows)))
+                if before != now:
+                    reusable = pc.and_(reusable, _decoded_alike(rows, now))
+                if (before.channels, before.bands) != (now.channels, now.bands):
+                    reusable = pc.and_(reusable, _has_bands(rows, now))
+                yield rows.filter(reusable)
 
     def _reusable(self, rows: pa.Table) -> pa.ChunkedArray:
         """A header is not enough where a full check is asked for; what could not be opened may have become readable."""

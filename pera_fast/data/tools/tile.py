@@ -1,6 +1,5 @@
 """`pera-fast data tile`: cuts large georeferenced scenes into tiles; resumable, each scene whole or not at all."""
 
-import json
 import logging
 import os
 import shutil
@@ -18,9 +17,10 @@ from pera_fast.data.decoding.worker_process import DiedError, WorkerProcess
 from pera_fast.data.files.companions import not_taken
 from pera_fast.data.files.scan import scan
 from pera_fast.data.files.skipped import SkippedFiles
+from pera_fast.data.tools.state import load, save
 from pera_fast.data.tools.tile_grid import TileSettings
 from pera_fast.data.tools.tile_scene import TileCounts
-from pera_fast.durable import lock, whole_file
+from pera_fast.durable import lock
 from pera_fast.errors import UserError
 from pera_fast.paths import refuse_inside
 from pera_fast.progress import progress_bar
@@ -105,12 +105,12 @@ def _locked(folder: Path, settings: TileSettings) -> Iterator[None]:
         if error:
             _log.info("%s: its disk knows no locks (%s); see that no other process cuts there", folder, error)
         about = state / "settings.json"
-        before = _load(about)
+        before = load(about)
         changed = [key for key, value in asdict(settings).items() if before.get(key, value) != value]
         if changed:
             told = ", ".join(f"--{key.replace('_', '-')} {before[key]}" for key in changed)
             raise UserError(f"--out {folder}: was begun with {told}; give the same, or another folder")
-        _save(about, asdict(settings))
+        save(about, asdict(settings))
         yield
 
 
@@ -127,7 +127,7 @@ def _tile(source: Path, folder: Path, settings: TileSettings, workers: int, prog
             failed.append((path, _VRT))
             skipped.add(path, _VRT)
             continue
-        before = _load(_marker(folder, names[path]))
+        before = load(_marker(folder, names[path]))
         if before.get("state") == state and (folder / names[path]).is_dir() == (before["written"] > 0):
             done.written, done.left_out = done.written + before["written"], done.left_out + before["left_out"]
         else:
@@ -235,10 +235,10 @@ class _Cutters:
         """Into a folder that takes its place when it is whole."""
         part, marker = self._folder / _STATE / f"scene-{name}.partial", _marker(self._folder, name)
         begun, target = part / "state.json", self._folder / name
-        if _load(begun).get("state") != state:
+        if load(begun).get("state") != state:
             shutil.rmtree(part, ignore_errors=True)
         part.mkdir(exist_ok=True)
-        _save(begun, {"state": state})
+        save(begun, {"state": state})
         result = self._cut_into(path, part)
         if isinstance(result, OSError):
             raise result
@@ -251,7 +251,7 @@ class _Cutters:
             os.replace(part, target)
         else:
             shutil.rmtree(part)
-        _save(marker, {"state": state, "written": result.written, "left_out": result.left_out})
+        save(marker, {"state": state, "written": result.written, "left_out": result.left_out})
         return result
 
     def _cut_into(self, path: str, part: Path) -> TileCounts | str | OSError:
@@ -290,16 +290,3 @@ def _read_through(path: str) -> None:
 
 def _marker(folder: Path, name: str) -> Path:
     return folder / _STATE / f"scene-{name}.json"
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return told if isinstance(told, dict) else {}
-
-
-def _save(path: Path, about: dict[str, Any]) -> None:
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(about) + "\n", encoding="utf-8")

@@ -213,12 +213,30 @@ def test_bands_that_nobody_chose_are_refused(folder, tmp_path):
         open_or_build(tmp_path, small_config())
 
 
+def test_other_bands_need_no_new_check(folder, tmp_path):
+    """What a file is does not depend on the bands that are asked for."""
+
+    def told(*settings: str) -> str:
+        manifest = open_or_build(folder, small_config(*settings, f"data.index={tmp_path / 'index.parquet'}"))
+        assert len(manifest.readable) == 8
+        return manifest.summary
+
+    assert "(0 known, 8 checked" in told("data.bands=[3,2,1]")
+    assert "(8 known, 0 checked" in told("model.in_chans=6")
+    assert "(8 known, 0 checked" in told("data.bands=[6]")
+    assert "(0 known, 8 checked" in told("data.bands=[red,nir]")  # a row has no names
+    assert "(8 known, 0 checked" in told("data.bands=[1,6]", "data.depth=16")
+    with pytest.raises(UserError, match="has 6 band"):
+        told("data.bands=[7]")
+    assert "(8 known, 0 checked" in told("data.bands=[4,3,2]")  # the index of before was kept
+
+
 def test_pictures_with_alpha_are_pictures(tmp_path, caplog):
     (tmp_path / "gray.png").write_bytes(encoded(Image.fromarray(np.full((40, 40, 2), 200, np.uint8)), "PNG"))
     (tmp_path / "colour.png").write_bytes(encoded(Image.fromarray(np.full((40, 40, 4), 200, np.uint8)), "PNG"))
     with caplog.at_level(logging.WARNING):
         assert len(open_or_build(tmp_path, small_config()).readable) == 2
-        assert not caplog.text
+        assert "bands" not in caplog.text
         for name in "abc":
             (tmp_path / f"{name}.tif").write_bytes(raster(scene(0, bands=4)))
         open_or_build(tmp_path, small_config())
@@ -237,7 +255,7 @@ def test_sixteen_bits_among_eight_are_said_to_come_out_dark(tmp_path, caplog, ca
     assert cli.run(["data", "index", str(tmp_path)]) == 0
     assert told in capsys.readouterr().out
     open_or_build(tmp_path, small_config("data.depth=16"))
-    assert not caplog.text
+    assert "16 bits" not in caplog.text
 
 
 def test_most_files_decide_the_depth(tmp_path):
