@@ -151,7 +151,7 @@ class Storage:
                     self._given_up = self._too_long(error, file, now - since)
                 if self._given_up is not None:  # the others need not wait as long again
                     raise MachineError(str(self._given_up)) from error
-                self._say(error, now)
+                self._say(error, now - since)
                 left = since + self._timeout - now
                 if self._closed.wait(min(pause * random.uniform(0.75, 1.25), max(left, 0.001))):
                     raise ClosedError("the storage is not waited for any more") from error
@@ -165,10 +165,10 @@ class Storage:
         finally:
             self._over(me, error)
 
-    def _say(self, error: OSError, now: float) -> None:
-        """Tells the user once, when it takes longer."""
+    def _say(self, error: OSError, seconds: float) -> None:
+        """Tells the user once, when one read takes longer; reads that fail in turn are answered in between."""
         with self._lock:
-            if self._said or now - self._began < _SILENT:
+            if self._said or seconds < _SILENT:
                 return
             self._said = True
             reads = len(self._waiting)
