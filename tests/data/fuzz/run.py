@@ -98,6 +98,8 @@ class Fuzzer:
 def _kind(found: str) -> str:
     """What equal findings have in common: the error without its numbers and names, and where it was raised."""
     first, *rest = found.splitlines()
+    if not first.startswith("FoundError"):
+        first = first.partition(":")[0]  # what it says is about the place in the file
     first = re.sub(r"'.*'|\".*\"", "'...'", re.sub(r"/\S+", "PATH", first))
     raised = [line.strip() for line in rest if line.lstrip().startswith("File ")][-1:]
     where = re.sub(r'File ".*?([^/]+)", line (\d+), in (.*)', r"\1:\2 \3", raised[0]) if raised else ""
