@@ -9,7 +9,6 @@ for as colour is repeated; a colour image asked for as gray is weighted by ITU-R
 import contextlib
 import functools
 import io
-import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pera_fast.data.decoding import png
 from pera_fast.data.decoding.declared import Declared, declared
 from pera_fast.data.decoding.formats import HEAD_BYTES, sniff
 from pera_fast.data.decoding.scaling import Raster, Scaling, by_type
@@ -29,7 +29,6 @@ _PIL_TYPES = {"1": (1, "bool"), "I": (1, "int32"), "F": (1, "float32"), "I;16": 
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _ORIENTATION = 0x0112
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
-_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks that say nothing of pixels
 
 
 @dataclass
@@ -162,6 +161,8 @@ def read(data: bytes | memoryview, decoder: str, channels: int, bands: Bands = (
     about = declared(data, kind)
     if decoder not in about.decoders:
         raise ValueError(f"left to {about.decoders[-1]}, which reads these values as they are stored")
+    if kind == "png" and (told := png.damage(data)):
+        raise ValueError(told)
     if decoder == "rasterio":
         raster = _read_rasterio(data, kind, about, bands, convert)
     else:
@@ -233,17 +234,7 @@ def _open_pillow(data: bytes | memoryview) -> Image.Image:
 
 
 def _without_texts(data: bytes | memoryview) -> bytes | memoryview:
-    if sniff(bytes(data[:HEAD_BYTES])) != "png":
-        return data
-    kept, at, start = [], 8, 0  # `start`: of the bytes that are kept next
-    while at + 12 <= len(data):
-        (length,) = struct.unpack_from(">I", data, at)
-        end = at + 12 + length
-        if bytes(data[at + 4 : at + 8]) in _PNG_TEXTS:
-            kept.append(data[start:at])
-            start = end
-        at = end
-    return b"".join([*kept, data[start:]]) if kept else data
+    return png.without_texts(data) if sniff(bytes(data[:HEAD_BYTES])) == "png" else data
 
 
 def _pillow_orientation(image: Image.Image) -> int:

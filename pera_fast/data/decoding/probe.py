@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pera_fast.data.decoding import decode
+from pera_fast.data.decoding import decode, png
 from pera_fast.data.decoding.dali import DaliDecoder, error_reason
 from pera_fast.data.decoding.declared import declared
 from pera_fast.data.decoding.formats import HEAD_BYTES, sniff
@@ -193,6 +193,8 @@ class Prober:
         kind = sniff(data[:HEAD_BYTES])
         if kind == "vrt":
             result.reason = VRT_REASON
+        if kind == "png" and most is None:
+            result.reason = png.damage(data)
         result.format = kind or ""
         return _File(result, data, kind)
 
