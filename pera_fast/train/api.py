@@ -223,7 +223,10 @@ def _known_data(data: Path, folder: RunFolder) -> Manifest:
     """The run's own index, for images that lie below `data` (perhaps moved since). Raises UserError if they do not."""
     if not data.is_dir():
         raise UserError(f"--data {data}: no such folder")
-    manifest = Manifest.load(folder.index)
+    try:
+        manifest = Manifest.load(folder.index)
+    except UserError as error:
+        raise UserError(f"{error}; delete it, and the images are indexed anew") from None
     manifest.root = data.absolute()
     files = manifest.readable
     some = files.paths[:LOOKED_FOR].to_pylist()

@@ -18,7 +18,7 @@ from pera_fast.data.files.shards import locate, place_of
 from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.index.build import build_index
 from pera_fast.data.tools.pack_images import ImagePacker, PackSettings, Sample
-from pera_fast.durable import lock, whole_file
+from pera_fast.durable import lock, read_object, whole_file
 from pera_fast.errors import UserError
 from pera_fast.progress import progress_bar
 from pera_fast.storage import Storage
@@ -55,14 +55,24 @@ class _State:
         with whole_file(folder / _STATE) as partial:
             partial.write_text(json.dumps({"version": _VERSION, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
 
+    def _is_sound(self) -> bool:
+        places = [place for shard in self.shards for place in (shard.samples, shard.size, *shard.next)]
+        pairs = all(len(shard.next) == 2 and isinstance(shard.name, str) for shard in self.shards)
+        numbers = all(type(place) is int and place >= 0 for place in places)
+        kinds = isinstance(self.root, str) and isinstance(self.settings, dict) and isinstance(self.complete, bool)
+        return pairs and numbers and kinds
+
     @classmethod
     def load(cls, folder: Path) -> "_State | None":
         try:
-            told = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+            told = read_object(folder / _STATE)
             if told.pop("version") != _VERSION:
                 raise ValueError("another version")
             shards = [_Shard(**{**shard, "next": tuple(shard["next"])}) for shard in told.pop("shards")]
-            return cls(**told, shards=shards)
+            state = cls(**told, shards=shards)
+            if not state._is_sound():
+                raise ValueError("values of other types")
+            return state
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:

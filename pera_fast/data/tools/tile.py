@@ -18,7 +18,7 @@ from pera_fast.data.files.scan import scan
 from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.tools.tile_grid import TileSettings
 from pera_fast.data.tools.tile_scene import TileCounts
-from pera_fast.durable import lock, whole_file
+from pera_fast.durable import lock, read_object, whole_file
 from pera_fast.errors import UserError
 from pera_fast.progress import progress_bar
 from pera_fast.storage import Storage
@@ -124,7 +124,9 @@ def _tile(source: Path, folder: Path, settings: TileSettings, workers: int, prog
             skipped.add(path, _VRT)
             continue
         before = _load(_marker(folder, names[path]))
-        if before.get("state") == state and (folder / names[path]).is_dir() == (before["written"] > 0):
+        counts = [before.get(name) for name in ("written", "left_out")]
+        whole = before.get("state") == state and all(type(count) is int and count >= 0 for count in counts)
+        if whole and (folder / names[path]).is_dir() == (before["written"] > 0):
             done.written, done.left_out = done.written + before["written"], done.left_out + before["left_out"]
         else:
             todo.append(path)
@@ -288,10 +290,9 @@ def _marker(folder: Path, name: str) -> Path:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError):
         return {}
-    return told if isinstance(told, dict) else {}
 
 
 def _save(path: Path, about: dict[str, Any]) -> None:
