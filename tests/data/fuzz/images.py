@@ -85,6 +85,8 @@ class Images(Target):
     def run(self, rng):
         settings = _SETTINGS[int(rng.integers(len(_SETTINGS)))]
         decoders = _DECODERS[int(rng.integers(len(_DECODERS)))]
+        if not set(decoders or ()) <= set(settings.decoders):
+            decoders = None
         files = self.files(rng)
         results = self._sandbox.probe([path for path, _ in files], settings, decoders)
         expect(len(results) == len(files), "results are missing")
@@ -105,7 +107,7 @@ class Images(Target):
         made = []
         for number in range(_BATCH):
             name, data = self._originals[int(rng.integers(len(self._originals)))]
-            path, data = self.case / f"{number:02d}-{name}", mutate(data, rng)
+            path, data = self.case / f"{number:02d}-{name}", mutate(data, rng, 2 if number % 2 else 5)
             path.write_bytes(data)
             made.append((str(path), data))
         return made

@@ -46,10 +46,10 @@ def seed_tar() -> bytes:
     return buffer.getvalue()
 
 
-def mutate(data: bytes, rng: np.random.Generator) -> bytes:
+def mutate(data: bytes, rng: np.random.Generator, most: int = 5) -> bytes:
     """The file with one to several things done to it."""
     found = bytearray(data)
-    for _ in range(int(rng.integers(1, 6))):
+    for _ in range(int(rng.integers(1, most + 1))):
         if not found:
             break
         at = int(rng.integers(len(found)))

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from fuzz.mutations import mutate_text
 from fuzz.target import Target, expect, judged
-from pera_fast import eval as _eval  # noqa: F401 the package of from_csv
 from pera_fast.config import Config, from_yaml, load_config, to_yaml
 from pera_fast.config.keys import KEYS
 from pera_fast.config.listing import listing
@@ -60,8 +61,8 @@ class Overrides(Target):
     def run(self, rng):
         count = int(rng.integers(1, 4))
         given = [
-            mutate_text(self._texts[int(number)], rng).decode("utf-8", "surrogateescape").replace("\0", "")
-            for number in rng.integers(len(self._texts), size=count)
+            self._mutated(self._texts[int(number)], rng) if not place else self._texts[int(number)]
+            for place, number in enumerate(rng.integers(len(self._texts), size=count))
         ]
         (self.case / "arguments").write_bytes("\0".join(given).encode("utf-8", "surrogateescape"))
 
@@ -70,6 +71,10 @@ class Overrides(Target):
             return "accepted"
 
         return judged(load)
+
+    @staticmethod
+    def _mutated(text: str, rng: np.random.Generator) -> str:
+        return mutate_text(text, rng).decode("utf-8", "surrogateescape").replace("\0", "")
 
 
 class Labels(Target):
