@@ -15,6 +15,7 @@ from pera_fast.cli_data import data_app
 from pera_fast.cli_profile import profile_app
 from pera_fast.errors import UserError
 from pera_fast.paths import refuse_urls
+from pera_fast.storage import NO_THREAD, cannot_start
 
 app = typer.Typer(
     name="pera-fast",
@@ -85,7 +86,9 @@ def pretrain(
 
 @app.command()
 def config(
-    recipe: Annotated[str, typer.Option(help="Recipe, or a YAML file such as RUN/config.yaml.")] = "vit_b16",
+    recipe: Annotated[
+        str, typer.Option(help="vit_b16, vit_g16, vit_s16, vit_l16, tiny, or a YAML file such as RUN/config.yaml.")
+    ] = "vit_b16",
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings on top, such as train.epochs=20.")
     ] = None,
@@ -240,6 +243,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     args = _with_resume(list(sys.argv[1:] if arguments is None else arguments))
     try:
         refuse_urls(args)
+        _refuse_repeats(args)
         status: Any = app(args, prog_name="pera-fast", standalone_mode=False)
         return int(status or 0)
     except UserError as error:
@@ -249,6 +253,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
             typer.echo(str(error), err=True)
             return 2
         return _fail(_usage(error), 2)
+    except RuntimeError as error:
+        if NO_THREAD not in str(error):
+            raise
+        return _fail(cannot_start("a thread", error), UserError.exit_code)
     except ValueError as error:
         if not str(error).startswith("PERA_BACKEND="):  # which pera_kernels refuses when it is first asked
             raise
@@ -267,6 +275,26 @@ def _with_resume(args: list[str]) -> list[str]:
         else:
             joined.append("--resume=newest" if arg == "--resume" else arg)
     return joined
+
+
+def _refuse_repeats(args: Sequence[str]) -> None:
+    """Raises UserError for an option of one value that is given twice: the parser would take the last and say nothing.
+
+    Settings may repeat: the last of equal keys counts, so that a script can end in "$@".
+    """
+    args = list(args[: args.index("--")] if "--" in args else args)
+    names = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
+    repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if not repeated:
+        return
+    command: Any = typer.main.get_command(app)
+    for arg in args:
+        command = getattr(command, "commands", {}).get(arg, command)
+    defaults = getattr(command, "commands", {}).values()  # `profile` may stand for one of its commands
+    for option in [*command.params, *(option for default in defaults for option in default.params)]:
+        single = option.param_type_name == "option" and not (option.multiple or option.is_flag)
+        if single and (name := next((name for name in repeated if name in option.opts), None)):
+            raise UserError(f"{name} is given {names.count(name)} times; it takes one value")
 
 
 def _usage(error: Any) -> str:

@@ -10,6 +10,11 @@ data_app = typer.Typer(
     help="Look at a folder of images before training on it.", no_args_is_help=True, rich_markup_mode=None
 )
 
+_Companions = Annotated[
+    bool,
+    typer.Option("--companions", help="Take .ovr, .msk, .aux, thumbnails, hidden and trash folders as images."),
+]
+
 
 @data_app.command()
 def index(
@@ -29,6 +34,7 @@ def index(
 ) -> None:
     """Check every image below DIR and write what was found into a manifest that pretraining reuses."""
     from pera_fast.config import load_config
+    from pera_fast.data.bands.sensor import misfits
     from pera_fast.data.index.build import index_for
     from pera_fast.data.index.unreadable import name_unreadable
 
@@ -39,7 +45,7 @@ def index(
         "data.index": cfg.data.index if out is None else str(out),
     })  # fmt: skip
     manifest = index_for(directory, cfg, workers=workers)
-    for line in (manifest.summary, *name_unreadable(manifest)):
+    for line in (manifest.summary, *name_unreadable(manifest), *misfits(cfg, manifest)):
         typer.echo(line)
 
 
@@ -61,13 +67,14 @@ def pack(
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of images that are encoded anew.")] = 95,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="one per core")] = None,
     channels: Annotated[int, typer.Option(min=1, help="Channels per image: model.in_chans of the training.")] = 3,
+    companions: _Companions = False,
 ) -> None:
     """Pack every readable image below DIR into tar files that pretraining and WebDataset read. Stopped, it goes on."""
     from pera_fast.data.tools.pack import pack as run
     from pera_fast.data.tools.pack_images import PackSettings
 
     settings = PackSettings(size_mib, tile, resize, reencode.value if reencode else None, quality, channels)
-    typer.echo(run(directory, out, settings, workers=workers))
+    typer.echo(run(directory, out, settings, workers=workers, companions=companions))
 
 
 class _TileFormat(str, Enum):
@@ -90,13 +97,14 @@ def tile(
     ] = None,
     format_: Annotated[_TileFormat, typer.Option("--format", help="File format of the tiles.")] = _TileFormat.tif,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one per core")] = None,
+    companions: _Companions = False,
 ) -> None:
     """Cut large georeferenced scenes into tiles, each with a JSON file that says where it lies. Stopped, it goes on."""
     from pera_fast.data.tools.tile import tile as run
     from pera_fast.data.tools.tile_grid import TileSettings
 
     settings = TileSettings(size, overlap, nodata_max, format_.value, nodata)
-    typer.echo(run(scenes, out, settings, workers=workers))
+    typer.echo(run(scenes, out, settings, workers=workers, companions=companions))
 
 
 @data_app.command()
@@ -114,13 +122,15 @@ def dedupe(
     ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="one per core")] = None,
     channels: Annotated[int, typer.Option(min=1, help="Channels per image: model.in_chans of the training.")] = 3,
+    companions: _Companions = False,
 ) -> None:
     """Report near-duplicate images. Of a group the one with the most pixels is kept; nothing is ever deleted."""
     from pera_fast.data.tools.dedupe import dedupe as run
 
     told = run(
-        directory, bits=threshold, out=out, move_to=move, workers=workers, channels=channels, overwrite=overwrite
-    )
+        directory, bits=threshold, out=out, move_to=move, workers=workers, channels=channels, overwrite=overwrite,
+        companions=companions,
+    )  # fmt: skip
     typer.echo(told)
 
 
@@ -180,8 +190,10 @@ def stats(
 ) -> None:
     """Mean, deviation and percentiles of each band, and the settings for pretraining that follow."""
     from pera_fast.data.tools import measure
-    from pera_fast.paths import new_file
+    from pera_fast.paths import new_file, refuse_inside
 
+    if plot is not None:
+        refuse_inside("--plot", plot, data)
     for name, path in (("--json", json), ("--plot", plot)):
         if path is not None:
             new_file(name, path, overwrite)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pera_fast import __version__
+from pera_fast.cores import usable_cores
 
 # Part -> (distributions that carry it, why one would want it, how to get it). torch and what is always installed with
 # pera-fast are listed by version only.
@@ -21,7 +22,7 @@ _OPTIONAL: dict[str, tuple[tuple[str, ...], str, str]] = {
         "reads, decodes and crops the images for pretraining",
         "pip install 'pera-fast[cuda13]' (or [cuda12]); it needs no GPU",
     ),
-    "triton": (("triton",), "compiles the GPU kernels", "comes with torch for CUDA"),
+    "triton": (("triton",), "compiles the GPU kernels", "pip install triton"),
     "xformers": (
         ("xformers",),
         "attention over packed sequences on a GPU",
@@ -60,7 +61,9 @@ def collect() -> Info:
     """Looks at this machine. Imports torch and every op; a part that is missing or broken is reported, not raised."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from pera_fast.train.distributed import choose_device
+
+    device = choose_device("auto").type
     versions: dict[str, str | None] = {"python": platform.python_version(), "pera-fast": __version__}
     versions.update({name: _version((name,)) for name in _REQUIRED})
     versions["torch"] = torch.__version__  # with the local part, such as +cpu, which metadata may lack
@@ -70,7 +73,7 @@ def collect() -> Info:
     }
     ops = _ops(device, missing)
     if device == "cpu":
-        missing["GPU"] = _no_gpu(torch.version.cuda)
+        missing["GPU"] = _no_gpu(torch.version.cuda, torch.version.hip)
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     devices = [f"{g.name}, sm_{g.major}{g.minor}, {g.total_memory / 2**30:.0f} GiB" for g in gpus]
     cpu = _cpu(torch.backends.cpu.get_cpu_capability())
@@ -124,7 +127,6 @@ def _decoding(device: str) -> str:
     import torch
 
     from pera_fast.config import load_config
-    from pera_fast.data.loading.cores import usable_cores
     from pera_fast.data.loading.decode_on import choose, cores_image_seconds, has_jpeg_hardware
     from pera_fast.train.flops import fastest_rate
 
@@ -171,12 +173,15 @@ def _version(distributions: tuple[str, ...]) -> str | None:
 
 
 def _wanted(part: str) -> bool:
-    """Whether there is such a part for this machine: triton and xformers are not built for arm64."""
-    return part not in ("triton", "xformers") or platform.machine() == "x86_64"
+    """Whether there is such a part for this machine: xformers is not built for arm64, triton for these two alone."""
+    built_for = {"xformers": ("x86_64",), "triton": ("x86_64", "aarch64")}
+    return platform.machine() in built_for.get(part, (platform.machine(),))
 
 
-def _no_gpu(cuda: str | None) -> str:
+def _no_gpu(cuda: str | None, hip: str | None = None) -> str:
     why = "the large recipes need one in practice"
+    if hip is not None:
+        return f"{why}; this torch is for AMD's GPUs (ROCm), which the kernels and the loader are not made for"
     if cuda is None and Path("/proc/driver/nvidia").exists():
         return f"{why}; there is one, but this torch is a CPU build: install torch for CUDA"
     if cuda is None:
@@ -195,7 +200,9 @@ def _cpu(capability: str) -> str:
         pass  # not Linux, or no /proc
     flags = set((facts.get("flags") or facts.get("Features") or "").split())
     features = " ".join(name for name in _FEATURES if name in flags)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores, usable = os.cpu_count() or 1, usable_cores()
+    allowed = "" if usable == cores else f" of which {usable:g} may be used,"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     model = facts.get("model name") or platform.processor() or platform.machine()
-    return f"{model}, {cores} cores, {memory:.0f} GiB; {features or 'no vector features'} (torch uses {capability})"
+    size = f"{cores} cores,{allowed} {memory:.0f} GiB"
+    return f"{model}, {size}; {features or 'no vector features'} (torch uses {capability})"

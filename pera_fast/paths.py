@@ -38,6 +38,14 @@ def new_file(name: str, value: str | os.PathLike[str], overwrite: bool) -> Path:
     return path
 
 
+def refuse_inside(name: str, out: str | os.PathLike[str], data: str | os.PathLike[str]) -> None:
+    """Raises UserError for an output in a folder of images: the next command would take it for more images."""
+    target, folder = Path(out).resolve(), Path(data).resolve()
+    if folder.is_dir() and target.is_relative_to(folder):
+        why = "what is written there would be taken for images"
+        raise UserError(f"{name} {out}: lies in the folder of images {data}, and {why}; give a place outside it")
+
+
 def refuse_urls(args: Sequence[str]) -> None:
     """Raises UserError for a URL anywhere in a command line: as `--option URL`, `--option=URL`, `key=URL` or alone."""
     for before, arg in zip(["", *args], args, strict=False):

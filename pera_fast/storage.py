@@ -34,6 +34,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0  # seconds between two tries
 _SILENT = 1.0  # seconds of a fault that nobody need know of
 _ALONE = 60.0  # seconds after which other files are asked whether the storage answers
 _OTHERS = 64  # that are asked: where a sixteenth of the files is away, all of them answer once in sixty times
+_START_PAUSES = (0.1, 0.3, 0.6)  # seconds between tries to start a process
+NO_THREAD = "can't start new thread"  # Python's words
+_NOTE_SECONDS = 60.0  # between two notes of short faults, which may come by the hundred
 _REMEMBERED = 4096  # files that were read, of which some are asked
 
 
@@ -66,11 +69,11 @@ class Storage:
         self._root, self._timeout = os.fspath(root), timeout
         self._was_there = not self._is_gone()
         self._lock = threading.Lock()
-        self._waiting: dict[int, float] = {}  # thread: since when
+        self._waiting: set[object] = set()  # calls, also one within another
         self._began = 0.0  # of the first fault in a row
-        self._failed = 0  # reads, in this row of faults
-        self.faults = 0  # reads that failed so far
         self._said = False
+        self.faults = 0  # reads that failed so far
+        self._noted = (-_NOTE_SECONDS, 0)  # time of the last note of short faults, and the faults till then
         self._read: deque[tuple[str, int]] = deque(maxlen=_REMEMBERED)
         self._alone: set[tuple[str, int]] = set()
         self._given_up: MachineError | None = None
@@ -128,18 +131,17 @@ class Storage:
             return True
 
     def _repeat(self, action: Callable[[], T], error: OSError, file: str, offset: int) -> T:
-        me, since, pause = threading.get_ident(), time.monotonic(), _FIRST_PAUSE
+        me, since, pause = object(), time.monotonic(), _FIRST_PAUSE
         place, asked = (file, offset), since
         with self._lock:
             if not self._waiting:
-                self._began, self._failed, self._said = since, 0, False
-            self._waiting[me] = since
-            self._failed += 1
+                self._began, self._said = since, False
+            self._waiting.add(me)
             self.faults += 1
         try:
             while True:
                 now = time.monotonic()
-                patience = _SILENT if place in self._alone else _ALONE
+                patience = _SILENT if place in self._alone else min(_ALONE, self._timeout / 2)
                 if offset >= 0 and now - since >= patience and now - asked >= patience:
                     asked = now
                     if self._others_answer():
@@ -171,22 +173,24 @@ class Storage:
             self._said = True
             reads = len(self._waiting)
         _log.warning(
-            "%s (%s; %d reads wait): trying again for up to %g s (data.storage_timeout), nothing is lost meanwhile",
+            "%s (%s; %d read(s) wait): trying again for up to %g s (data.storage_timeout), nothing is lost meanwhile",
             self._what(), _told(error), reads, self._timeout,
         )  # fmt: skip
 
-    def _over(self, me: int, error: OSError) -> None:
+    def _over(self, me: object, error: OSError) -> None:
         with self._lock:
-            del self._waiting[me]
+            self._waiting.remove(me)
             if self._waiting or self._closed.is_set() or self._given_up is not None:
                 return
-            seconds, failed, said = time.monotonic() - self._began, self._failed, self._said
-        if said:
-            _log.warning("the storage of %s answers again after %.0f s: going on", self._root, seconds)
-        else:
-            _log.info(
-                "%s: %d reads failed for %.1f s (%s) and were repeated", self._root, failed, seconds, _told(error)
-            )
+            now = time.monotonic()
+            failed = self.faults - self._noted[1]
+            silent = not self._said and now - self._noted[0] < _NOTE_SECONDS
+            if not silent:
+                self._noted = now, self.faults
+        if self._said:
+            _log.warning("the storage of %s answers again after %.0f s: going on", self._root, now - self._began)
+        elif not silent:
+            _log.info("%s: %d read(s) failed (%s) and were repeated", self._root, failed, _told(error))
 
     def _what(self) -> str:
         if self._is_gone():
@@ -223,6 +227,49 @@ class Storage:
                 if is_passing(error):
                     return False
         return True
+
+
+def mode(storage: Storage, path: str | os.PathLike[str]) -> int:
+    """Mode of a file or folder, as `stat` has it; 0 where there is none. Waits where the storage is away."""
+    try:
+        return storage(lambda: os.stat(path), os.fspath(path)).st_mode
+    except OSError:
+        return 0
+
+
+def start(what: str, action: Callable[[], T]) -> T:
+    """Start a process or a thread, tried a few times while the machine has no room for one more.
+
+    Args:
+        what: what it is for, such as "the process that checks images".
+        action: starts it.
+
+    Raises:
+        MachineError: it cannot be started; the message says what to do.
+    """
+    for pause in (*_START_PAUSES, None):
+        try:
+            return action()
+        except (OSError, RuntimeError) as error:
+            if not isinstance(error, OSError) and NO_THREAD not in str(error):
+                raise
+            if pause is None or not (isinstance(error, RuntimeError) or is_passing(error)):
+                raise MachineError(cannot_start(what, error)) from error
+        time.sleep(pause)
+    raise AssertionError
+
+
+def cannot_start(what: str, error: Exception) -> str:
+    """Message for a process or a thread that the machine did not start."""
+    told, number = str(error), getattr(error, "errno", None)
+    if isinstance(error, OSError):
+        told = error.strerror or told
+    if number == errno.EAGAIN or isinstance(error, RuntimeError):
+        todo = "the limit of processes is reached (ulimit -u, or the pids limit of the container or the job): raise it"
+        return f"cannot start {what} ({told}): {todo}, or give fewer workers"
+    if number == errno.ENOMEM:
+        return f"cannot start {what} ({told}): the machine is out of memory; free some, or give fewer workers"
+    return f"cannot start {what} ({told})"
 
 
 def _told(error: OSError) -> str:

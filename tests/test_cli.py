@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 import pera_fast
@@ -104,6 +105,56 @@ def test_resume_may_be_auto(stub, resume, how, settings):
     calls = stub("pera_fast.train.api", "pretrain", types.SimpleNamespace(exit_code=0))
     assert cli.run(["pretrain", "--data", "D", "--out", "R", *resume.split()]) == 0
     assert (calls[0][1]["resume"], calls[0][1]["overrides"]) == (how, settings)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "pretrain --data A --data B --out R",
+        "pretrain --data=A --data B --out R train.steps=3",
+        "data index A --out x --out y",
+        "profile --batch-sizes 2 --batch-sizes 4 --out P",
+    ],
+)
+def test_an_option_given_twice_is_refused(args, capsys):
+    """The parser would take the last and say nothing of the other."""
+    assert cli.run(args.split()) == 2
+    assert "is given 2 times; it takes one value" in capsys.readouterr().err
+
+
+def test_settings_flags_and_lists_may_repeat(stub):
+    calls = stub("pera_fast.train.api", "pretrain", types.SimpleNamespace(exit_code=0))
+    assert cli.run(["pretrain", "--data", "D", "--out", "R", "train.steps=2", "train.steps=3"]) == 0
+    assert calls[0][1]["overrides"] == ["train.steps=2", "train.steps=3"]
+    sheets = stub("pera_fast.show.run", "show", "drawn")
+    sheet = ["--sample", "1", "--sample", "2", "--overwrite", "--overwrite"]
+    assert cli.run(["data", "show", "D", *sheet]) == 0
+    assert list(sheets[0][1]["samples"]) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "data pack D --out D/shards",
+        "data pack D --out D",
+        "data tile D --out D/tiles",
+        "data dedupe D --move D/twins --out report.csv",
+        "data show D --out D/sheet.png",
+        "data stats D --plot D/bands.png",
+        "demo --data D --out D/demo",
+    ],
+)
+def test_no_output_lies_among_the_images(args, tmp_path, monkeypatch, capsys):
+    """The next command would take it for more images."""
+    monkeypatch.chdir(tmp_path)
+    Path("D").mkdir()
+    Image.new("RGB", (64, 64)).save("D/a.png")
+    assert cli.run(args.split()) == 2
+    assert "lies in the folder of images D, and what is written there would be taken" in capsys.readouterr().err
+    assert sorted(path.name for path in Path("D").iterdir()) == ["a.png"]
+    Path("E").symlink_to("D")  # the same place by another name
+    assert cli.run(args.replace(" D ", " E ").split()) == 2
+    assert "lies in the folder of images E" in capsys.readouterr().err
 
 
 def test_python_call_is_the_twin(stub):

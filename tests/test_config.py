@@ -155,7 +155,12 @@ def test_there_are_five_recipes_and_tiny_is_tiny():
         ("train.steps=0", "train.steps=0: wants a whole number (at least 1) or null"),
         ("train.steps=[1]", "train.steps=[1]: wants a whole number (at least 1) or null"),
         ("train.epochs=null", "train.epochs=null: wants a whole number (at least 1)"),
-        ("train.epochs=", "train.epochs=null: wants a whole number (at least 1)"),
+        ("train.epochs=", "train.epochs=: has no value; wants a whole number (at least 1)"),
+        (
+            "train.steps=",
+            "train.steps=: has no value; for none write train.steps=null; wants a whole number (at least 1) or null",
+        ),
+        ("data.index= ", "data.index=: has no value; for none write data.index=null; wants a text or null"),
         ("train.compile=3", "train.compile=3: wants true or false"),
         ("train.precision=16", "train.precision=16: allowed: bf16 | fp16 | fp32; did you mean fp16?"),
         ("train.seed=-1", "train.seed=-1: wants a whole number (at least 0, at most 9223372036854775807)"),

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -157,15 +158,27 @@ def test_lock_agrees_with_the_project_file():
     locked = [Requirement(line) for line in text if line and not line.startswith("#")]
     for requirement in locked:
         assert [specifier.operator for specifier in requirement.specifier] == ["=="], f"{requirement} is not exact"
-    for python in ("3.10", "3.11", "3.12", "3.13", "3.14"):
-        machine = {"python_version": python, "platform_machine": "x86_64", "sys_platform": "linux"}
+    gpu = {"torch": "2.13.0", "triton": "3.7.1", "nvidia-dali-cuda130": "2.4.0"}
+    for python, processor in product(("3.10", "3.11", "3.12", "3.13", "3.14"), ("x86_64", "aarch64")):
+        machine = {"python_version": python, "platform_machine": processor, "sys_platform": "linux"}
         here = [one for one in locked if one.marker is None or one.marker.evaluate(machine)]
         versions = {one.name.lower(): next(iter(one.specifier)).version for one in here}
         assert len(versions) == len(here), f"a package is locked twice for Python {python}"
-        for name in ("torch==2.13.0", "triton==3.7.1", "xformers==0.0.35", "nvidia-dali-cuda130==2.4.0"):
-            assert versions[name.split("==")[0]] == name.split("==")[1]
+        for name, version in gpu.items():
+            assert versions.get(name) == version, f"{name} on {processor}"
+        assert versions.get("xformers") == ("0.0.35" if processor == "x86_64" else None)  # there is no other build
         for wanted in map(Requirement, direct_requirements()):
-            assert versions[wanted.name.lower()] in wanted.specifier, f"{wanted} on Python {python}"
+            if wanted.marker is None or wanted.marker.evaluate(machine):
+                assert versions[wanted.name.lower()] in wanted.specifier, f"{wanted} on Python {python}, {processor}"
+    needed = {
+        one.name for one in map(Requirement, direct_requirements()) if one.marker is None or one.marker.evaluate(arm())
+    }
+    assert {"triton", "nvidia-dali-cuda130"} <= needed, "without Triton no GPU kernel runs on a Grace Hopper"
+
+
+def arm() -> dict[str, str]:
+    """The markers of an arm64 server."""
+    return {"python_version": "3.12", "platform_machine": "aarch64", "sys_platform": "linux"}
 
 
 def direct_requirements() -> list[str]:

@@ -6,5 +6,8 @@ forward+backward), an implementation, a recipe, a number of images. pytest-bench
 
 import os
 
-CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-"""Cores that this process has, taken before torch pins its threads."""
+from pera_fast.cores import default_workers
+
+_ALLOWED = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+CORES = _ALLOWED[: default_workers()]
+"""Cores that this process has, as many as its quota allows, taken before torch pins its threads."""

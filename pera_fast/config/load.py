@@ -110,9 +110,12 @@ def _parse(text: str) -> tuple[str, Value]:
         hint = f"; did you mean {near}=...?" if near else ""
         raise UserError(f"{show(text)}: not an override; write section.key=value, such as train.steps=60{hint}")
     _known(key, show(raw))
+    if not raw.strip():  # of a shell variable that is not set: YAML would take it for null
+        null = f"; for none write {key}=null" if kind(key)[1] else ""
+        raise UserError(f"{key}=: has no value{null}; wants {wants(key)}")
     if kind(key)[0] is str:  # verbatim: a path may hold anything that means something in YAML
         value = raw.strip()
-        return key, None if value in ("", "null", "~") and kind(key)[1] else value
+        return key, None if value in ("null", "~") and kind(key)[1] else value
     return key, _typed(key, _yaml_value(key, raw))
 
 

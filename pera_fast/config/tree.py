@@ -223,6 +223,8 @@ class DataConfig:
     # Decode a JPEG on the CPU at 1/2, 1/4 or 1/8 of its size, if the windows of all its crops then still have this many
     # times their crop's pixels a side. null: never.
     reduced_decoding: float | None = _key(1.25, low=1)
+    # Take companions of images (.ovr, .msk, .aux, thumbnails) and what lies in hidden or trash folders as images too.
+    companions: bool = False
     # Bands of a file that become channels: numbers from 1, or names (GeoTIFF band descriptions). null: all, in order.
     bands: list[int | str] | None = None
     # Bits of a channel between decoder and network. auto: 16 if most readable files store more than 8, else 8. The

@@ -14,7 +14,7 @@ from pera_fast.data.index.build import load_index
 from pera_fast.data.loading.loader import Loader
 from pera_fast.demo import figures
 from pera_fast.demo.found import DemoResult, Images, verdict
-from pera_fast.eval.images import SUFFIXES, load_images
+from pera_fast.eval.images import is_image, load_images
 from pera_fast.model.features import features
 from pera_fast.model.inputs import StepInputs
 from pera_fast.model.pera import PerA
@@ -109,7 +109,7 @@ def _some_files(images: Images, count: int = 8) -> list[Path]:
         ]
         chosen = [files[0] for files in per_class if files]
         return [*chosen, *(f for f in images.test.files if f not in chosen)][:count]
-    return sorted(p for p in images.folder.rglob("*") if p.suffix.lower() in SUFFIXES)[:count]
+    return sorted(p for p in images.folder.rglob("*") if is_image(p, images.folder))[:count]
 
 
 def _lead(images: Images, found: DemoResult, steps: int) -> str:

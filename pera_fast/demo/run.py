@@ -18,6 +18,7 @@ from pera_fast.eval.knn import knn_accuracy
 from pera_fast.model.features import features
 from pera_fast.model.pera import PerA
 from pera_fast.model.transformer import VisionTransformer
+from pera_fast.paths import refuse_inside
 from pera_fast.train.api import make_model, pretrain
 
 MARK = ".pera-fast-demo"  # in folders that the demo may clear
@@ -55,6 +56,8 @@ def run(
         UserError: out holds something else, or what pretraining raises.
     """
     began, out = time.perf_counter(), Path(out)
+    if data is not None:
+        refuse_inside("--out", out, data)
     _claim(out)
     images = _procedural(out, seed, scenes) if data is None else _given(Path(data), out, seed)
     settings = [f"train.steps={steps}", f"train.seed={seed}", f"train.checkpoint_every={steps}"]

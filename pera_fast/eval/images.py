@@ -16,6 +16,7 @@ from pera_fast.config import Config
 from pera_fast.data.bands.sensor import probe_settings, scaling_of
 from pera_fast.data.decoding import decode, formats
 from pera_fast.data.decoding.probe import read_file
+from pera_fast.data.files.companions import hides, path_companion
 from pera_fast.errors import UserError
 from pera_fast.storage import MachineError, Storage
 
@@ -50,12 +51,17 @@ class LabelledFiles:
         return LabelledFiles(files, labels, self.classes)
 
 
+def is_image(path: Path, root: Path) -> bool:
+    """Whether a file below a folder is an image by its name, and no companion of one."""
+    return path.suffix.lower() in SUFFIXES and path_companion(path.relative_to(root).as_posix()) is None
+
+
 def class_folders(root: Path) -> LabelledFiles | None:
     """Images of ``root/CLASS/...``; None unless there are at least two classes with at least two images each."""
     found = {
-        folder.name: sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        folder.name: sorted(p for p in folder.rglob("*") if is_image(p, root) and p.is_file())
         for folder in sorted(root.iterdir())
-        if folder.is_dir()
+        if folder.is_dir() and not hides(folder.name)
     }
     found = {name: files for name, files in found.items() if len(files) >= 2}
     if len(found) < 2:

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import to_hex
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from pera_fast.page import png
@@ -46,7 +47,9 @@ def _log_axis(axis: Axis) -> None:
 
 
 def _colour(variants: Sequence[Variant], variant: Variant) -> str:
-    return LINES[list(variants).index(variant) % len(LINES)]
+    """Colour of a variant that no other has."""
+    number, count = list(variants).index(variant), len(variants)
+    return LINES[number] if count <= len(LINES) else to_hex(plt.get_cmap("turbo")(0.05 + 0.9 * number / (count - 1)))
 
 
 def memory(profile: Profile) -> bytes:
@@ -88,7 +91,8 @@ def memory(profile: Profile) -> bytes:
     what = {"simulate": "peak of live tensors", "cuda": "peak allocated", "cpu": "peak resident memory"}[profile.device]
     axes.set_xlabel("batch size (images), log scale", fontsize=10)
     axes.set_ylabel(f"{what}, GiB, log scale", fontsize=10)
-    axes.legend(fontsize=9, frameon=False, loc="lower right")
+    beside = 1.09 if profile.predicts else 1.01  # the cards' names
+    axes.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(beside, 0.5))
     return png(figure)
 
 

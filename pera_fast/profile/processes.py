@@ -13,7 +13,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
+from pera_fast.cores import default_workers
 from pera_fast.profile.points import Point
+from pera_fast.storage import start
 
 COMMAND = (sys.executable, "-m", "pera_fast.profile.measure")
 Done = Callable[[Point], None]
@@ -111,9 +113,12 @@ class Worker:
         self._errors.seek(0)
         self._errors.truncate()
         pipe = subprocess.PIPE
-        return subprocess.Popen(
-            self._command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=environment
-        )  # fmt: skip
+        return start(
+            "the process that measures",
+            lambda: subprocess.Popen(
+                self._command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=environment
+            ),
+        )
 
     def _ended(self, point: Point, status: int) -> Point:
         if status == -signal.SIGKILL:  # what the system does to a process that takes too much
@@ -126,5 +131,4 @@ class Worker:
 
 def simulating_jobs() -> int:
     """Processes that simulate at a time: one a core, up to a few, for each takes up to a GB."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8)
+    return default_workers(8)

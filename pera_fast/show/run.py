@@ -11,7 +11,7 @@ from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.index.build import open_or_build
 from pera_fast.data.sampling.order import SampleOrder
 from pera_fast.errors import UserError
-from pera_fast.paths import new_file
+from pera_fast.paths import new_file, refuse_inside
 from pera_fast.show.sheet import draw_sheet
 from pera_fast.train.redraw import redraw
 from pera_fast.train.run_folder import RunFolder
@@ -51,6 +51,7 @@ def show(
         UserError: no such sample or run, or the file is there already or cannot be written.
     """
     target = new_file("--out", out, overwrite)
+    refuse_inside("--out", out, root)
     if target.suffix.lower() != ".png" or not target.absolute().parent.is_dir():
         raise UserError(f"--out {target}: give the name of a .png file in a folder that exists")
     if epoch < 0:

@@ -2,10 +2,12 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Literal
 
 import torch
@@ -24,6 +26,7 @@ from pera_fast.model.export import export_teacher
 from pera_fast.model.inputs import StepInputs
 from pera_fast.model.pera import PerA
 from pera_fast.run_result import RunResult
+from pera_fast.storage import Storage, mode
 from pera_fast.train.attention import describe_attention, prefer_attention
 from pera_fast.train.compute_copies import make_copies
 from pera_fast.train.console import RunLog
@@ -34,6 +37,7 @@ from pera_fast.train.flops import fastest_rate
 from pera_fast.train.fused_update import make_update
 from pera_fast.train.graph import choose_graph
 from pera_fast.train.host_memory import reuse_freed_memory
+from pera_fast.train.host_threads import hold_to_quota
 from pera_fast.train.inputs import make_inputs
 from pera_fast.train.loop import Run, fit
 from pera_fast.train.memory_plan import choose_recompute
@@ -41,6 +45,7 @@ from pera_fast.train.optim import make_optimizer, make_scaler
 from pera_fast.train.run_folder import (
     RunFolder,
     Start,
+    change_notes,
     check_resumed_batch,
     resumed_position,
     start_auto,
@@ -114,6 +119,7 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
     if start.checkpoint:
         position, note = resumed_position(start.checkpoint, plan.total, here.size, len(manifest.readable))
         start.notes += [note] if note else []
+    start.notes += change_notes(start.changed, cfg, here.device.type, torch.cuda.is_available())
     for note in start.notes:
         log.info("%s", note)
     rate = fastest_rate(cfg, here.device)
@@ -147,6 +153,7 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
 def _build(folder: RunFolder, start: Start, here: World, manifest: Manifest, loader: Loader[StepInputs]) -> Run:
     """The run with its model and optimiser, continued from the checkpoint if there is one."""
     cfg = start.cfg
+    hold_to_quota()
     if here.device.type == "cpu":
         reuse_freed_memory()
     prefer_attention(cfg, here.device)
@@ -211,17 +218,18 @@ def _open_data(data: Path, folder: RunFolder, start: Start, here: World) -> Mani
 
     def open_on_main() -> Manifest:
         if start.resumed and folder.index.exists():
-            return _known_data(data, folder)
+            return _known_data(data, folder, start.cfg.data.storage_timeout)
         manifest = open_or_build(data, start.cfg)
         manifest.save(folder.index)
         return manifest
 
-    return here.on_main(open_on_main) or _known_data(data, folder)
+    return here.on_main(open_on_main) or _known_data(data, folder, start.cfg.data.storage_timeout)
 
 
-def _known_data(data: Path, folder: RunFolder) -> Manifest:
+def _known_data(data: Path, folder: RunFolder, timeout: float) -> Manifest:
     """The run's own index, for images that lie below `data` (perhaps moved since). Raises UserError if they do not."""
-    if not data.is_dir():
+    storage = Storage(os.sep, timeout)  # where the images' folder is missing, that is the user's to mend
+    if not S_ISDIR(mode(storage, data)):
         raise UserError(f"--data {data}: no such folder")
     try:
         manifest = Manifest.load(folder.index)
@@ -230,7 +238,7 @@ def _known_data(data: Path, folder: RunFolder) -> Manifest:
     manifest.root = data.absolute()
     files = manifest.readable
     some = files.paths[:LOOKED_FOR].to_pylist()
-    if not any((manifest.root / file_of(*row)).exists() for row in zip(some, files.offset, strict=False)):
+    if not any(mode(storage, manifest.root / file_of(*row)) for row in zip(some, files.offset, strict=False)):
         raise UserError(
             f"--data {data}: holds none of the images that this run was started with (such as {some[0]});"
             " give the folder where they are now"

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pera_fast.errors import UserError
+from pera_fast.train.meeting import meet
 
 T = TypeVar("T")
 MAIN_SPEAKS_SECONDS = 5.0
@@ -122,7 +123,15 @@ def gradient_sync(model: nn.Module, last: bool) -> AbstractContextManager[object
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`train.device`: auto takes CUDA where it works. Raises UserError for CUDA without a device."""
+    """`train.device`: auto takes CUDA where it works. Raises UserError for CUDA without a device.
+
+    PyTorch for AMD's GPUs (ROCm) calls them cuda too, but neither the Triton kernels nor DALI were made for them.
+    """
+    if torch.version.hip is not None:
+        if name == "cuda":
+            why = "this PyTorch is for AMD's GPUs (ROCm), and the kernels and the loader are for NVIDIA's"
+            raise UserError(f"train.device=cuda: {why}; give train.device=cpu")
+        name = "cpu"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -151,7 +160,9 @@ def world(device_name: str) -> Iterator[World]:
     ours = not dist.is_initialized()
     if ours:
         os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")  # as the step's stream: not to wait behind it
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, size = meet()
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
         assert not isinstance(host_group, int), "this process is in the group"

@@ -1,5 +1,6 @@
 """Answers that a call of `pretrain` gets before PyTorch is loaded: wrong settings, and a run that is done already."""
 
+import contextlib
 import json
 import os
 import sys
@@ -58,9 +59,10 @@ def answer(
 
 
 def write_finished(folder: RunFolder, step: int, position: int, steps_per_epoch: int, total_batch: int) -> None:
-    """Notes that the run is done after so many steps, at this place in the data, for `answer`."""
+    """Notes that the run is done after so many steps, at this place in the data, for `answer`; on a full disk not."""
     about = {"step": step, "position": position, "steps_per_epoch": steps_per_epoch, "total_batch": total_batch}
-    replace_text(folder.finished, json.dumps(about) + "\n")
+    with contextlib.suppress(UserError):  # without it the run is resumed the long way
+        replace_text(folder.finished, json.dumps(about) + "\n")
 
 
 def _finished(folder: RunFolder, cfg: Config) -> RunResult | None:

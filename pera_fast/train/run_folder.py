@@ -69,24 +69,25 @@ class RunFolder:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Makes and locks the folder; a run that takes no step inside leaves nothing in it. Raises UserError."""
-        before = set(self.root.iterdir()) if self.root.is_dir() else None
+        missing = [path for path in (self.root, *self.root.absolute().parents) if not path.exists()]
+        before = set() if missing else set(self.root.iterdir())
         self.make()
         with self.locked():
             try:
                 yield
             finally:
                 if not self.holds_run():
-                    self._remove_all_but(before)
+                    self._remove_all_but(before, missing)
 
-    def _remove_all_but(self, before: set[Path] | None) -> None:
-        """Removes what a run makes before its first step; also the folder, if it was not there (``before`` is None)."""
+    def _remove_all_but(self, before: set[Path], folders: list[Path]) -> None:
+        """Removes what a run makes before its first step, and the folders that were made for it, innermost first."""
         files = [self.index, self.config, self.asked, self.metrics, self.log, self.skipped, self.root / ".lock"]
-        for path in {*files, *self.root.glob("events.out.tfevents.*")} - (before or set()):
+        for path in {*files, *self.root.glob("events.out.tfevents.*")} - before:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-        if before is None:
+        for folder in folders:
             with suppress(OSError):  # something else came into it
-                self.root.rmdir()
+                folder.rmdir()
 
     def make(self) -> None:
         """Creates the folder. Raises UserError if nothing can be written there."""
@@ -152,6 +153,7 @@ class Start:
     checkpoint: CheckpointState | None = None
     resumed: bool = False
     notes: list[str] = field(default_factory=list)  # for the log
+    changed: Differences = field(default_factory=dict)  # on resuming, of the keys that may change the results
 
     @property
     def step(self) -> int:
@@ -178,10 +180,10 @@ def start_resumed(folder: RunFolder, recipe: str | PathLike[str] | None, overrid
     if not folder.holds_run():
         raise UserError(f"--out {folder.root}: no run to resume there; leave --resume out to start one")
     saved, state, source = _newest(folder)
-    cfg, notes = continue_config(saved, recipe, overrides, source)
+    cfg, changed = continue_config(saved, recipe, overrides, source)
     new = flatten(cfg)
     asked = (folder.read_asked() or saved).with_values({key: new[key] for key in differences(saved, cfg)})
-    return Start(cfg, asked, state, True, [_resuming(folder, state, source), *notes])
+    return Start(cfg, asked, state, True, [_resuming(folder, state, source)], changed)
 
 
 def start_auto(folder: RunFolder, recipe: str | PathLike[str], overrides: Sequence[str]) -> Start:
@@ -198,7 +200,8 @@ def start_auto(folder: RunFolder, recipe: str | PathLike[str], overrides: Sequen
     saved, state, source = _newest(folder)
     new = flatten(requested)
     check_asked(folder, folder.read_asked() or saved, requested)
-    taken = {key: new[key] for key in BATCH | HARMLESS}
+    # NOTED as well: they were asked for, perhaps on resuming, and no checkpoint has been written since.
+    taken = {key: new[key] for key in BATCH | HARMLESS | NOTED}
     cfg = from_yaml(to_yaml(saved.with_values(taken)))  # checks it
     return Start(cfg, requested, state, True, [_resuming(folder, state, source)])
 
@@ -231,8 +234,8 @@ def _resuming(folder: RunFolder, state: CheckpointState | None, source: str) -> 
 
 def continue_config(
     saved: Config, recipe: str | PathLike[str] | None, overrides: Sequence[str], source: str
-) -> tuple[Config, list[str]]:
-    """The saved configuration with the overrides given on resuming, and what to note about them.
+) -> tuple[Config, Differences]:
+    """The saved configuration with the overrides given on resuming, and those that may change the results.
 
     Raises:
         UserError: another recipe, or a change that would make it another run; lists the keys that differ.
@@ -254,9 +257,30 @@ def continue_config(
     refused = _refused(saved, cfg)
     if refused:
         raise UserError(f"{source}: cannot be continued with {_list(refused)}; leave that out, or give another --out")
-    changed = {key: pair for key, pair in differences(saved, cfg).items() if key in NOTED}
-    note = f"changed on resuming: {_list(changed)}; from here on this is not the run that it would have been"
-    return cfg, [note] if changed else []
+    return cfg, {key: pair for key, pair in differences(saved, cfg).items() if key in NOTED}
+
+
+def change_notes(changed: Differences, cfg: Config, device: str, has_gpu: bool) -> list[str]:
+    """Messages about the keys that were changed on resuming: which have an effect, and which have none and why.
+
+    Args:
+        changed: of `continue_config`.
+        cfg: the configuration that holds from now on.
+        device: type of the run's device, cpu or cuda.
+        has_gpu: whether there is a GPU.
+    """
+    without: dict[str, str] = {}
+    if cfg.train.steps is not None and "train.steps" not in changed:
+        without["train.epochs"] = f"train.steps={cfg.train.steps} is the length of the run"
+    if device == "cpu":
+        without |= dict.fromkeys(("train.cuda_graph", "data.decode_on"), "the run is on a CPU")
+    if not has_gpu and set(changed.get("train.device", ())) == {"auto", "cpu"}:
+        without["train.device"] = "there is no GPU"
+    notes = [f"{key}={changed[key][1]} has no effect: {why}" for key, why in without.items() if key in changed]
+    if counts := {key: pair for key, pair in changed.items() if key not in without}:
+        told = f"changed on resuming: {_list(counts)}; from here on this is not the run that it would have been"
+        notes.insert(0, told)
+    return notes
 
 
 def _refused(saved: Config, cfg: Config) -> Differences:

@@ -171,6 +171,19 @@ def test_hidden_by_alpha_is_not_measured(tmp_path, suffix):
     assert means(root) == pytest.approx(rgb[:, 12:].reshape(-1, 3).mean(0).tolist())
 
 
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB", "P"])
+def test_a_transparent_colour_is_not_measured(tmp_path, mode):
+    """A PNG may name one colour that is transparent."""
+    gray = (X * 5).astype(np.uint16 if mode == "I;16" else np.uint8)
+    image = Image.fromarray(gray) if mode != "RGB" else Image.fromarray(np.stack([gray] * 3, -1))
+    image = image.convert("P") if mode == "P" else image
+    key = {"RGB": (100,) * 3, "P": 100}.get(mode, 100)
+    root = folder_of(tmp_path / "data", {"a.png": encoded(image, "PNG", transparency=key)})
+    given = ["data.band_range=[[0,65535]]"] if mode == "I;16" else []
+    np.testing.assert_array_equal(agree(root, *given)["a.png"][..., 0], gray)
+    assert means(root, *given)[0] == pytest.approx(gray[gray != 100].mean())
+
+
 def test_12_bits_are_stored_values_whatever_the_container(tmp_path):
     """DALI spreads the 12 bits of a TIFF, Pillow those of a PGM and of a JPEG 2000 file."""
     values = RAMP.astype(np.uint16)

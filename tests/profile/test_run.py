@@ -60,6 +60,27 @@ def test_tables_are_shown_whole() -> None:
     assert "tried to allocate 7 GiB" in text
 
 
+@pytest.mark.parametrize("device", ["simulate", "cpu"])
+def test_legends_lie_beside_the_curves_and_no_two_are_alike(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve variants: three recipes with four policies of recomputation or masks each."""
+    from pera_fast.profile import plots
+
+    settings = [("model.recompute=none",), ("model.recompute=cheap",), ("model.recompute=block",)]
+    settings.append(("model.recompute=none", "model.masking=none"))
+    variants = [Variant(recipe, more) for recipe in ("tiny", "vit_s16", "vit_b16") for more in settings]
+    points = [p for number, variant in enumerate(variants) for p in line(variant, device, 1, 0.1 * (number + 1))]
+    figures = []
+    monkeypatch.setattr(plots, "png", figures.append)
+    plots.memory(Profile({"device": device, "device_name": "d", "torch": "2"}, points, [8, 16, 32]))
+    (axes,) = figures[0].axes
+    figures[0].draw_without_rendering()
+    legend = axes.get_legend()
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+    assert [text.get_text() for text in legend.get_texts()] == [variant.label() for variant in variants]
+    assert len({curve.get_color() for curve in legend.get_lines()}) == 12
+    plots.plt.close(figures[0])
+
+
 def test_parts_of_the_plots_are_all_that_there_are() -> None:
     from pera_fast.profile.plots import PART_COLOURS
 

@@ -108,6 +108,15 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_amds_gpus_are_refused_by_name(monkeypatch):
+    """PyTorch for ROCm calls them cuda; auto takes the CPU."""
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(UserError, match=r"train\.device=cuda: this PyTorch is for AMD's GPUs \(ROCm\)"):
+        choose_device("cuda")
+
+
 def test_cuda_without_a_gpu():
     assert choose_device("auto").type == "cpu"
     with pytest.raises(UserError, match=r"train\.device=cuda") as error:

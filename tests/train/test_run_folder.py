@@ -12,7 +12,9 @@ from pera_fast.errors import UserError
 from pera_fast.train.checkpoint import checkpoint_path
 from pera_fast.train.run_folder import (
     RunFolder,
+    change_notes,
     check_resumed_batch,
+    continue_config,
     resumed_position,
     start_auto,
     start_new,
@@ -126,6 +128,12 @@ def test_what_is_changed_on_resuming_is_asked_for_from_then_on(held: RunFolder):
         start_auto(held, "tiny", RECIPE)
 
 
+def test_what_was_changed_on_resuming_outlives_a_kill_before_the_next_checkpoint(held: RunFolder):
+    start = start_resumed(held, None, ["train.steps=12"])
+    held.write_config(start.cfg, start.asked)  # and killed: the newest checkpoint still says 8
+    assert start_auto(held, "tiny", ["train.steps=12", "model.depth=2"]).cfg.train.steps == 12
+
+
 def test_resume_of_a_run_that_ended_before_its_first_checkpoint(held: RunFolder):
     checkpoint_path(held.checkpoints, 4).unlink()
     start = start_resumed(held, "tiny", [])
@@ -142,7 +150,7 @@ def test_resume_with_harmless_changes(held: RunFolder):
 @pytest.mark.parametrize("change", ["train.steps=12", "train.precision=bf16"])
 def test_resume_with_a_change_that_is_noted(held: RunFolder, change: str):
     start = start_resumed(held, "tiny", [change])
-    assert change in start.notes[1]
+    assert list(start.changed) == [change.partition("=")[0]]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +171,14 @@ def test_resume_with_another_recipe_lists_the_keys(held: RunFolder):
     assert "recipe tiny, not vit_s16" in message
     assert f"model.embed_dim=384 (was {load_config('tiny', []).model.embed_dim})" in message
     assert "model.depth=12 (was 2)" in message
+
+
+def test_resume_takes_no_recipe_file(held: RunFolder):
+    """Its keys would be taken for changes, or passed over; --resume auto compares them all."""
+    with pytest.raises(UserError) as error:
+        start_resumed(held, str(held.config), [])
+    why = "a run goes on with its own settings; leave --recipe out, or give --resume auto"
+    assert line(error) == f"--resume with --recipe {held.config}: {why}"
 
 
 def test_resume_from_a_damaged_checkpoint(held: RunFolder):
@@ -217,3 +233,22 @@ def test_metrics_are_cut_after_the_checkpoint(held: RunFolder):
     held.metrics.write_text("\n".join(lines) + '\n{"step": 7, "lo')  # killed in the middle of a line
     held.cut_metrics(4)
     assert held.metrics.read_text() == "\n".join(lines[:4]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "notes"),
+    [
+        (["train.epochs=21"], ["train.epochs=21 has no effect: train.steps=12 is the length of the run"]),
+        (["train.cuda_graph=false"], ["train.cuda_graph=false has no effect: the run is on a CPU"]),
+        (["train.device=cpu"], ["train.device=cpu has no effect: there is no GPU"]),
+        (["train.steps=24", "data.decode_on=cpu"], ["train.steps=24 (was 12)", "data.decode_on=cpu has no effect"]),
+        (["train.steps=12"], []),
+    ],
+)
+def test_notes_on_resuming_say_what_has_an_effect(overrides: list[str], notes: list[str]):
+    saved = load_config("tiny", ["train.steps=12"])
+    cfg, changed = continue_config(saved, None, overrides, "RUN")
+    told = change_notes(changed, cfg, "cpu", has_gpu=False)
+    assert len(told) == len(notes)
+    assert all(note in line for note, line in zip(notes, told, strict=True))
+    assert all("not the run that it would have been" not in line or "train.steps" in line for line in told)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pera_fast.cores import default_workers
 from pera_fast.data.bands.stats import BandStats
 from pera_fast.data.decoding.probe import ProbeSettings
 from pera_fast.data.decoding.scaling import Raster
@@ -70,7 +71,7 @@ def sample_bands(
     """
     count = len(manifest.readable)
     rows = np.sort(generator(seed, Purpose.MEASURE).permutation(count)[:files])
-    threads = min(len(os.sched_getaffinity(0)), 16)
+    threads = default_workers(16)
     source = SampleSource(manifest, settings, seed, SkippedFiles(os.devnull), sandboxes=threads, timeout=timeout)
     bands = [BandStats() for _ in range(settings.channels)]
     read = shallow = 0

@@ -9,19 +9,19 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute
 
 from pera_fast.config import Config
 from pera_fast.config.check import band_scale
 from pera_fast.data.bands.band_sample import sample_bands
+from pera_fast.data.bands.misfits import bands_left_out, dark_files, deep_files, fourth_band
 from pera_fast.data.decoding.probe import ProbeSettings
 from pera_fast.data.decoding.scaling import Scaling
 from pera_fast.data.files.manifest import Manifest
+from pera_fast.errors import UserError
 
 pc: Any = pyarrow.compute  # made when it is imported: type checkers see none of its functions
 _log = logging.getLogger("pera_fast")
-_SHALLOW = ("", "bool", "uint8", "int8")  # empty: not known
 _AUTO_PERCENTILES = (0.5, 99.5)
 
 
@@ -73,21 +73,13 @@ def scaling_of(cfg: Config, plan: BandPlan | None = None) -> Scaling:
 
 def is_deep(manifest: Manifest) -> bool:
     """Whether most readable files store more than 8 bits a value."""
-    table = manifest.table
-    shallow = pc.is_in(table["dtype"], value_set=pa.array(_SHALLOW))
-    readable = pc.sum(table["ok"]).as_py() or 0
-    deep = pc.sum(pc.and_(table["ok"], pc.invert(shallow))).as_py() or 0
-    return deep * 2 > readable
+    return deep_files(manifest).num_rows * 2 > (pc.sum(manifest.table["ok"]).as_py() or 0)
 
 
 def mixed_scales(manifest: Manifest) -> str:
     """Message about files of more than 8 bits that declare unlike scales, which are not converted; empty: none do."""
-    table = manifest.table
-    shallow = pc.is_in(table["dtype"], value_set=pa.array(_SHALLOW))
-    deep = table.filter(pc.and_(table["ok"], pc.invert(shallow)))
-    counts = sorted(
-        ((row["counts"], row["values"]) for row in pc.value_counts(deep["scale"]).to_pylist()), reverse=True
-    )
+    scales = pc.value_counts(deep_files(manifest)["scale"]).to_pylist()
+    counts = sorted(((row["counts"], row["values"]) for row in scales), reverse=True)
     if len(counts) < 2:
         return ""
     kinds = ", ".join(f"{scale or 'none'} in {count} file(s)" for count, scale in counts[:4])
@@ -97,13 +89,27 @@ def mixed_scales(manifest: Manifest) -> str:
     )
 
 
+def misfits(cfg: Config, manifest: Manifest) -> list[str]:
+    """Messages about what a training with this configuration would refuse or warn of."""
+    depth = int(cfg.data.depth) if cfg.data.depth != "auto" else 16 if is_deep(manifest) else 8
+    found = (bands_left_out(cfg, manifest), *_warnings(cfg, manifest, depth))
+    return [told for told in found if told]
+
+
+def _warnings(cfg: Config, manifest: Manifest, depth: int) -> list[str]:
+    found = (fourth_band(cfg, manifest), mixed_scales(manifest), dark_files(cfg, manifest, depth))
+    return [told for told in found if told]
+
+
 def measure(cfg: Config, manifest: Manifest, depth: int, progress: bool = True) -> None:
     """Writes into the manifest what was decided: the depth, and the ranges, which are measured where none are given.
 
     Raises:
-        UserError: no file of the sample has a value that could be measured.
+        UserError: no file of the sample has a value that could be measured; files of many bands of which nobody chose.
     """
-    if told := mixed_scales(manifest):
+    if told := bands_left_out(cfg, manifest):
+        raise UserError(f"data {manifest.root}: {told}")
+    for told in _warnings(cfg, manifest, depth):
         _log.warning("data %s: %s", manifest.root, told)
     scale, ranges = band_scale(cfg), cfg.data.band_range
     if ranges is None:

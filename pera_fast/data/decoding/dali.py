@@ -1,14 +1,17 @@
 """DALI as a decoder, imported late; the processes that check files load this without torch."""
 
+import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from pera_fast.errors import UserError
+
+_ERROR, _MOST_SAID = b"[ERROR]", 2**16
 
 
 def require_dali() -> SimpleNamespace:
@@ -89,6 +92,24 @@ class CpuDecoder:
             if self._decoder is None:
                 self._decoder = DaliDecoder(self._channels, 1)
             return self._decoder.decode(encoded)
+
+
+@contextlib.contextmanager
+def complaints() -> Iterator[Callable[[], bool]]:
+    """Inside, stderr is kept from the terminal; yields a function that says whether a decoder wrote an error there.
+
+    For processes of one thread. nvImageCodec writes them whatever DALI_NVIMGCODEC_LOG_LEVEL says.
+    """
+    said = b""
+    heard, before = os.memfd_create("stderr"), os.dup(2)
+    os.dup2(heard, 2)
+    try:
+        yield lambda: _ERROR in said
+    finally:
+        os.dup2(before, 2)
+        said = os.pread(heard, _MOST_SAID, 0)
+        os.close(heard)
+        os.close(before)
 
 
 def error_reason(error: BaseException) -> str:

@@ -60,7 +60,13 @@ def declared(data: bytes | memoryview, kind: str | None) -> Declared:
         return Declared()
     try:
         return reader(data)
-    except (struct.error, IndexError, ValueError, KeyError):  # hostile or cut short: the decoders will say so
+    except (
+        struct.error,
+        IndexError,
+        ValueError,
+        TypeError,
+        OverflowError,
+    ):  # hostile or cut short: the decoders will say so
         return Declared(decoders=("rasterio",) if kind in ("tiff", "jpeg2000") else Declared.decoders)
 
 
@@ -98,7 +104,9 @@ def _jpeg2000(data: bytes | memoryview) -> Declared:
 
 def _tiff(data: bytes | memoryview) -> Declared:
     images = _tiff_images(data)
-    tags = next(images)
+    tags = next(images, None)
+    if tags is None:
+        raise ValueError("no image in it")
     bits = max(tags.get(_BITS, [1]))
     kinds = {_KINDS.get(number, "u") for number in tags.get(_SAMPLE_FORMAT, [1])}
     photometric = tags.get(_PHOTOMETRIC, [1])[0]

@@ -10,7 +10,8 @@ from functools import cached_property
 import numpy as np
 
 from pera_fast.data.decoding import decode, png
-from pera_fast.data.decoding.dali import DaliDecoder, error_reason
+from pera_fast.data.decoding.band_numbers import Bands
+from pera_fast.data.decoding.dali import DaliDecoder, complaints, error_reason
 from pera_fast.data.decoding.declared import declared
 from pera_fast.data.decoding.formats import HEAD_BYTES, sniff
 from pera_fast.data.decoding.scaling import Raster
@@ -35,7 +36,7 @@ class ProbeSettings:
     channels: int = 3  # of the decoded image
     max_pixels: int = 2**28
     verify: bool = True  # decode, not only read the header
-    bands: decode.Bands = ()  # which bands of a file; empty: all
+    bands: Bands = ()  # which bands of a file; empty: all
     scaled: bool = False  # values are scaled by us and not by DALI, which keeps 8 bits
 
     def __post_init__(self) -> None:
@@ -78,6 +79,7 @@ class _File:
     data: bytes = b""
     kind: str | None = None
     failures: list[str] = field(default_factory=list)
+    doubted: tuple[int, int] | None = None  # (height, width) that DALI gave, with an error message of its own
 
     def accept(self, decoder: str, height: int, width: int, max_pixels: int) -> None:
         if height * width > max_pixels:
@@ -175,6 +177,8 @@ class Prober:
                     say(decoder)
                     self._try_library([file for file in files if file.open], decoder, settings)
         for file in files:
+            if file.open and file.doubted:
+                file.accept("dali", *file.doubted, settings.max_pixels)
             if file.open:
                 file.result.reason = _reason(file)
         return [file.result for file in files]
@@ -225,13 +229,18 @@ class Prober:
                 result.ok = True
 
     def _try_dali(self, files: list[_File], settings: ProbeSettings) -> None:
+        """A file that DALI's decoders complain of is left to the others, if they can read it.
+
+        They would complain at each read, and may be wrong: planar TIFFs of 16 bits come out as noise (DALI 2.4).
+        """
         decoder = self._dali.get(settings.channels)
         if decoder is None:
             decoder = self._dali[settings.channels] = DaliDecoder(settings.channels, MAX_FILES)
         known = [file for file in files if file.result.width]  # one bad file fails its batch: suspects come alone
         for batch in [*_batches(known), *([file] for file in files if not file.result.width)]:
             try:
-                shapes = decoder.shapes([np.frombuffer(file.data, np.uint8) for file in batch])
+                with complaints() as complained:
+                    shapes = decoder.shapes([np.frombuffer(file.data, np.uint8) for file in batch])
             except Exception as error:  # the whole batch fails with one file, and not every error says which
                 if len(batch) == 1:
                     batch[0].failures.append(f"DALI: {error_reason(error)}")
@@ -239,6 +248,13 @@ class Prober:
                     middle = len(batch) // 2
                     self._try_dali(batch[:middle], settings)
                     self._try_dali(batch[middle:], settings)
+                continue
+            if complained() and len(batch) > 1:
+                for file in batch:
+                    self._try_dali([file], settings)
+                continue
+            if complained():
+                batch[0].doubted = shapes[0]
                 continue
             for file, (height, width) in zip(batch, shapes, strict=True):
                 file.accept("dali", height, width, settings.max_pixels)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from pera_fast.storage import start
+
 _START_SECONDS = 120.0  # importing DALI from a cold network disk
 
 
@@ -42,7 +44,8 @@ class WorkerProcess:
 
         Raises:
             DiedError: it died, or said nothing for too long and was killed.
-            RuntimeError: it does not start, or was closed.
+            MachineError: the machine does not start it.
+            RuntimeError: it ended at its start, or was closed.
         """
         connection = self._start()
         stage = ""
@@ -78,18 +81,25 @@ class WorkerProcess:
             raise RuntimeError("the sandbox is closed")
         if self._connection is not None:
             return self._connection
-        ours, theirs = socket.socketpair()
+        ours, theirs = start("a process that reads images", socket.socketpair)
         # Run from the root folder, so that no file of the current one stands in for a module.
         search = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", self._module, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                cwd="/",
-                env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C is for the run, which ends its workers itself
-            )
+            try:
+                self.process = start(
+                    "a process that reads images",
+                    lambda: subprocess.Popen(
+                        [sys.executable, "-m", self._module, str(theirs.fileno())],
+                        pass_fds=[theirs.fileno()],
+                        stdin=subprocess.DEVNULL,
+                        cwd="/",
+                        env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"},
+                        start_new_session=True,  # Ctrl-C is for the run, which ends its workers itself
+                    ),
+                )
+            except BaseException:
+                ours.close()
+                raise
         connection = Connection(ours.detach())
         try:
             ready = connection.poll(_START_SECONDS) and connection.recv() == ("ready",)

@@ -7,12 +7,14 @@ import os
 import queue
 import stat
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 
 from pera_fast.data.decoding.formats import HEAD_BYTES, has_image_suffix, sniff
+from pera_fast.data.files.companions import FOLDERS, companion, hides
 from pera_fast.storage import Storage
 
 LISTED = pa.schema(
@@ -35,6 +37,7 @@ class Listing:
     files: int = 0  # candidates handed on
     other_files: int = 0  # neither named like an image nor begins like one: labels, notes, archives
     unreadable: list[tuple[str, str]] = field(default_factory=list)  # (folder, reason)
+    left_out: Counter[str] = field(default_factory=Counter)  # companions of images, by kind
 
 
 class Rows:
@@ -67,6 +70,7 @@ def scan(
     emit: Callable[[pa.RecordBatch], None],
     report: Callable[[int], None] = lambda found: None,
     storage: Storage | None = None,
+    companions: bool = False,
 ) -> Listing:
     """Hands on all candidates under `root`, in no order. Unreadable folders are passed over.
 
@@ -81,12 +85,13 @@ def scan(
         emit: takes record batches (LISTED); called by one thread at a time.
         report: told now and then how many candidates there are so far.
         storage: waits where the storage is away; None: one of its own.
+        companions: hand on companions of images, and what lies in hidden and trash folders, too.
 
     Raises:
         MachineError: the storage did not answer in time.
     """
     storage = storage or Storage(root)
-    walk = _Walk(root, emit, report, storage)
+    walk = _Walk(root, emit, report, storage, companions)
     pending, seen = [""], _Trees()
     while pending:
         folders = [(folder, real) for folder in sorted(pending) if seen.add(real := _real(root, folder, storage))]
@@ -127,10 +132,15 @@ class _Walk:
     """Threads that list trees of folders."""
 
     def __init__(
-        self, root: str, emit: Callable[[pa.RecordBatch], None], report: Callable[[int], None], storage: Storage
+        self,
+        root: str,
+        emit: Callable[[pa.RecordBatch], None],
+        report: Callable[[int], None],
+        storage: Storage,
+        companions: bool,
     ):
         self.listing = Listing()
-        self._storage = storage
+        self._storage, self._companions = storage, companions
         self._root, self._emit, self._report = root, emit, report
         self._lock = threading.Lock()
         self._errors: list[BaseException] = []
@@ -177,29 +187,35 @@ class _Walk:
         entered: set[str] = set()  # folders and links, which a second look does not enter again
         handed_on = 0
 
-        def look() -> int:
+        def look() -> tuple[int, Counter[str]]:
             nonlocal handed_on
             with self._lock:
                 self.listing.files -= handed_on  # by a look that the storage cut short
             rows.clear()
             others = handed_on = 0
+            left_out: Counter[str] = Counter()
             with os.scandir(os.path.join(self._root, folder)) as items:
                 for item in items:
                     path = os.path.join(folder, item.name)
                     if is_dir(item, self._storage):
-                        if path not in entered:
+                        if not self._companions and hides(item.name):
+                            left_out[FOLDERS] += 1
+                        elif path not in entered:
                             self._enter(path, os.path.join(real, item.name), item.is_symlink(), tops)
                         entered.add(path)
+                    elif not self._companions and (kind := companion(item.name)):
+                        left_out[kind] += 1
                     elif not _add_candidate(rows, item, path, self._storage):
                         others += 1
                     if len(rows) >= BATCH_ROWS:
                         handed_on += self._flush(rows)
             handed_on += self._flush(rows)
-            return others
+            return others, left_out
 
-        others = self._storage(look, os.path.join(self._root, folder))
+        others, left_out = self._storage(look, os.path.join(self._root, folder))
         with self._lock:
             self.listing.other_files += others
+            self.listing.left_out += left_out
 
     def _enter(self, path: str, real: str, link: bool, tops: frozenset[str]) -> None:
         if not link and real in tops:

@@ -7,6 +7,7 @@ image is a sample, also where several share a key; the other members (labels, JS
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 
 from pera_fast.data.decoding.formats import has_image_suffix
 from pera_fast.data.decoding.tar import Member, TarDamageError, list_members
+from pera_fast.data.files.companions import FOLDERS, companion, hides, path_companion
 from pera_fast.data.files.scan import BATCH_ROWS, Listing, Rows, is_dir
 from pera_fast.data.files.shard_index import read_index
 from pera_fast.storage import Storage
@@ -52,6 +54,7 @@ def list_shards(
     emit: Callable[[pa.RecordBatch], None],
     report: Callable[[int], None] = lambda found: None,
     storage: Storage | None = None,
+    companions: bool = False,
 ) -> Listing | None:
     """All images in the shards below `root`; None if it is not a folder of shards.
 
@@ -62,15 +65,23 @@ def list_shards(
         emit: takes record batches (scan.LISTED), in no order; called by one thread at a time.
         report: told now and then how many images there are so far.
         storage: waits where the storage is away; None: one of its own.
+        companions: hand on companions of images, and what lies in hidden and trash folders, too.
 
     Raises:
         MachineError: the storage did not answer in time.
     """
     listing, storage = Listing(), storage or Storage(root)
-    shards = _find(root, listing.unreadable, storage)
+    shards = _find(root, listing, storage, companions)
     if not shards:
         return None
     lock = threading.Lock()
+
+    def left_out(path: str) -> bool:
+        kind = None if companions else path_companion(path)
+        if kind is not None:
+            with lock:
+                listing.left_out[kind] += 1
+        return kind is not None
 
     def take(rows: Rows) -> None:
         if not len(rows):
@@ -82,7 +93,7 @@ def list_shards(
 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="pera-scan") as pool:  # on a network disk it is all waiting
         try:
-            listing.other_files = sum(pool.map(lambda shard: _list_shard(root, shard, take, storage), shards))
+            listing.other_files = sum(pool.map(lambda shard: _list_shard(root, shard, take, storage, left_out), shards))
         except BaseException:  # Ctrl-C, while threads wait for the storage
             storage.close()
             pool.shutdown(cancel_futures=True)
@@ -90,7 +101,7 @@ def list_shards(
     return listing
 
 
-def _find(root: str, unreadable: list[tuple[str, str]], storage: Storage) -> list[str]:
+def _find(root: str, listing: Listing, storage: Storage, companions: bool) -> list[str]:
     """Paths of the tar files, relative to `root` and sorted; none if there is an image file."""
     shards: list[str] = []
     seen: set[tuple[int, int]] = set()
@@ -103,20 +114,23 @@ def _find(root: str, unreadable: list[tuple[str, str]], storage: Storage) -> lis
             if (state.st_dev, state.st_ino) in seen:  # links that lead in circles
                 continue
             seen.add((state.st_dev, state.st_ino))
-            below, tars, images = storage(lambda folder=folder: _look(root, folder, storage), where)
+            below, tars, images = storage(lambda folder=folder: _look(root, folder, storage, companions), where)
         except OSError as error:
-            unreadable.append((folder or ".", error.strerror or str(error)))
+            listing.unreadable.append((folder or ".", error.strerror or str(error)))
             continue
         shards += tars
         if images:
             if shards:
                 _log.warning("%s holds image files and tar files: the tar files are left alone", root)
             return []
-        folders += sorted(below, reverse=True)
+        hidden = [] if companions else [path for path in below if hides(os.path.basename(path))]
+        listing.left_out[FOLDERS] += len(hidden)
+        folders += sorted(set(below) - set(hidden), reverse=True)
+    listing.left_out += Counter()  # without those of none
     return sorted(shards)
 
 
-def _look(root: str, folder: str, storage: Storage) -> tuple[list[str], list[str], bool]:
+def _look(root: str, folder: str, storage: Storage, companions: bool) -> tuple[list[str], list[str], bool]:
     """(folders, tar files, whether there is an image file) in a folder, of however many files."""
     folders: list[str] = []
     tars: list[str] = []
@@ -129,12 +143,14 @@ def _look(root: str, folder: str, storage: Storage) -> tuple[list[str], list[str
             elif tar and not item.name.startswith("."):
                 tars.append(os.path.join(folder, item.name))
             else:
-                images = images or has_image_suffix(item.name)
+                images = images or (has_image_suffix(item.name) and (companions or companion(item.name) is None))
     return folders, tars, images
 
 
-def _list_shard(root: str, shard: str, take: Callable[[Rows], None], storage: Storage) -> int:
-    """Hands on the images of one shard; returns the number of its other members."""
+def _list_shard(
+    root: str, shard: str, take: Callable[[Rows], None], storage: Storage, left_out: Callable[[str], bool]
+) -> int:
+    """Hands on the images of one shard that are not left out; returns the number of its other members."""
     rows = Rows()
     names: set[str] = set()
     seen: set[int] = set()  # offsets of members, which a second look leaves out
@@ -150,6 +166,8 @@ def _list_shard(root: str, shard: str, take: Callable[[Rows], None], storage: St
             seen.add(found.offset)
             if not has_image_suffix(found.name):
                 others += 1
+                continue
+            if left_out(found.name):
                 continue
             path, reason = f"{shard}/{found.name}", found.reason
             if (shown := _shown(path)) != path:

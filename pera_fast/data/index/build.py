@@ -15,10 +15,12 @@ from pathlib import Path
 import pyarrow as pa
 
 from pera_fast.config import Config
+from pera_fast.cores import default_workers
 from pera_fast.data.bands.sensor import band_plan, is_deep, measure, probe_settings
-from pera_fast.data.decoding.decode import Bands
+from pera_fast.data.decoding.band_numbers import Bands
 from pera_fast.data.decoding.formats import refuse_virtual
 from pera_fast.data.decoding.probe import ProbeSettings
+from pera_fast.data.files.companions import not_taken
 from pera_fast.data.files.manifest import Manifest, ManifestWriter, StoredManifest, not_writable
 from pera_fast.data.files.scan import LISTED, Listing, scan
 from pera_fast.data.files.shards import list_shards
@@ -26,11 +28,13 @@ from pera_fast.data.index.bars import Bars, bars
 from pera_fast.data.index.checks import Checks
 from pera_fast.data.index.journal import Journal
 from pera_fast.data.index.known import FIRST_REASONS, Counts, Known, tasks
-from pera_fast.data.index.sorted_parts import SortedParts, side_by_side
+from pera_fast.data.index.sorted_parts import SortedParts, Tables, side_by_side
 from pera_fast.errors import UserError
 from pera_fast.storage import TIMEOUT, Storage
 
 _log = logging.getLogger("pera_fast")
+_MOST_WORKERS = 16
+_said: set[tuple[Path, str]] = set()  # what was left out of folders
 
 
 def default_index_path(root: str | os.PathLike[str]) -> Path:
@@ -79,6 +83,7 @@ def _index_for(root: str | os.PathLike[str], cfg: Config, workers: int | None, p
             bands=settings.bands,
             scaled=settings.scaled,
             storage_timeout=cfg.data.storage_timeout,
+            companions=cfg.data.companions,
         )
 
     settings = probe_settings(cfg)
@@ -112,6 +117,7 @@ def build_index(
     scaled: bool = False,
     timeout: float = 60.0,
     storage_timeout: float = TIMEOUT,
+    companions: bool = False,
 ) -> Manifest:
     """Lists a folder, checks what is new or changed since the manifest was written, writes it.
 
@@ -130,6 +136,7 @@ def build_index(
         scaled: values are scaled by us, not by DALI.
         timeout: seconds after which a decoder is taken to hang.
         storage_timeout: seconds that are waited for a storage that does not answer.
+        companions: take companions of images, and what lies in hidden and trash folders, too.
 
     Raises:
         UserError: no such folder, no readable image in it, manifest not writable.
@@ -146,7 +153,9 @@ def build_index(
     target = Path(out) if out is not None else default_index_path(root)
     try:
         with _locked(target), bars(progress) as shown:
-            manifest = _update(folder, target, settings, workers or _cores(), timeout, shown, storage)
+            manifest = _update(
+                folder, target, settings, workers or default_workers(_MOST_WORKERS), timeout, shown, storage, companions
+            )
     except KeyboardInterrupt:
         _log.warning("stopped; what was checked is kept, and the next index of %s goes on from there", folder)
         raise
@@ -162,6 +171,7 @@ def _update(
     timeout: float,
     bars: "Bars",
     storage: Storage,
+    companions: bool,
 ) -> Manifest:
     version = _dali_version()
     counts = Counts()
@@ -173,15 +183,23 @@ def _update(
         Checks(folder, settings, workers, timeout, storage) as checks,
     ):
         listed = SortedParts(journal.folder, LISTED)
+
+        def add(batch: pa.RecordBatch) -> None:
+            with _of_index(target):
+                listed.add(batch)
+
         try:
-            where = os.fspath(folder), listed.add, bars.scanned, storage
+            where = os.fspath(folder), add, bars.scanned, storage, companions
             listing = list_shards(*where) or scan(*where)  # the images in its shards, or its image files
             for path, reason in listing.unreadable:
                 _log.warning("cannot read the folder %s: %s", folder / path, reason)
+            _say_left_out(folder, listing)
             bars.start_check(listing.files)
             streams = [*(known.parts(parts) for parts in journal.earlier()), *old]
             pieces: list[pa.Table] = []
-            for checked, rows in checks.run(tasks(side_by_side(listed.streams(), streams), counts)):
+            with _of_index(target):
+                found = [_read_back(rows, target) for rows in listed.streams()]
+            for checked, rows in checks.run(tasks(side_by_side(found, streams), counts)):
                 pieces.append(rows)
                 counts.add(rows, checked)
                 bars.done(rows.num_rows, counts.failed)
@@ -190,8 +208,6 @@ def _update(
                 else:  # the end of a range of paths
                     writer.write(pa.concat_tables(pieces).sort_by("path"))
                     pieces = []
-        except OSError as error:
-            raise UserError(not_writable(target, error)) from error
         finally:
             listed.delete()
         if counts.readable and (counts.checked or counts.gone or not target.exists()):
@@ -208,8 +224,32 @@ def _update(
     return manifest
 
 
+def _say_left_out(folder: Path, listing: Listing) -> None:
+    """Once for each folder: the index of one may be made twice in a run."""
+    told = not_taken(listing.left_out)
+    if told and (folder, told) not in _said:
+        _said.add((folder, told))
+        _log.warning("%s: %s", folder, told)
+
+
+@contextlib.contextmanager
+def _of_index(target: Path) -> Iterator[None]:
+    """Inside, an OSError is one of the index's own files."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(not_writable(target, error)) from error
+
+
+def _read_back(rows: Tables, target: Path) -> Tables:
+    with _of_index(target):
+        yield from rows
+
+
 def _nothing_readable(folder: Path, counts: Counts, listing: Listing) -> str:
     files = listing.files + listing.other_files
+    if not files and listing.left_out:
+        return f"data folder {folder} holds no image; {not_taken(listing.left_out)}"
     if not files:
         told = "; ".join(f"{path or '.'}: {reason}" for path, reason in listing.unreadable[:FIRST_REASONS])
         return f"data folder {folder} holds no files" + (f" ({told})" if told else "")
@@ -224,10 +264,6 @@ def _dali_version() -> str:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
     return ""
-
-
-def _cores() -> int:
-    return min(len(os.sched_getaffinity(0)), 16)
 
 
 @contextlib.contextmanager

@@ -82,6 +82,12 @@ def _without_repeats(rows: pa.Table) -> pa.Table:
     return rows if new.all() else rows.filter(pa.array(new))
 
 
+def _never_dali(rows: pa.Table) -> pa.ChunkedArray:
+    """Readable files of more than 8 bits: one of the same decoders reads them, whether or not DALI may be asked."""
+    shallow = pc.is_in(rows["dtype"], value_set=pa.array(["", "bool", "uint8"]))
+    return pc.and_(pc.and_(rows["ok"], pc.not_equal(rows["decoder"], "")), pc.invert(shallow))
+
+
 class Known:
     """Rows of earlier manifests that need no new check while size and mtime stay.
 
@@ -114,10 +120,12 @@ class Known:
 
     def _rows(self, path: Path) -> Tables:
         with StoredManifest(path) as stored:
-            same = replace(stored.settings, verify=True) == replace(self._settings, verify=True)
-            if same and stored.dali == self._version:
-                for rows in stored.stream():
-                    yield rows.filter(self._reusable(rows))
+            before, now = (replace(settings, verify=True) for settings in (stored.settings, self._settings))
+            if replace(before, scaled=now.scaled) != now or stored.dali != self._version:
+                return
+            for rows in stored.stream():
+                reusable = self._reusable(rows)
+                yield rows.filter(reusable if before == now else pc.and_(reusable, _never_dali(rows)))
 
     def _reusable(self, rows: pa.Table) -> pa.ChunkedArray:
         """A header is not enough where a full check is asked for; what could not be opened may have become readable."""

@@ -15,8 +15,8 @@ import torch
 
 from pera_fast.config import Config
 from pera_fast.config.tree import ViewsConfig
+from pera_fast.cores import usable_cores
 from pera_fast.data.files.manifest import Manifest
-from pera_fast.data.loading.cores import usable_cores
 
 pc: Any = pyarrow.compute  # made when it is imported: type checkers see none of its functions
 

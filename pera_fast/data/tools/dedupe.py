@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pera_fast.cores import default_workers
 from pera_fast.data.ahead import map_ahead
 from pera_fast.data.decoding import decode
 from pera_fast.data.decoding.probe import os_reason, read_file
@@ -19,7 +20,7 @@ from pera_fast.data.index.build import build_index
 from pera_fast.data.tools.fingerprint import GRID, fingerprint, read_small
 from pera_fast.data.tools.similar import MAX_BITS, distances, similar_pairs
 from pera_fast.errors import UserError
-from pera_fast.paths import new_file
+from pera_fast.paths import new_file, refuse_inside
 from pera_fast.progress import progress_bar
 from pera_fast.storage import ClosedError, MachineError, Storage
 
@@ -52,6 +53,7 @@ def find_duplicates(
     channels: int = 3,
     workers: int | None = None,
     progress: bool = True,
+    companions: bool = False,
 ) -> tuple[Manifest, Duplicates]:
     """Looks at every readable image of a folder (or of shards).
 
@@ -63,15 +65,16 @@ def find_duplicates(
         channels: model.in_chans of the training that it is for, whose index is used.
         workers: threads; None: one a core.
         progress: show bars, if there is a terminal.
+        companions: look at companions of images, and what lies in hidden and trash folders, too.
 
     Raises:
         UserError: `bits` out of range, or no readable image.
     """
     if not 0 <= bits <= MAX_BITS:
         raise UserError(f"--threshold {bits}: must be 0 to {MAX_BITS} of the 64 bits of a hash")
-    manifest = build_index(root, workers=workers, progress=progress, channels=channels)
+    manifest = build_index(root, workers=workers, progress=progress, channels=channels, companions=companions)
     files = manifest.readable
-    hashes, means, ok = _fingerprints(manifest, workers or len(os.sched_getaffinity(0)), progress)
+    hashes, means, ok = _fingerprints(manifest, workers or default_workers(), progress)
     rows = np.flatnonzero(ok)
     size = files.height[rows] * files.width[rows]
     rows = rows[np.lexsort((rows, -size))]  # the best first
@@ -181,8 +184,7 @@ def move(manifest: Manifest, duplicates: Duplicates, to: Path) -> tuple[int, int
         UserError: the images are in shards, or the folder lies in the data folder or cannot be written.
     """
     files, root = duplicates.files, manifest.root
-    if to.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"--move {to}: lies in the data folder, where the duplicates would be found again")
+    refuse_inside("--move", to, root)
     if len(duplicates.rows) and files.offset[duplicates.rows].max() >= 0:
         raise UserError(f"--move {to}: {root} holds shards, from which nothing can be moved; use the report")
     moved = left = 0
@@ -229,12 +231,17 @@ def dedupe(
     workers: int | None = None,
     progress: bool = True,
     overwrite: bool = False,
+    companions: bool = False,
 ) -> str:
     """Finds, reports and, if `move_to` is given, moves near-duplicates. Returns one line that sums up."""
     report = new_file("--out", out, overwrite or _is_report(Path(out)))
+    if move_to is not None:
+        refuse_inside("--move", move_to, root)
     if report.is_dir() or not report.absolute().parent.is_dir():
         raise UserError(f"--out {report}: give the name of a CSV file in a folder that exists")
-    manifest, duplicates = find_duplicates(root, bits=bits, channels=channels, workers=workers, progress=progress)
+    manifest, duplicates = find_duplicates(
+        root, bits=bits, channels=channels, workers=workers, progress=progress, companions=companions
+    )
     groups = write_report(duplicates, report)
     told = (
         f"{len(duplicates.rows)} of {len(duplicates.files)} images are near-duplicates of {groups} others,"

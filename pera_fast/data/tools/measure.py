@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pera_fast.config import Config, load_config
+from pera_fast.cores import default_workers
 from pera_fast.data.bands.sensor import adopt, is_deep, measure, probe_settings, scaling_of
 from pera_fast.data.bands.stats import BandStats
 from pera_fast.data.decoding.scaling import LARGEST
@@ -141,7 +142,7 @@ def measure_data(
     rows = np.arange(count)
     if 0 < sample < count:
         rows = np.sort(generator(seed, Purpose.MEASURE).permutation(count)[:sample])
-    measured = _measure(cfg, manifest, rows, workers or len(os.sched_getaffinity(0)), progress)
+    measured = _measure(cfg, manifest, rows, workers or default_workers(), progress)
     measured.described = band_descriptions(manifest, measured.names())
     return measured
 

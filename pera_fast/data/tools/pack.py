@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pera_fast.cores import default_workers
 from pera_fast.data.ahead import map_ahead
 from pera_fast.data.decoding import decode
 from pera_fast.data.decoding.probe import os_reason, read_file
@@ -20,6 +21,7 @@ from pera_fast.data.index.build import build_index
 from pera_fast.data.tools.pack_images import ImagePacker, PackSettings, Sample
 from pera_fast.durable import lock, read_object, whole_file
 from pera_fast.errors import UserError
+from pera_fast.paths import refuse_inside
 from pera_fast.progress import progress_bar
 from pera_fast.storage import Storage
 
@@ -86,6 +88,7 @@ def pack(
     *,
     workers: int | None = None,
     progress: bool = True,
+    companions: bool = False,
 ) -> str:
     """Packs every readable image below `root` into shards in `out`; goes on where it was stopped.
 
@@ -97,6 +100,7 @@ def pack(
         settings: what is done to the images.
         workers: threads that encode; None: one a core.
         progress: show a bar, if there is a terminal.
+        companions: pack companions of images, and what lies in hidden and trash folders, too.
 
     Returns:
         One line that sums up.
@@ -109,9 +113,9 @@ def pack(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
-            state, manifest = _begin(Path(root), folder, settings, workers, progress)
+            state, manifest = _begin(Path(root), folder, settings, workers, progress, companions)
             if not state.complete:
-                _write(manifest, folder, settings, state, workers or len(os.sched_getaffinity(0)), progress)
+                _write(manifest, folder, settings, state, workers or default_workers(), progress)
     except OSError as error:
         raise UserError(
             f"--out {out}: cannot write there ({error.strerror or error}); the same command goes on from the last whole"
@@ -127,8 +131,7 @@ def _check(root: Path, folder: Path, settings: PackSettings) -> None:
             f"--channels {settings.channels}: only images of 1 or 3 channels can be resized, tiled or encoded anew;"
             " leave that out, and the files are packed as they are"
         )
-    if folder.resolve() == root.resolve():
-        raise UserError(f"--out {folder}: is the folder of images itself; give another one")
+    refuse_inside("--out", folder, root)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: is a file; give a folder")
 
@@ -146,7 +149,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _begin(
-    root: Path, folder: Path, settings: PackSettings, workers: int | None, progress: bool
+    root: Path, folder: Path, settings: PackSettings, workers: int | None, progress: bool, companions: bool
 ) -> tuple[_State, Manifest]:
     """Load or start the progress of packing, with the files as they were when it began."""
     state = _State.load(folder)
@@ -154,7 +157,9 @@ def _begin(
         other = sorted(set(os.listdir(folder)) - {_LOCK, _SOURCE, _SKIPPED})
         if other:
             raise UserError(f"--out {folder}: holds other files ({other[0]}); give an empty folder")
-        manifest = build_index(root, workers=workers, progress=progress, channels=settings.channels)
+        manifest = build_index(
+            root, workers=workers, progress=progress, channels=settings.channels, companions=companions
+        )
         manifest.save(folder / _SOURCE)
         state = _State(os.fspath(manifest.root), asdict(settings), [])
         state.save(folder)

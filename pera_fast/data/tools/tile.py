@@ -12,14 +12,17 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from pera_fast.cores import default_workers
 from pera_fast.data.decoding.formats import HEAD_BYTES, refuse_virtual, sniff
 from pera_fast.data.decoding.worker_process import DiedError, WorkerProcess
+from pera_fast.data.files.companions import not_taken
 from pera_fast.data.files.scan import scan
 from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.tools.tile_grid import TileSettings
 from pera_fast.data.tools.tile_scene import TileCounts
 from pera_fast.durable import lock, read_object, whole_file
 from pera_fast.errors import UserError
+from pera_fast.paths import refuse_inside
 from pera_fast.progress import progress_bar
 from pera_fast.storage import Storage
 
@@ -38,6 +41,7 @@ def tile(
     *,
     workers: int | None = None,
     progress: bool = True,
+    companions: bool = False,
 ) -> str:
     """Cuts every scene below a folder, or one scene, into tiles: OUT/SCENE/yTOP_xLEFT.tif, and .json beside each.
 
@@ -50,6 +54,7 @@ def tile(
         settings: how the scenes are cut.
         workers: processes; None: one a core.
         progress: show a bar, if there is a terminal.
+        companions: cut companions of scenes, and what lies in hidden and trash folders, too.
 
     Returns:
         One line that sums up.
@@ -63,7 +68,7 @@ def tile(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder, settings):
-            return _tile(source, folder, settings, workers or len(os.sched_getaffinity(0)), progress)
+            return _tile(source, folder, settings, workers or default_workers(), progress, companions)
     except OSError as error:
         raise UserError(
             f"--out {out}: cannot write there ({error.strerror or error}); the same command goes on from here"
@@ -82,8 +87,7 @@ def _check(source: Path, folder: Path, settings: TileSettings) -> None:
         raise UserError(f"--nodata-max {settings.nodata_max:g}: is a fraction, 0 to 1")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: is a file; give a folder")
-    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"--out {folder}: lies in the folder of scenes, which is searched for scenes; give another one")
+    refuse_inside("--out", folder, source)
 
 
 @contextmanager
@@ -110,8 +114,8 @@ def _locked(folder: Path, settings: TileSettings) -> Iterator[None]:
         yield
 
 
-def _tile(source: Path, folder: Path, settings: TileSettings, workers: int, progress: bool) -> str:
-    scenes = _scenes(source)
+def _tile(source: Path, folder: Path, settings: TileSettings, workers: int, progress: bool, companions: bool) -> str:
+    scenes = _scenes(source, companions)
     root = source if source.is_dir() else source.parent
     names = _folders(list(scenes))
     skipped = SkippedFiles(folder / _SKIPPED)
@@ -150,7 +154,7 @@ def _tile(source: Path, folder: Path, settings: TileSettings, workers: int, prog
     )
 
 
-def _scenes(source: Path) -> dict[str, list[int]]:
+def _scenes(source: Path, companions: bool) -> dict[str, list[int]]:
     """[bytes, time] of each candidate, by its path below `source`, sorted."""
     if not source.is_dir():
         state = Storage(source)(source.stat, os.fspath(source), 0)
@@ -161,7 +165,9 @@ def _scenes(source: Path) -> dict[str, list[int]]:
         for row in batch.to_pylist():
             found[row["path"]] = [row["size"], row["mtime_ns"]]
 
-    listing = scan(os.fspath(source), take)
+    listing = scan(os.fspath(source), take, companions=companions)
+    if told := not_taken(listing.left_out):
+        _log.warning("%s: %s", source, told)
     for path, reason in listing.unreadable:
         _log.warning("cannot read the folder %s: %s", source / path, reason)
     if not found:

@@ -12,9 +12,11 @@ from data_support import encoded, raster, shared_data, small_config, write_scene
 from PIL import Image
 from rasterio.io import MemoryFile
 
+from pera_fast import cli
 from pera_fast.config import Config
 from pera_fast.data.bands.sensor import BandPlan, adopt, band_plan, describe, is_deep, probe_settings, scaling_of
-from pera_fast.data.decoding.decode import band_numbers, read, read_header
+from pera_fast.data.decoding.band_numbers import band_numbers
+from pera_fast.data.decoding.decode import read, read_header
 from pera_fast.data.decoding.scaling import Raster, Scaling
 from pera_fast.data.files.manifest import Manifest
 from pera_fast.data.files.skipped import SkippedFiles
@@ -195,6 +197,47 @@ def plan_of(folder: Path, cfg: Config) -> BandPlan:
 def ranges(plan: BandPlan) -> np.ndarray:
     assert plan.ranges is not None
     return np.array(plan.ranges)
+
+
+def test_bands_that_nobody_chose_are_refused(folder, tmp_path):
+    with pytest.raises(UserError) as error:
+        open_or_build(folder, small_config())
+    assert str(error.value) == (
+        f"data {folder}: 8 of 8 file(s) have 6 bands, and model.in_chans=3 would take the first 3 as a colour picture;"
+        " for all of them give model.in_chans=6, for some data.bands=[3,2,1] with model.in_chans to match"
+        " (numbers or names)"
+    )
+    assert open_or_build(folder, small_config("data.bands=[3,2,1]")).readable
+    (tmp_path / "sar.tif").write_bytes(raster(scene(0, bands=2)))
+    with pytest.raises(UserError, match=r"1 of 1 file\(s\) have 2 bands, and model.in_chans=3 would take the first;"):
+        open_or_build(tmp_path, small_config())
+
+
+def test_pictures_with_alpha_are_pictures(tmp_path, caplog):
+    (tmp_path / "gray.png").write_bytes(encoded(Image.fromarray(np.full((40, 40, 2), 200, np.uint8)), "PNG"))
+    (tmp_path / "colour.png").write_bytes(encoded(Image.fromarray(np.full((40, 40, 4), 200, np.uint8)), "PNG"))
+    with caplog.at_level(logging.WARNING):
+        assert len(open_or_build(tmp_path, small_config()).readable) == 2
+        assert not caplog.text
+        for name in "abc":
+            (tmp_path / f"{name}.tif").write_bytes(raster(scene(0, bands=4)))
+        open_or_build(tmp_path, small_config())
+    assert "3 file(s) have 4 bands, of which the first 3 are taken for red, green and blue" in caplog.text
+
+
+def test_sixteen_bits_among_eight_are_said_to_come_out_dark(tmp_path, caplog, capsys):
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(encoded(Image.fromarray(np.full((40, 40, 3), 200, np.uint8)), "PNG"))
+    (tmp_path / "deep.tif").write_bytes(raster(scene(1, bands=3, side=40)))
+    with caplog.at_level(logging.WARNING):
+        open_or_build(tmp_path, small_config())
+    told = "1 of 4 file(s) store 16 bits a value (deep.tif) and are read at 8 bits, where 65535 is white"
+    assert told in caplog.text
+    caplog.clear()
+    assert cli.run(["data", "index", str(tmp_path)]) == 0
+    assert told in capsys.readouterr().out
+    open_or_build(tmp_path, small_config("data.depth=16"))
+    assert not caplog.text
 
 
 def test_most_files_decide_the_depth(tmp_path):

@@ -7,8 +7,9 @@ import shutil
 import stat
 import threading
 
+import numpy as np
 import pytest
-from data_support import IGNORED, bad_files, good_files, shared_data, small_config, write_scenes
+from data_support import IGNORED, bad_files, good_files, raster, shared_data, small_config, write_scenes
 
 from pera_fast.data.decoding.declared import declared
 from pera_fast.data.decoding.sandbox import Sandbox
@@ -283,3 +284,18 @@ def test_odd_images_have_the_outcomes_that_are_known(tmp_path):
             assert "DALI: killed by SIGFPE" in row["reason"]
         if row["ok"] and outcome["what Pillow sees"] != "unrecognised":
             assert f"{row['width']}x{row['height']}" == outcome["what Pillow sees"].split()[-1]
+
+
+def test_deep_files_are_decoded_once_in_a_first_index(tmp_path, monkeypatch):
+    """They were decoded again when most files turned out to be deep; 8-bit ones are, as DALI is out of the question."""
+    for number in range(5):
+        (tmp_path / f"{number}.tif").write_bytes(raster(np.full((3, 40, 40), 300 + number, np.uint16)))
+    (tmp_path / "5.tif").write_bytes(raster(np.full((3, 40, 40), 7, np.uint8), photometric="RGB"))
+    asked: list[str] = []
+    probe = Sandbox.probe
+    monkeypatch.setattr(
+        Sandbox, "probe", lambda self, paths, *rest: asked.extend(map(str, paths)) or probe(self, paths, *rest)
+    )
+    manifest = open_or_build(tmp_path, small_config(), progress=False)
+    assert manifest.decided["depth"] == "16"
+    assert sorted(os.path.basename(path) for path in asked) == [*(f"{number}.tif" for number in range(6)), "5.tif"]

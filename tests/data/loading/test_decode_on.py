@@ -8,10 +8,10 @@ import torch
 from data_support import small_config
 
 from pera_fast.config import load_config
+from pera_fast.cores import usable_cores
 from pera_fast.data.decoding.probe import ProbeResult, ProbeSettings
 from pera_fast.data.files.manifest import Manifest, to_table
 from pera_fast.data.loading import decode_on
-from pera_fast.data.loading.cores import usable_cores
 from pera_fast.data.loading.decode_on import choose, image_seconds, pixels, plan
 from pera_fast.errors import UserError
 from pera_fast.train.flops import fastest_rate, flops_per_image

@@ -153,7 +153,8 @@ def test_shards_are_reported_but_not_moved(folder, tmp_path):
         ),
         (
             {"move_to": "{t}/data/moved"},
-            "--move {t}/data/moved: lies in the data folder, where the duplicates would be found again",
+            "--move {t}/data/moved: lies in the folder of images {t}/data, and "
+            "what is written there would be taken for images; give a place outside it",
         ),
     ],
 )

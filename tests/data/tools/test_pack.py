@@ -330,7 +330,7 @@ def test_wrong_folders_are_one_line(scenes, tmp_path, capsys):
     (broken / "pack.json").write_text("{")
     for root, out, said in (
         (scenes, tmp_path / "full", "holds other files (thesis.txt); give an empty folder"),
-        (scenes, scenes, "is the folder of images itself"),
+        (scenes, scenes, "lies in the folder of images"),
         (scenes, tmp_path / "full" / "thesis.txt", "is a file; give a folder"),
         (tmp_path / "else", tmp_path / "out", f"holds the shards of {scenes}; give another folder"),
         (tmp_path / "none", tmp_path / "new", "data folder .*none does not exist".replace(".*", str(tmp_path) + "/")),

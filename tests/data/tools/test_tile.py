@@ -220,13 +220,14 @@ def test_what_a_tile_cannot_keep_is_refused_by_name(tmp_path):
         f"</VRTRasterBand>"
         for n, value in ((1, 0), (2, 255))
     )
-    vrt = tmp_path / "scenes" / "mixed.tif"  # GDAL knows a file by its content
-    vrt.write_text(f'<VRTDataset rasterXSize="40" rasterYSize="40">{source}</VRTDataset>')
+    mixed = scenes / "mixed.vrt"
+    mixed.write_text(f'<VRTDataset rasterXSize="40" rasterYSize="40">{source}</VRTDataset>')
     run(scenes, tmp_path / "out", size=32)
-    assert skipped_rows(tmp_path / "out") == {
-        "swath.tif": "its place is a geolocation array, which tiles cannot keep: warp it first (gdalwarp)",
-        "mixed.tif": "its bands have different values for no data (0.0, 255.0); a tile has one: give it one",
-    }
+    reason = "its place is a geolocation array, which tiles cannot keep: warp it first (gdalwarp)"
+    assert skipped_rows(tmp_path / "out")["swath.tif"] == reason
+    reason = r"mixed.vrt: its bands have different values for no data \(0.0, 255.0\); a tile has one: give it one"
+    with pytest.raises(UserError, match=reason):
+        run(mixed, tmp_path / "mixed", size=32)
 
 
 def test_tiles_without_data_are_left_out(tmp_path):
@@ -372,7 +373,8 @@ LINES = {
     "fraction": (lambda t: (t, t / "out", {"nodata_max": 50}), "--nodata-max 50: is a fraction, 0 to 1"),
     "inside": (
         lambda t: (t / "scenes", t / "scenes" / "out", {}),
-        "--out {t}/scenes/out: lies in the folder of scenes, which is searched for scenes; give another one",
+        "--out {t}/scenes/out: lies in the folder of images {t}/scenes, and "
+        "what is written there would be taken for images; give a place outside it",
     ),
     "not empty": (
         lambda t: (t / "scenes", t / "text", {}),

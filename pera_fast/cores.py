@@ -7,16 +7,26 @@ from pathlib import Path
 _CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
-def usable_cores(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> float:
+def default_workers(most: int | None = None) -> int:
+    """Number of processes or threads to take where nobody gave one: one for each whole core.
+
+    Args:
+        most: an upper limit.
+    """
+    cores = max(1, int(usable_cores()))
+    return cores if most is None else min(cores, most)
+
+
+def usable_cores(cgroups: Path | None = None, membership: Path | None = None) -> float:
     """Number of cores that this process can use; a quota of 150 % is 1.5.
 
     Args:
-        cgroups: where the control groups are mounted.
-        membership: the file that names this process's groups.
+        cgroups: where the control groups are mounted; None: Linux's place.
+        membership: the file that names this process's groups; None: Linux's place.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
     allowed = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return min([float(allowed), *_quotas(cgroups, membership)])
+    return min([float(allowed), *_quotas(cgroups or _CGROUPS, membership or _MEMBERSHIP)])
 
 
 def _quotas(cgroups: Path, membership: Path) -> Iterator[float]:

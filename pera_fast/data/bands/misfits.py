@@ -1,0 +1,78 @@
+"""Finds files whose bands or depth the configuration would not read as their owner expects."""
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute
+
+from pera_fast.config import Config
+from pera_fast.data.files.manifest import Manifest
+
+pc: Any = pyarrow.compute  # made when it is imported: type checkers see none of its functions
+_ALPHA = 4  # bands of a picture with alpha; files with more are no pictures
+SHALLOW = ("", "bool", "uint8", "int8")  # types of at most 8 bits; empty: not known
+
+
+def deep_files(manifest: Manifest) -> pa.Table:
+    """Rows of the readable files that store more than 8 bits a value."""
+    shallow = pc.is_in(manifest.table["dtype"], value_set=pa.array(SHALLOW))
+    return manifest.table.filter(pc.and_(manifest.table["ok"], pc.invert(shallow)))
+
+
+def bands_left_out(cfg: Config, manifest: Manifest) -> str:
+    """Message about files of a sensor's bands of which nobody chose some; empty: there are none.
+
+    Files of other numbers of bands than three become colour or gray, which takes the first three or the first: right
+    for pictures with alpha, never meant for a sensor's bands.
+    """
+    if cfg.data.bands or cfg.model.in_chans not in (1, 3):
+        return ""
+    stored = _count(manifest.table["channels"].filter(manifest.table["ok"]))
+    deep = _count(deep_files(manifest)["channels"])
+    many = {bands: count for bands, count in stored.items() if bands > _ALPHA}
+    if 2 in deep:  # a gray picture with alpha has 8 bits
+        many[2] = deep[2]
+    if not many:
+        return ""
+    files, least = sum(many.values()), min(many)
+    have = f"{least} bands" if len(many) == 1 else f"{least} to {max(many)} bands"
+    taken = "the first 3 as a colour picture" if least > 2 else "the first"
+    every = f"for all of them give model.in_chans={least}, for" if stored.keys() == {least} else "for"
+    some = "[3,2,1]" if least > 2 else "[1]"
+    return (
+        f"{files} of {sum(stored.values())} file(s) have {have}, and model.in_chans={cfg.model.in_chans} would take"
+        f" {taken}; {every} some data.bands={some} with model.in_chans to match (numbers or names)"
+    )
+
+
+def fourth_band(cfg: Config, manifest: Manifest) -> str:
+    """Message about the files of four bands and more than 8 bits, whose fourth is no alpha; empty: there are none."""
+    if cfg.data.bands or cfg.model.in_chans not in (1, 3):
+        return ""
+    files = _count(deep_files(manifest)["channels"]).get(_ALPHA, 0)
+    if not files:
+        return ""
+    return (
+        f"{files} file(s) have 4 bands, of which the first 3 are taken for red, green and blue: if they lie otherwise"
+        " (blue first, as of many satellites), give data.bands=[3,2,1]; for all of them model.in_chans=4"
+    )
+
+
+def _count(values: pa.ChunkedArray) -> dict[int, int]:
+    return {row["values"]: row["counts"] for row in pc.value_counts(values).to_pylist()}
+
+
+def dark_files(cfg: Config, manifest: Manifest, depth: int) -> str:
+    """Message about the files of 16 bits in a data set that is read at 8; empty: nothing would come out dark."""
+    if depth != 8 or cfg.data.band_scale != "auto" or cfg.data.band_range is not None:
+        return ""
+    wide = deep_files(manifest)
+    wide = wide.filter(pc.equal(wide["dtype"], "uint16"))
+    if not wide.num_rows:
+        return ""
+    files = pc.sum(manifest.table["ok"]).as_py()
+    return (
+        f"{wide.num_rows} of {files} file(s) store 16 bits a value ({wide['path'][0].as_py()}) and are read at 8 bits,"
+        " where 65535 is white: values of sensors come out nearly black; with data.depth=16 they are scaled by their"
+        " measured range, and the files of 8 bits stay as they are"
+    )
