@@ -6,11 +6,11 @@ from dataclasses import Field, fields
 from typing import Any
 
 from pera_fast.config.tree import Config, Value
+from pera_fast.errors import one_line
 
 SECTIONS: dict[str, type] = {f.name: type(getattr(Config(), f.name)) for f in fields(Config) if f.name != "recipe"}
 KEYS: dict[str, Field[Any]] = {f"{name}.{f.name}": f for name, section in SECTIONS.items() for f in fields(section)}
 
-_SHOWN = 300  # characters of a value in a message
 _WANTS = {
     int: "a whole number",
     float: "a number",
@@ -48,8 +48,7 @@ def wants(key: str) -> str:
 
 def show(value: object) -> str:
     """A value as it would be typed, for a message: cut where it is very long."""
-    text = written(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return one_line(written(value))
 
 
 def written(value: object) -> str:

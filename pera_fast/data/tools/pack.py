@@ -20,7 +20,7 @@ from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.index.build import build_index
 from pera_fast.data.tools.pack_images import ImagePacker, PackSettings, Sample
 from pera_fast.durable import lock, read_object, whole_file
-from pera_fast.errors import UserError
+from pera_fast.errors import UserError, one_line
 from pera_fast.paths import refuse_inside
 from pera_fast.progress import progress_bar
 from pera_fast.storage import Storage
@@ -78,7 +78,9 @@ class _State:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / _STATE} cannot be read ({error}): delete {folder} and pack anew") from error
+            raise UserError(
+                f"{folder / _STATE} cannot be read ({one_line(error)}): delete {folder} and pack anew"
+            ) from error
 
 
 def pack(
@@ -165,10 +167,10 @@ def _begin(
         state.save(folder)
         return state, manifest
     if state.root != os.path.abspath(root):
-        raise UserError(f"--out {folder}: holds the shards of {state.root}; give another folder")
+        raise UserError(f"--out {folder}: holds the shards of {one_line(state.root)}; give another folder")
     changed = [key for key, value in asdict(settings).items() if state.settings.get(key) != value]
     if changed:
-        told = ", ".join(f"{key.replace('_', '-')} {state.settings.get(key)}" for key in changed)
+        told = ", ".join(f"{key.replace('_', '-')} {one_line(state.settings.get(key))}" for key in changed)
         raise UserError(f"--out {folder}: was begun with {told}; give the same, or another folder")
     for number, shard in enumerate(state.shards):
         path = folder / shard.name

@@ -21,7 +21,7 @@ from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.tools.tile_grid import TileSettings
 from pera_fast.data.tools.tile_scene import TileCounts
 from pera_fast.durable import lock, read_object, whole_file
-from pera_fast.errors import UserError
+from pera_fast.errors import UserError, one_line
 from pera_fast.paths import refuse_inside
 from pera_fast.progress import progress_bar
 from pera_fast.storage import Storage
@@ -108,7 +108,7 @@ def _locked(folder: Path, settings: TileSettings) -> Iterator[None]:
         before = _load(about)
         changed = [key for key, value in asdict(settings).items() if before.get(key, value) != value]
         if changed:
-            told = ", ".join(f"--{key.replace('_', '-')} {before[key]}" for key in changed)
+            told = ", ".join(f"--{key.replace('_', '-')} {one_line(before[key])}" for key in changed)
             raise UserError(f"--out {folder}: was begun with {told}; give the same, or another folder")
         _save(about, asdict(settings))
         yield

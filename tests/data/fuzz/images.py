@@ -151,9 +151,9 @@ def _broken_chunk(data: bytes) -> bool:
         kind, end = data[at + 4 : at + 8], at + 8 + length
         if end + 4 > len(data):
             return False
-        if kind[:1].isupper() and zlib.crc32(data[at + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
-            return True
         if kind == b"IEND":
             return False
+        if kind[:1].isupper() and zlib.crc32(data[at + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
+            return True
         at = end + 4
     return False

@@ -283,6 +283,8 @@ def test_labels_that_are_no_table(tmp_path, data):
     [
         lambda state: 1.5, lambda state: {**state, "shards": [1]}, lambda state: {**state, "settings": None},
         lambda state: {**state, "shards": [{**state["shards"][0], "next": [None, 1]}]}, lambda state: [[state]],
+        lambda state: {**state, "a\n" * 3000: 1}, lambda state: {**state, "root": "\n"},
+        lambda state: {**state, "settings": {**state["settings"], "tile": "\n" + "9" * 9000}},
     ],
 )  # fmt: skip
 def test_a_damaged_state_of_a_pack(tmp_path, change):
