@@ -209,7 +209,7 @@ def _leaves(tree: Mapping[str, Any], name: str) -> dict[str, Value]:
     flat: dict[str, Value] = {}
     for section, values in tree.items():
         if section not in SECTIONS or not isinstance(values, Mapping):
-            raise UserError(f"{name}: {section}: no such section{did_you_mean(section, SECTIONS)}")
+            raise UserError(f"{name}: {show(section)}: no such section{did_you_mean(section, SECTIONS)}")
         for leaf, value in values.items():
             key = f"{section}.{leaf}"
             _known(key, show(value))

@@ -151,7 +151,16 @@ def test_long_and_deep_settings_are_refused_in_one_line(override):
     one_line(error)
 
 
-@pytest.mark.parametrize("data", [b"train:\n  steps: " + b"[" * 3000, b"recipe: tiny\n\xff\xfe", b"\x94"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"train:\n  steps: " + b"[" * 3000,
+        b"a" * 900 + b": 1\n",
+        b"train:\n  " + b"a" * 900 + b": 1",
+        b"recipe: tiny\n\xff\xfe",
+        b"\x94",
+    ],
+)
 def test_recipes_that_are_no_text_or_too_deep(tmp_path, data):
     path = tmp_path / "my.yaml"
     path.write_bytes(data)
@@ -192,6 +201,17 @@ def test_damaged_files_of_a_run_are_passed_over_or_named(run, tmp_path, capsys, 
         settings = ["--recipe", "tiny", "train.steps=6"] if resume.endswith("auto") else []
         assert cli.run(["pretrain", "--data", str(tmp_path / "none"), "--out", str(run.root), resume, *settings]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_damaged_index_of_a_run_is_named(run, tmp_path, capsys):
+    write_scenes(tmp_path / "images", 2)
+    Manifest(tmp_path / "images", to_table(rows(9)), ProbeSettings(), "2.4").save(run.index)
+    data = bytearray(run.index.read_bytes())
+    data[100] ^= 1
+    run.index.write_bytes(data)
+    assert cli.run(["pretrain", "--data", str(tmp_path / "images"), "--out", str(run.root), "--resume"]) == 2
+    told = "damaged: its digest is not that of its contents; delete it, and the images are indexed anew"
+    assert capsys.readouterr().err == f"error: cannot read the index {run.index}: {told}\n"
 
 
 def test_metrics_with_bytes_that_are_no_text_are_cut(run):
