@@ -128,7 +128,7 @@ def _known(key: str, value: str) -> None:
     if key in SECTIONS:
         names = ", ".join(k for k in KEYS if k.startswith(f"{key}."))
         raise UserError(f"{key}={value}: {key} is a section; set one of its keys: {names}")
-    near = nearest_key(key)
+    near, key = nearest_key(key), show(key)
     hint = f"; did you mean {near}?" if near else f"; sections: {', '.join(SECTIONS)}"
     raise UserError(f"{key}={value}: no such key{hint}")
 

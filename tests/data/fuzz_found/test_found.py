@@ -154,13 +154,11 @@ def test_long_and_deep_settings_are_refused_in_one_line(override):
 @pytest.mark.parametrize(
     "data",
     [
-        b"train:\n  steps: " + b"[" * 3000,
-        b"a" * 900 + b": 1\n",
-        b"train:\n  " + b"a" * 900 + b": 1",
-        b"recipe: tiny\n\xff\xfe",
-        b"\x94",
+        b"train:\n  steps: " + b"[" * 3000, b"a" * 3000 + b":\n  b: 1\n", b"train:\n  " + b"a" * 3000 + b": 1",
+        b"recipe: tiny\n\xff\xfe", b"\x94",
     ],
-)
+    ids=["deep", "long section", "long key", "no text", "no text at all"],
+)  # fmt: skip
 def test_recipes_that_are_no_text_or_too_deep(tmp_path, data):
     path = tmp_path / "my.yaml"
     path.write_bytes(data)
