@@ -175,10 +175,16 @@ def zip_damage(path: Path) -> str:
     """Damage that the checksums of a `torch.save` file show, which `torch.load` does not look at; empty: none."""
     try:
         with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
+            bad, entries = archive.testzip(), archive.infolist()
     except Exception as error:  # zipfile and zlib raise many things on damaged files
         return _reason(error) or type(error).__name__
-    return "" if bad is None else f"checksum of {bad} is wrong"
+    if bad is not None:
+        return f"checksum of {bad} is wrong"
+    if len({entry.filename for entry in entries}) < len(entries):
+        return "a name stands twice in its directory"
+    # PyTorch stores as it is and without attributes; what an attribute calls a folder it does not read, without a word.
+    odd = (e for e in entries if e.external_attr or e.compress_type != zipfile.ZIP_STORED or e.is_dir())
+    return next((f"its directory says something odd of {entry.filename}" for entry in odd), "")
 
 
 def _is_whole(path: Path) -> bool:

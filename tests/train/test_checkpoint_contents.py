@@ -83,6 +83,18 @@ def test_contents_that_do_not_fit_are_named(state, tmp_path, kind):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("bits", [0x10, 0xFFFFFFFF])
+def test_a_tensor_that_the_directory_calls_a_folder_is_not_read(state, tmp_path, bits):
+    """The checksums hold, but PyTorch left what memory happened to hold in its place."""
+    path = save_checkpoint(tmp_path, state, 1)
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"PK\1\2", 0, data.rindex(b"data/5"))
+    data[entry + 38 : entry + 42] = bits.to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"damaged checkpoint \(its directory says something odd of .*/data/5"):
+        load_newest(tmp_path)
+
+
 def test_what_a_run_wrote_fits(state, tmp_path):
     save_checkpoint(tmp_path, state, 1)
     run = make_run(small_config(), tmp_path / "run")
