@@ -144,7 +144,7 @@ class Members(Images):
 
 
 def _broken_chunk(data: bytes) -> bool:
-    """Whether a critical chunk of a PNG, up to its end mark, has another checksum than it says."""
+    """Whether a chunk of a PNG's pixels, up to its end mark, has another checksum than it says."""
     at = 8
     while at + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, at)
@@ -153,7 +153,10 @@ def _broken_chunk(data: bytes) -> bool:
             return False
         if kind == b"IEND":
             return False
-        if kind[:1].isupper() and zlib.crc32(data[at + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
+        if (
+            kind in (b"IHDR", b"PLTE", b"IDAT")
+            and zlib.crc32(data[at + 4 : end]) != struct.unpack_from(">I", data, end)[0]
+        ):
             return True
         at = end + 4
     return False
