@@ -1,6 +1,7 @@
 """Atomic file writes, and locks between processes. Imports no third-party package, so that workers can load it."""
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,17 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises OSError if it cannot be read, ValueError if it holds anything else."""
+    try:
+        told = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("too many brackets within brackets") from None
+    if not isinstance(told, dict):
+        raise ValueError(f"holds {type(told).__name__}, not an object")
+    return told
 
 
 def lock(file: IO[Any], wait: bool = False) -> OSError | None:

@@ -9,3 +9,9 @@ class UserError(Exception):
     """
 
     exit_code = 2
+
+
+def one_line(value: object, most: int = 300) -> str:
+    """A value as text for a message: on one line, cut where it is longer than `most` characters."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -172,6 +172,7 @@ def test_index_convert_and_demo_call_their_parts(stub, capsys):
     calls = stub(
         "pera_fast.data.index.build", "index_for", types.SimpleNamespace(summary="3 images", unreadable=list, path=None)
     )
+    stub("pera_fast.data.bands.sensor", "misfits", [])
     assert cli.run(["data", "index", "DIR", "--out", "M", "--no-verify", "--workers", "3"]) == 0
     assert cli.run(["data", "index", "DIR", "--channels", "6"]) == 0
     assert cli.run(["data", "index", "DIR", "data.bands=[nir,red]"]) == 0

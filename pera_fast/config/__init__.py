@@ -10,6 +10,7 @@ from pera_fast.config.load import (
     differences,
     from_yaml,
     load_config,
+    read_config,
     recipe_names,
     to_yaml,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "differences",
     "from_yaml",
     "load_config",
+    "read_config",
     "recipe_names",
     "to_yaml",
 ]

@@ -6,6 +6,7 @@ from dataclasses import Field, fields
 from typing import Any
 
 from pera_fast.config.tree import Config, Value
+from pera_fast.errors import one_line
 
 SECTIONS: dict[str, type] = {f.name: type(getattr(Config(), f.name)) for f in fields(Config) if f.name != "recipe"}
 KEYS: dict[str, Field[Any]] = {f"{name}.{f.name}": f for name, section in SECTIONS.items() for f in fields(section)}
@@ -46,13 +47,18 @@ def wants(key: str) -> str:
 
 
 def show(value: object) -> str:
+    """A value as it would be typed, for a message: cut where it is very long."""
+    return one_line(written(value))
+
+
+def written(value: object) -> str:
     """A value as it would be typed."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join(show(v) for v in value) + "]"
+        return "[" + ",".join(written(v) for v in value) + "]"
     return " ".join(str(value).split()) or "''"  # messages stay on one line
 
 

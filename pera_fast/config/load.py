@@ -80,6 +80,14 @@ def from_yaml(text: str) -> Config:
     return _build(str(recipe), _leaves(tree, "config.yaml"))
 
 
+def read_config(path: Path) -> Config:
+    """The Config in a file that `to_yaml` wrote. Raises OSError if it cannot be read, UserError for anything else."""
+    try:
+        return from_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a configuration: no text in UTF-8") from None
+
+
 def to_yaml(cfg: Config) -> str:
     """Every key with its value, as YAML in the order of the tree."""
     from omegaconf import OmegaConf
@@ -120,7 +128,7 @@ def _known(key: str, value: str) -> None:
     if key in SECTIONS:
         names = ", ".join(k for k in KEYS if k.startswith(f"{key}."))
         raise UserError(f"{key}={value}: {key} is a section; set one of its keys: {names}")
-    near = nearest_key(key)
+    near, key = nearest_key(key), show(key)
     hint = f"; did you mean {near}?" if near else f"; sections: {', '.join(SECTIONS)}"
     raise UserError(f"{key}={value}: no such key{hint}")
 
@@ -133,7 +141,7 @@ def _yaml_value(key: str, raw: str) -> Any:
     try:  # OmegaConf's YAML reads 1e-3 as a number, which plain YAML 1.1 does not
         parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))
         return parsed["value"]
-    except (YAMLError, OmegaConfBaseException, ValueError):
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError):
         raise fail(key, raw, f"wants {wants(key)}") from None
 
 
@@ -164,7 +172,9 @@ def _typed(key: str, value: Any) -> Value:
 
 
 def _number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**1000  # else it is no float
+    return isinstance(value, float)
 
 
 def _is_pair(value: object) -> bool:
@@ -185,6 +195,8 @@ def _read_yaml(text: str, name: str) -> dict[str, Any]:
 
     try:
         tree = OmegaConf.to_container(OmegaConf.create(text))
+    except RecursionError:
+        raise UserError(f"{name}: not a configuration: too many brackets within brackets") from None
     except (YAMLError, OmegaConfBaseException, ValueError) as error:
         raise UserError(f"{name}: not a configuration: {show(error)}") from None
     if not isinstance(tree, dict):
@@ -197,7 +209,7 @@ def _leaves(tree: Mapping[str, Any], name: str) -> dict[str, Value]:
     flat: dict[str, Value] = {}
     for section, values in tree.items():
         if section not in SECTIONS or not isinstance(values, Mapping):
-            raise UserError(f"{name}: {section}: no such section{did_you_mean(section, SECTIONS)}")
+            raise UserError(f"{name}: {show(section)}: no such section{did_you_mean(section, SECTIONS)}")
         for leaf, value in values.items():
             key = f"{section}.{leaf}"
             _known(key, show(value))

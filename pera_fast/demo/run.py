@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pera_fast.config import Config, from_yaml
+from pera_fast.config import Config, read_config
 from pera_fast.demo.found import DemoResult, Images, Probe, verdict
 from pera_fast.errors import UserError
 from pera_fast.eval.images import LabelledFiles, class_folders, load_images
@@ -65,7 +65,7 @@ def run(
     result = pretrain(images.folder, out / "run", "tiny", overrides=settings)
     if result.exit_code:
         raise SystemExit(result.exit_code)
-    cfg = from_yaml((out / "run" / "config.yaml").read_text(encoding="utf-8"))  # with what the images decided
+    cfg = read_config(out / "run" / "config.yaml")  # with what the images decided
     before, after = make_model(cfg), make_model(cfg)
     after.load_state_dict(_newest_weights(out / "run"))
     metrics = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]

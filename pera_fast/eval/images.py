@@ -81,12 +81,16 @@ def from_csv(path: Path, split: str | None = None) -> LabelledFiles:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        why = error.strerror if isinstance(error, OSError) else f"no CSV file in UTF-8: {error}"
+        raise UserError(f"{path}: cannot be read ({why})") from None
     wanted = ["file", "class", *(["split"] if split else [])]
     missing = [name for name in wanted if not rows or name not in rows[0]]
     if missing:
         raise UserError(f"{path}: has no column {missing[0]}; columns must be {', '.join(wanted)}")
+    for number, row in enumerate(rows, 2):
+        if not all(row[name] for name in wanted) or "\0" in row["file"]:
+            raise UserError(f"{path}: line {number} of {', '.join(wanted)} lacks a value")
     rows = [row for row in rows if split is None or row["split"] == split]
     if not rows:
         raise UserError(f"{path}: no row of split {split}")

@@ -4,7 +4,6 @@ Our parameters carry the published names, so conversion is a check and a change 
 """
 
 import pickle
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from pera_fast.config import Config, from_yaml
 from pera_fast.errors import UserError
 from pera_fast.model.export import teacher_metadata, timm_state_dict, write_safetensors
 from pera_fast.paths import local_path, new_file
+from pera_fast.train.checkpoint import zip_damage
 
 HEADS = {384: 6, 768: 12, 1024: 16}  # by width, of the published method's networks: their checkpoints do not say
 REQUIRED = (
@@ -106,14 +106,17 @@ def _load(path: Path) -> dict:
     try:
         with open(path, "rb") as file:
             begins = file.read(4)
+        if begins.startswith(b"PK") and (damage := zip_damage(path)):
+            raise ValueError(f"damaged: {damage}")
         if not begins.startswith((b"PK", b"\x80")):  # a zip file; a pickle of any protocol since 2
             raise ValueError(f"begins with {begins!r}")
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # by its name torch would take it for another format
+            stored = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: holds pickled objects other than tensors, which could run code when loaded; not loaded"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever a broken file makes the unpickler raise
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"{path}: not a PyTorch checkpoint ({reason})") from None
     if not isinstance(stored, dict):
@@ -127,7 +130,8 @@ def _parameters(stored: dict, path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: its entry 'model' is a {type(state).__name__}, not a dictionary of parameters")
     tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
-        raise UserError(f"{path}: holds no parameters (keys: {', '.join(map(str, list(stored)[:5])) or 'none'})")
+        keys = ", ".join(f"{key!s:.40}" for key in list(stored)[:5]) or "none"
+        raise UserError(f"{path}: holds no parameters (keys: {keys})")
     return tensors
 
 
@@ -135,6 +139,11 @@ def _check(state: dict[str, Tensor], path: Path) -> None:
     missing = [name for name in REQUIRED if not any(key.startswith(name) for key in state)]
     if missing:
         raise UserError(f"{path}: not a published PerA checkpoint: it has no {', '.join(missing)}")
+    for name, value in state.items():
+        if value.layout != torch.strided or not value.is_floating_point():
+            raise UserError(f"{path}: {name} is {value.dtype}, {value.layout}; weights are dense floats")
+        if not value.isfinite().all():
+            raise UserError(f"{path}: {name} is not finite: the checkpoint is damaged, or its run had diverged")
     student = {k.removeprefix("student."): v.shape for k, v in state.items() if k.startswith("student.")}
     teacher = {k.removeprefix("teacher."): v.shape for k, v in state.items() if k.startswith("teacher.")}
     if student != teacher:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pera_fast.config import Config, from_yaml, load_config
+from pera_fast.config import Config, load_config, read_config
 from pera_fast.data.bands.sensor import adopt
 from pera_fast.data.files.manifest import Manifest
 from pera_fast.data.files.skipped import SkippedFiles
@@ -83,7 +83,7 @@ def _of_run(run: Path, root: Path, overrides: Sequence[str]) -> tuple[Config, Ma
         raise UserError(f"data folder {root} does not exist")
     manifest = Manifest.load(folder.index)
     manifest.root = root.absolute()
-    cfg = from_yaml(folder.config.read_text(encoding="utf-8"))
+    cfg = read_config(folder.config)
     return adopt(cfg, manifest), manifest
 
 

@@ -231,7 +231,10 @@ def _known_data(data: Path, folder: RunFolder, timeout: float) -> Manifest:
     storage = Storage(os.sep, timeout)  # where the images' folder is missing, that is the user's to mend
     if not S_ISDIR(mode(storage, data)):
         raise UserError(f"--data {data}: no such folder")
-    manifest = Manifest.load(folder.index)
+    try:
+        manifest = Manifest.load(folder.index)
+    except UserError as error:
+        raise UserError(f"{error}; delete it, and the images are indexed anew") from None
     manifest.root = data.absolute()
     files = manifest.readable
     some = files.paths[:LOOKED_FOR].to_pylist()

@@ -47,6 +47,7 @@ class CheckpointState(_Required, total=False):
 FIELDS: dict[str, type] = {  # those of every checkpoint
     name: str if kind is str else int if kind is int else Mapping for name, kind in _Required.__annotations__.items()
 }
+_FROM_ONE = ("total_batch", "images", "devices")
 _NAME = re.compile(r"step_(\d{8,})\.pt")
 
 
@@ -170,6 +171,22 @@ def load_checkpoint(path: Path) -> CheckpointState:
         raise UserError(f"{path}: damaged checkpoint ({error})") from None
 
 
+def zip_damage(path: Path) -> str:
+    """Damage that the checksums of a `torch.save` file show, which `torch.load` does not look at; empty: none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad, entries = archive.testzip(), archive.infolist()
+    except Exception as error:  # zipfile and zlib raise many things on damaged files
+        return _reason(error) or type(error).__name__
+    if bad is not None:
+        return f"checksum of {bad} is wrong"
+    if len({entry.filename for entry in entries}) < len(entries):
+        return "a name stands twice in its directory"
+    # PyTorch stores as it is and without attributes; what an attribute calls a folder it does not read, without a word.
+    odd = (e for e in entries if e.external_attr or e.compress_type != zipfile.ZIP_STORED or e.is_dir())
+    return next((f"its directory says something odd of {entry.filename}" for entry in odd), "")
+
+
 def _is_whole(path: Path) -> bool:
     try:
         _load(path)
@@ -179,13 +196,8 @@ def _is_whole(path: Path) -> bool:
 
 
 def _load(path: Path) -> CheckpointState:
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it writes
-            bad = archive.testzip()
-    except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
-        raise _DamagedError(_reason(error)) from None
-    if bad is not None:
-        raise _DamagedError(f"checksum of {bad} is wrong")
+    if why := zip_damage(path):
+        raise _DamagedError(why)
     import torch
 
     try:
@@ -199,4 +211,10 @@ def _load(path: Path) -> CheckpointState:
     for name, kind in FIELDS.items():
         if not isinstance(state.get(name), kind):
             raise _DamagedError(f"{name} is missing")
+    counts = {name: state[name] for name, kind in FIELDS.items() if kind is int}
+    counts |= {name: state.get(name, 1) for name in ("position", "devices")}
+    counts |= {f"nonfinite.{name}": state["nonfinite"].get(name) for name in ("total", "row")}
+    for name, count in counts.items():
+        if type(count) is not int or not (name in _FROM_ONE) <= count < 2**62:
+            raise _DamagedError(f"{name} is {count!r:.60}")
     return cast(CheckpointState, state)

@@ -10,7 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from pera_fast.config import Config, check_overrides, from_yaml, load_config
+from pera_fast.config import Config, check_overrides, load_config, read_config
+from pera_fast.durable import read_object
 from pera_fast.errors import UserError
 from pera_fast.paths import refuse_url
 from pera_fast.run_result import RunResult
@@ -43,7 +44,7 @@ def answer(
         folder = RunFolder(Path(out))
         if not resume or not folder.finished.exists():
             return None
-        saved = from_yaml(folder.config.read_text(encoding="utf-8"))
+        saved = read_config(folder.config)
         if requested is None:
             cfg, _ = continue_config(saved, recipe, overrides, str(folder.root))
         else:
@@ -67,7 +68,9 @@ def write_finished(folder: RunFolder, step: int, position: int, steps_per_epoch:
 def _finished(folder: RunFolder, cfg: Config) -> RunResult | None:
     """The result of a run that has nothing left to do with this configuration."""
     try:
-        done: dict[str, Any] = json.loads(folder.finished.read_text(encoding="utf-8"))
+        done: dict[str, Any] = read_object(folder.finished)
+        if not all(type(done[name]) is int for name in ("step", "position", "steps_per_epoch", "total_batch")):
+            return None
         step, place, length = done["step"], done["step"], cfg.train.steps
         if length is None:
             place, length = done["position"], cfg.train.epochs * done["steps_per_epoch"]

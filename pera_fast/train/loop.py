@@ -15,6 +15,7 @@ from pera_fast.model.inputs import StepInputs
 from pera_fast.model.pera import PerA
 from pera_fast.storage import MachineError
 from pera_fast.train.checkpoint import FORMAT, CheckpointState, NotWrittenError, checkpoint_path, save_checkpoint
+from pera_fast.train.checkpoint_fit import misfit
 from pera_fast.train.compute_copies import refresh_copies
 from pera_fast.train.console import Progress
 from pera_fast.train.distributed import World
@@ -86,14 +87,16 @@ class Run:
 
     def load(self, state: CheckpointState, source: str) -> None:
         """Continues from a checkpoint. Raises UserError if it does not fit the model."""
+        fits = f"{source}: does not fit this version's {self.cfg.recipe} model"
+        if why := misfit(self.pera, self.optimizer, state):
+            raise UserError(f"{fits}: {why}")
         try:
             self.pera.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.scaler.is_enabled() and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, KeyError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{source}: does not fit this version's {self.cfg.recipe} model: {reason}") from None
+        except Exception as error:  # whatever odd contents make PyTorch raise
+            raise UserError(f"{fits}: {' '.join(str(error).split())[:300]}") from None
         refresh_copies(self.pera)
         if self.update is not None:
             self.update.forget()

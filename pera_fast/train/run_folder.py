@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
-from pera_fast.config import Config, Differences, differences, from_yaml, load_config, recipe_names, to_yaml
+from pera_fast.config import (
+    Config,
+    Differences,
+    differences,
+    from_yaml,
+    load_config,
+    read_config,
+    recipe_names,
+    to_yaml,
+)
 from pera_fast.config.keys import flatten
 from pera_fast.durable import lock, whole_file
 from pera_fast.errors import UserError
@@ -110,19 +119,19 @@ class RunFolder:
 
     def read_asked(self) -> Config | None:
         """The configuration that was asked for; None in folders of versions that did not write it."""
-        return from_yaml(self.asked.read_text(encoding="utf-8")) if self.asked.exists() else None
+        return read_config(self.asked) if self.asked.exists() else None
 
     def cut_metrics(self, step: int) -> None:
         """Drops what was logged after `step`, so that no step stands there twice after resuming."""
         if not self.metrics.exists():
             return
         kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics.read_bytes().split(b"\n"):
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # the process was killed while it wrote this line
+                    kept.append(line.decode() + "\n")
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue  # the process was killed while it wrote this line, or the disk lost it
         replace_text(self.metrics, "".join(kept))
 
 
@@ -215,7 +224,7 @@ def _newest(folder: RunFolder) -> tuple[Config, CheckpointState | None, str]:
         path, state = newest
         return from_yaml(state["config"]), state, str(path)
     if folder.config.exists():
-        return from_yaml(folder.config.read_text(encoding="utf-8")), None, str(folder.root)
+        return read_config(folder.config), None, str(folder.root)
     raise UserError(f"--out {folder.root}: holds neither a checkpoint nor config.yaml to resume from; start anew")
 
 

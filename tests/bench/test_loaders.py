@@ -19,7 +19,7 @@ from pera_fast import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 WRONG = {
-    "bench data --formats gif": "--formats gif: wants some of jpeg, png, tiff, separated by commas",
+    "bench data --formats gif": "--formats gif: wants some of jpeg, png, tiff, separated by commas; did you mean tiff?",
     "bench data --sizes big": "--sizes big: wants whole numbers from 1 on, separated by commas",
     "bench data --threads 4096": f"--threads 4096: there are {len(CORES)} cores",
     "bench data --data nowhere": "--data nowhere: no such folder",

@@ -62,7 +62,7 @@ def test_six_bands_of_16_bits_pretrain_and_resume(images: Path, tmp_path: Path) 
         about = {key: json.loads(value) for key, value in file.metadata().items()}
     assert about["bands"] == list(NAMES)
     assert about["band_range"] == config["data"]["band_range"]
-    assert about["depth"] == "16"
+    assert (about["depth"], str(about["bits"])) == (config["model"]["depth"], "16")
 
     result = api.pretrain(images, out, None, resume=True, overrides=["train.steps=6"])
     assert (result.exit_code, result.steps) == (0, 6)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +73,25 @@ class DaliDecoder:
             self._pipe = None  # a pipeline that raised is of no use any more
             raise
         return images
+
+
+class CpuDecoder:
+    """Decodes single images on the CPU for any number of threads, one at a time.
+
+    Args:
+        channels: 3 for RGB, 1 for gray.
+    """
+
+    def __init__(self, channels: int):
+        self._channels, self._lock = channels, threading.Lock()
+        self._decoder: DaliDecoder | None = None  # made when it is needed, which is hardly ever
+
+    def __call__(self, encoded: bytes) -> np.ndarray:
+        """One image, uint8 [H, W, channels]. Raises RuntimeError if it cannot be decoded."""
+        with self._lock:
+            if self._decoder is None:
+                self._decoder = DaliDecoder(self._channels, 1)
+            return self._decoder.decode(encoded)
 
 
 @contextlib.contextmanager

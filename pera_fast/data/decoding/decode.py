@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from pera_fast.data.decoding import with_gdal, with_pillow
+from pera_fast.data.decoding import png, with_gdal, with_pillow
 from pera_fast.data.decoding.band_numbers import Bands
 from pera_fast.data.decoding.declared import declared
 from pera_fast.data.decoding.formats import HEAD_BYTES, sniff
@@ -131,6 +131,8 @@ def read(data: bytes | memoryview, decoder: str, channels: int, bands: Bands = (
     about = declared(data, kind)
     if decoder not in about.decoders:
         raise ValueError(f"left to {about.decoders[-1]}, which reads these values as they are stored")
+    if kind == "png" and (told := png.damage(data)):
+        raise ValueError(told)
     if decoder == "rasterio":
         raster = with_gdal.read(data, kind, about, bands, convert)
     else:

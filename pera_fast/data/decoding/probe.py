@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pera_fast.data.decoding import decode
+from pera_fast.data.decoding import decode, png
 from pera_fast.data.decoding.band_numbers import Bands
 from pera_fast.data.decoding.dali import DaliDecoder, complaints, error_reason
 from pera_fast.data.decoding.declared import declared
@@ -197,6 +197,8 @@ class Prober:
         kind = sniff(data[:HEAD_BYTES])
         if kind == "vrt":
             result.reason = VRT_REASON
+        if kind == "png" and most is None:
+            result.reason = png.damage(data)
         result.format = kind or ""
         return _File(result, data, kind)
 

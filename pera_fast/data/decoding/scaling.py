@@ -93,7 +93,7 @@ class Scaling:
                 shift = 0.0 if raster.shift is None else float(raster.shift[channel])
                 _linear(band, low - shift, high - shift, self.depth, out[..., channel])
         if raster.valid is not None:
-            out *= np.moveaxis(raster.valid, 0, -1)
+            out = out * np.moveaxis(raster.valid, 0, -1)  # not in place: it may be the raster's own memory
         return out
 
     def _by_type(self, raster: Raster) -> np.ndarray:

@@ -1,18 +1,17 @@
 """Reads values with Pillow: as they are stored where `declared` names it, with alpha, upright."""
 
 import io
-import struct
 
 import numpy as np
 from PIL import Image
 
+from pera_fast.data.decoding import png
 from pera_fast.data.decoding.band_numbers import Bands, band_numbers
 from pera_fast.data.decoding.formats import HEAD_BYTES, sniff
 from pera_fast.data.decoding.scaling import Raster
 from pera_fast.data.decoding.upright import upright
 
 _ORIENTATION = 0x0112
-_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks that say nothing of pixels
 
 
 def read(data: bytes | memoryview, bands: Bands, convert: bool) -> Raster:
@@ -41,17 +40,7 @@ def open_image(data: bytes | memoryview) -> Image.Image:
 
 def without_texts(data: bytes | memoryview) -> bytes | memoryview:
     """A PNG without its texts; other files as they are."""
-    if sniff(bytes(data[:HEAD_BYTES])) != "png":
-        return data
-    kept, at, start = [], 8, 0  # `start`: of the bytes that are kept next
-    while at + 12 <= len(data):
-        (length,) = struct.unpack_from(">I", data, at)
-        end = at + 12 + length
-        if bytes(data[at + 4 : at + 8]) in _PNG_TEXTS:
-            kept.append(data[start:at])
-            start = end
-        at = end
-    return b"".join([*kept, data[start:]]) if kept else data
+    return png.without_texts(data) if sniff(bytes(data[:HEAD_BYTES])) == "png" else data
 
 
 def orientation_of(image: Image.Image) -> int:

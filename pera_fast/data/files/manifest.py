@@ -16,12 +16,14 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from pera_fast.data.decoding.probe import ProbeResult, ProbeSettings
+from pera_fast.data.files.sealed import check_seal, seal
 from pera_fast.durable import partial_path
 from pera_fast.errors import UserError
 
 pc: Any = pyarrow.compute  # made when it is imported: type checkers see none of its functions
 _METADATA = b"pera_fast"
 _VERSION = 4
+_SEALED = {"sealed": True}  # earlier files of this version say nothing and have no digest
 
 SCHEMA = pa.schema(
     [
@@ -112,14 +114,17 @@ class StoredManifest:
     def __init__(self, path: Path):
         self._path = path
         try:
+            sealed = check_seal(path)
             self._file = pq.ParquetFile(path)
-        except (OSError, pa.ArrowException) as error:
+            schema = self._file.schema_arrow
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise self._unreadable(error) from error
-        schema = self._file.schema_arrow
         try:
             about: dict[str, Any] = json.loads((schema.metadata or {})[_METADATA])
             if about["version"] != _VERSION:
                 raise ValueError(f"version {about['version']}")
+            if about.get("sealed") and not sealed:  # versions before did not seal
+                raise ValueError("its digest is missing")
             self.settings = ProbeSettings(**{item.name: about[item.name] for item in fields(ProbeSettings)})
             self.root, self.dali = Path(about["root"]), str(about["dali"])
             self.decided: dict[str, Any] = about["decided"]
@@ -176,7 +181,7 @@ class ManifestWriter:
     ):
         self.target = Path(path)
         about = {"version": _VERSION, "root": os.fspath(root), "dali": dali, "decided": decided or {}}
-        about |= asdict(settings)
+        about |= asdict(settings) | _SEALED
         schema = SCHEMA.with_metadata({_METADATA: json.dumps(about).encode()})
         self._held: list[pa.Table] = []
         try:
@@ -206,6 +211,7 @@ class ManifestWriter:
         self._flush()
         try:
             self._writer.close()
+            seal(self._part)
             os.replace(self._part, self.target)
         except OSError as error:
             raise UserError(not_writable(self.target, error)) from error

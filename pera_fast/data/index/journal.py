@@ -1,6 +1,7 @@
 """Crash journal of an unfinished index: kept beside the manifest, taken up by the next attempt."""
 
 import contextlib
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pera_fast.data.decoding.probe import ProbeSettings
 from pera_fast.data.files.manifest import ManifestWriter, not_writable
 from pera_fast.errors import UserError
 
+_PART = re.compile(r"([0-9]{6,})-[0-9]{6,}\.parquet")  # attempt, part
 _SECONDS = 10.0  # of work that a kill can cost
 _ROWS = 2**15  # held before they are written
 
@@ -69,8 +71,9 @@ class Journal:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _parts(self) -> Iterator[tuple[int, Path]]:
-        for path in sorted(self.folder.glob("[0-9]*-[0-9]*.parquet")):
-            yield int(path.name.split("-")[0]), path
+        for path in sorted(self.folder.glob("*.parquet")):
+            if name := _PART.fullmatch(path.name):
+                yield int(name[1]), path
 
     def _flush(self) -> None:
         self._flushed = time.monotonic()

@@ -57,6 +57,7 @@ class CropPipeline:
         self.depth, self._pinned = depth, pinned
         self._encoded = raw is None and channels in (1, 3)
         self._dtype = torch.uint16 if raw == 16 else torch.uint8
+        self._numpy_type = np.dtype(np.uint16 if raw == 16 else np.uint8)
         self.views, self.channels, self.device = views, channels, device
         self._sides = [views.global_size] * views.num_global + [views.local_size] * views.num_local
         on_gpu = device.type == "cuda"
@@ -149,6 +150,13 @@ class CropPipeline:
             )
         finally:
             self._pipe.release_outputs()
+
+    def try_out(self) -> None:
+        """Crops an image of one pixel: raises where the pipeline or its device is at fault, not a file."""
+        image = _ANY if self._encoded else np.zeros((1, 1, self.channels), self._numpy_type)
+        corners = np.zeros((len(self._sides), 1, 2), np.float32)
+        self.submit([image], corners, corners + 1)
+        self.collect()
 
     def _host_crops(self, decoded: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._host is not None

@@ -82,8 +82,10 @@ class Producer:
         reduced = None
         if settings.encoded and self._crops_on.type == "cpu" and cfg.data.reduced_decoding is not None:
             reduced = ReducedDecoder(self._views, self._seed, self._channels, cfg.data.reduced_decoding)
-        timeout = cfg.data.storage_timeout
-        self._source = SampleSource(manifest, settings, self._seed, skipped, sandboxes, scaling, reduced, timeout)
+        self._source = SampleSource(
+            manifest, settings, self._seed, skipped, sandboxes, scaling, reduced, cfg.data.storage_timeout,
+            on_gpu=self._crops_on.type == "cuda",
+        )  # fmt: skip
         self.storage = self._source.storage
         self._readers = ThreadPoolExecutor(self._threads, thread_name_prefix="pera-read")
         self._reading: deque[_Pending] = deque()
@@ -197,8 +199,11 @@ class Producer:
                 told = self._fails_alone(single, pending, slot)
                 if told is None:
                     continue
-                found, single = True, None  # a pipeline that raised is of no use any more
-                self._source.distrust(image.sample, told)
+                single = None  # a pipeline that raised is of no use any more
+                if not found and self._fails_on_any_image():  # the device's fault, not the file's
+                    raise error
+                found = True
+                self._source.distrust(image, told)
                 pending.images[slot] = self._source.fetch(pending.epoch, pending.wanted[slot])
         if not found:
             raise error
@@ -213,6 +218,14 @@ class Producer:
         except Exception as error:
             return error_reason(error)
         return None
+
+    def _fails_on_any_image(self) -> bool:
+        try:
+            self._build(batch_size=1, depth=1).try_out()
+        except Exception as error:
+            _log.debug("the image pipeline fails on a blank image too: %s", error)
+            return True
+        return False
 
     # Finishing
 

@@ -10,6 +10,7 @@ from queue import SimpleQueue
 import numpy as np
 
 from pera_fast.data.decoding import decode
+from pera_fast.data.decoding.dali import CpuDecoder
 from pera_fast.data.decoding.formats import HEAD_BYTES, sniff
 from pera_fast.data.decoding.probe import ProbeResult, ProbeSettings, answered, os_reason, read_file
 from pera_fast.data.decoding.sandbox import Sandbox
@@ -38,6 +39,7 @@ class Image:
     width: int
     factor: int = 1  # how many times smaller it was decoded
     shift: tuple[float, float] = (0.0, 0.0)  # y of the whole image is y / factor + shift[0] in the decoded one
+    decoded: bool = False  # by another decoder than the pipeline's; data is then a PNM file or an array
 
 
 class _UnusableError(Exception):
@@ -64,6 +66,7 @@ class SampleSource:
         scaling: how values become pixels where the pipeline takes arrays.
         reduced: decodes JPEG files at a smaller size where their crops allow it; None: the pipeline decodes them all.
         timeout: seconds that are waited for a storage that does not answer.
+        on_gpu: the pipeline decodes on a GPU. What that refuses (`distrust`) is then decoded on the CPU.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class SampleSource:
         scaling: Scaling | None = None,
         reduced: ReducedDecoder | None = None,
         timeout: float = TIMEOUT,
+        on_gpu: bool = False,
     ):
         self._root = os.fspath(manifest.root)
         self.storage = Storage(self._root, timeout)
@@ -86,6 +90,8 @@ class SampleSource:
         self._seed, self._skipped = seed, skipped
         self._checked: dict[int, ProbeResult] = {}  # newer than the index
         self._unusable: set[int] = set()
+        self._dali = CpuDecoder(settings.channels) if on_gpu and settings.encoded else None
+        self._on_cpu: set[int] = set()  # which the GPU's decoder refused
         self._lock = threading.Lock()
         self._sandboxes = [Sandbox() for _ in range(max(1, sandboxes))]
         self._idle: SimpleQueue[Sandbox] = SimpleQueue()
@@ -111,12 +117,19 @@ class SampleSource:
                 _log.warning("%s: %s: another image takes its place this time", self._path(row), error)
         raise UserError(f"no readable image is left in {self._root}: all {len(self._files)} have become unreadable")
 
-    def distrust(self, sample: int, reason: str) -> None:
-        """DALI failed on this sample in spite of the check: from now on another decoder reads it, or nothing does."""
-        if self._known(sample).decoder not in ("", "dali"):  # what that one made of it is what DALI refuses
-            self._reject(sample, f"DALI: {reason}")
+    def distrust(self, image: Image, reason: str) -> None:
+        """The pipeline failed on this in spite of the check: from now on another decoder reads it, or nothing does.
+
+        On a GPU that other decoder is DALI's on the CPU, which checked the file: nvJPEG and its kin refuse other files.
+        """
+        sample = image.sample
+        if image.decoded:
+            self._reject(sample, f"DALI: {reason}")  # what the other decoder made of it is what DALI refuses
             return
-        others = tuple(decoder for decoder in self._settings.decoders if decoder != "dali")
+        if self._known(sample).decoder not in ("", "dali") or sample in self._on_cpu:
+            return  # read before that was known
+        may_ask_dali = self._dali is not None
+        others = tuple(decoder for decoder in self._settings.decoders if decoder != "dali" or may_ask_dali)
         try:
             result = self._probe(self._path(sample), others)
         except _OutOfReachError as error:
@@ -124,6 +137,12 @@ class SampleSource:
         if result.ok:
             with self._lock:
                 self._checked[sample] = result
+                if result.decoder == "dali":
+                    self._on_cpu.add(sample)
+            if may_ask_dali:
+                _log.warning(
+                    "%s: the GPU's decoder refuses it (%s); it is decoded on the CPU", self._path(sample), reason
+                )
         else:
             self._reject(sample, f"DALI: {reason}; {result.reason}")
 
@@ -195,15 +214,21 @@ class SampleSource:
                 if small is not None:
                     # As an array, past DALI, which would copy a PPM of it slowly.
                     return Image(row, small.pixels, known.height, known.width, small.factor, small.shift)
-            return Image(row, np.frombuffer(data, np.uint8), known.height, known.width)
+            if row not in self._on_cpu:
+                return Image(row, np.frombuffer(data, np.uint8), known.height, known.width)
         settings = self._settings
         try:
-            pixels = self._scaling(decode.read(data, known.decoder, settings.channels, settings.bands))
+            if known.decoder == "dali":
+                assert self._dali is not None
+                pixels = self._dali(data)
+            else:
+                pixels = self._scaling(decode.read(data, known.decoder, settings.channels, settings.bands))
             pixels = np.require(pixels, requirements="W")  # what Pillow gave is not; PyTorch would remark on that
         except Exception as error:  # it decoded when it was checked; whatever it is now, it must not end the run
             raise _UnusableError(f"{known.decoder}: {error}") from error
         height, width = pixels.shape[:2]
-        return Image(row, decode.as_pnm(pixels) if settings.encoded else pixels, height, width)
+        content = decode.as_pnm(pixels) if settings.encoded else pixels
+        return Image(row, content, height, width, decoded=True)
 
     def raster(self, sample: int) -> Raster | None:
         """The sample's values as they are stored; None if it cannot be used."""

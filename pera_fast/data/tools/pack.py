@@ -19,8 +19,8 @@ from pera_fast.data.files.shards import locate, place_of
 from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.index.build import build_index
 from pera_fast.data.tools.pack_images import ImagePacker, PackSettings, Sample
-from pera_fast.durable import lock, whole_file
-from pera_fast.errors import UserError
+from pera_fast.durable import lock, read_object, whole_file
+from pera_fast.errors import UserError, one_line
 from pera_fast.paths import refuse_inside
 from pera_fast.progress import progress_bar
 from pera_fast.storage import Storage
@@ -57,18 +57,30 @@ class _State:
         with whole_file(folder / _STATE) as partial:
             partial.write_text(json.dumps({"version": _VERSION, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
 
+    def _is_sound(self) -> bool:
+        places = [place for shard in self.shards for place in (shard.samples, shard.size, *shard.next)]
+        pairs = all(len(shard.next) == 2 and isinstance(shard.name, str) for shard in self.shards)
+        numbers = all(type(place) is int and place >= 0 for place in places)
+        kinds = isinstance(self.root, str) and isinstance(self.settings, dict) and isinstance(self.complete, bool)
+        return pairs and numbers and kinds
+
     @classmethod
     def load(cls, folder: Path) -> "_State | None":
         try:
-            told = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+            told = read_object(folder / _STATE)
             if told.pop("version") != _VERSION:
                 raise ValueError("another version")
             shards = [_Shard(**{**shard, "next": tuple(shard["next"])}) for shard in told.pop("shards")]
-            return cls(**told, shards=shards)
+            state = cls(**told, shards=shards)
+            if not state._is_sound():
+                raise ValueError("values of other types")
+            return state
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / _STATE} cannot be read ({error}): delete {folder} and pack anew") from error
+            raise UserError(
+                f"{folder / _STATE} cannot be read ({one_line(error)}): delete {folder} and pack anew"
+            ) from error
 
 
 def pack(
@@ -155,10 +167,10 @@ def _begin(
         state.save(folder)
         return state, manifest
     if state.root != os.path.abspath(root):
-        raise UserError(f"--out {folder}: holds the shards of {state.root}; give another folder")
+        raise UserError(f"--out {folder}: holds the shards of {one_line(state.root)}; give another folder")
     changed = [key for key, value in asdict(settings).items() if state.settings.get(key) != value]
     if changed:
-        told = ", ".join(f"{key.replace('_', '-')} {state.settings.get(key)}" for key in changed)
+        told = ", ".join(f"{key.replace('_', '-')} {one_line(state.settings.get(key))}" for key in changed)
         raise UserError(f"--out {folder}: was begun with {told}; give the same, or another folder")
     for number, shard in enumerate(state.shards):
         path = folder / shard.name

@@ -1,19 +1,18 @@
-"""Small JSON files with which a command remembers what it has done, so that it goes on where it was stopped."""
+"""Loads and saves the small JSON files by which a stopped command goes on."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from pera_fast.durable import whole_file
+from pera_fast.durable import read_object, whole_file
 
 
 def load(path: Path) -> dict[str, Any]:
     """What was saved; empty if there is nothing, or nothing that can be read."""
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError):
         return {}
-    return told if isinstance(told, dict) else {}
 
 
 def save(path: Path, about: dict[str, Any]) -> None:

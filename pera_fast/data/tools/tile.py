@@ -21,7 +21,7 @@ from pera_fast.data.tools.state import load, save
 from pera_fast.data.tools.tile_grid import TileSettings
 from pera_fast.data.tools.tile_scene import TileCounts
 from pera_fast.durable import lock
-from pera_fast.errors import UserError
+from pera_fast.errors import UserError, one_line
 from pera_fast.paths import refuse_inside
 from pera_fast.progress import progress_bar
 from pera_fast.storage import Storage
@@ -108,7 +108,7 @@ def _locked(folder: Path, settings: TileSettings) -> Iterator[None]:
         before = load(about)
         changed = [key for key, value in asdict(settings).items() if before.get(key, value) != value]
         if changed:
-            told = ", ".join(f"--{key.replace('_', '-')} {before[key]}" for key in changed)
+            told = ", ".join(f"--{key.replace('_', '-')} {one_line(before[key])}" for key in changed)
             raise UserError(f"--out {folder}: was begun with {told}; give the same, or another folder")
         save(about, asdict(settings))
         yield
@@ -128,7 +128,9 @@ def _tile(source: Path, folder: Path, settings: TileSettings, workers: int, prog
             skipped.add(path, _VRT)
             continue
         before = load(_marker(folder, names[path]))
-        if before.get("state") == state and (folder / names[path]).is_dir() == (before["written"] > 0):
+        counts = [before.get(name) for name in ("written", "left_out")]
+        whole = before.get("state") == state and all(type(count) is int and count >= 0 for count in counts)
+        if whole and (folder / names[path]).is_dir() == (before["written"] > 0):
             done.written, done.left_out = done.written + before["written"], done.left_out + before["left_out"]
         else:
             todo.append(path)

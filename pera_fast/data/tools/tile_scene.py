@@ -138,8 +138,10 @@ class _Cutter:
         assert self._dtype is not None
         scene, progress = self._scene, self._folder / _PROGRESS
         counts = TileCounts()
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            counts = TileCounts(**json.loads(progress.read_text()))
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+            found = TileCounts(**json.loads(progress.read_bytes()))
+            if all(type(count) is int and count >= 0 for count in vars(found).values()):
+                counts = found
         pixel_bytes = len(self._meanings) * (self._dtype.itemsize + 1)  # and its mask
         for number, boxes in enumerate(reads(scene.width, scene.height, pixel_bytes, self._settings)):
             if number < counts.next:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from data_support import scene, small_config
-from fuzz import mutate, mutate_tar, seed_tar, seeds
+from fuzz.mutations import mutate, mutate_tar, seed_tar, seeds
 from PIL import Image
 from tar_support import write_tar
 

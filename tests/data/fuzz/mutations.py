@@ -1,7 +1,10 @@
-"""Seeded mutations of image and tar files: what a bad disk, a broken download or a hostile sender makes of them."""
+"""Seeded mutations of files, texts and structures: what a bad disk, a slip or a hostile sender makes of them."""
 
 import io
+import re
 import tarfile
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from data_support import encoded, raster, scene
@@ -43,10 +46,10 @@ def seed_tar() -> bytes:
     return buffer.getvalue()
 
 
-def mutate(data: bytes, rng: np.random.Generator) -> bytes:
+def mutate(data: bytes, rng: np.random.Generator, most: int = 5) -> bytes:
     """The file with one to several things done to it."""
     found = bytearray(data)
-    for _ in range(int(rng.integers(1, 6))):
+    for _ in range(int(rng.integers(1, most + 1))):
         if not found:
             break
         at = int(rng.integers(len(found)))
@@ -85,3 +88,68 @@ def mutate_tar(data: bytes, rng: np.random.Generator) -> bytes:
                 block[148:156] = b" " * 8
                 found[start + 148 : start + 156] = b"%06o\0 " % sum(block)
     return bytes(found)
+
+
+_WORDS = (
+    "null", "~", ".nan", ".inf", "-.inf", "1e999", "-1", "0", "9" * 30, "9" * 400, "9" * 5000, "1e-400", "0x10",
+    "1_000", "true", "[]", "{}", "[[[[", "]]", "[1, [2]]", "{a: 1}", "*a", "&a", "&a [*a]", "!!python/object:os.system",
+    "!!binary x", "<<: *a", "${x}", "${oc.env:HOME}", "${train.steps}", "???", "\0", "\t", "\r\n", "\x85", "\ufeff",
+    "\ud7ff", "é",
+    "'", '"', "\\", "# ", ": ", "- ", "---\n", "...\n", "|", ">", "%", "@", "`", "[" * 2000, "{a: " * 500, "- " * 1500,
+    "=", "2024-01-01", "12:30:45", "yes", "on", "\n", "\n  ", " ", "\"\\u0000\"", "1.", ".5", "+1", "NaN", "Infinity",
+)  # fmt: skip
+
+
+def mutate_text(text: str, rng: np.random.Generator) -> bytes:
+    """Text with words in it that mean something in YAML or JSON; now and then bytes that are no text."""
+    for _ in range(int(rng.integers(1, 4))):
+        words = re.split(r"(\s+|[=:,\[\]{}\"])", text)
+        at, kind = int(rng.integers(len(words))), int(rng.integers(5))
+        word = _WORDS[int(rng.integers(len(_WORDS)))]
+        if kind == 0:
+            words[at] = word
+        elif kind == 1:
+            words.insert(at, word)
+        elif kind == 2:
+            del words[at]
+        elif kind == 3:
+            words[at] = words[int(rng.integers(len(words)))]
+        else:
+            lines = text.splitlines(keepends=True) or [""]
+            one, other = (int(number) for number in rng.integers(len(lines), size=2))
+            lines.insert(one, lines[other])
+            words = lines
+        text = "".join(words)
+    data = text.encode("utf-8", "surrogatepass")
+    return mutate(data, rng) if rng.random() < 0.2 else data
+
+
+_ODD = (
+    None, True, -1, 0, 1, 2**31, 2**63, -(2**70), 1.5, float("nan"), float("inf"), "", "x", "\n", b"", [], [None], {},
+    {"a": 1}, {1: 2}, (), [[1, 2]],
+)  # fmt: skip
+
+
+def mutate_tree(
+    tree: Any, rng: np.random.Generator, odd: Callable[[Any, np.random.Generator], Any] | None = None
+) -> Any:
+    """A copy of nested dictionaries, lists and tuples in which a value is another, is missing or stands twice.
+
+    Args:
+        tree: what JSON or a checkpoint holds.
+        rng: of the draws.
+        odd: makes another value of a leaf, or None where it knows none.
+    """
+    if isinstance(tree, (dict, list, tuple)) and tree and rng.random() < 0.85:
+        keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
+        key, kind = keys[int(rng.integers(len(keys)))], rng.random()
+        copy: Any = dict(tree) if isinstance(tree, dict) else list(tree)
+        if kind < 0.1:
+            del copy[key]
+        elif kind < 0.15 and isinstance(tree, dict):
+            copy[_ODD[int(rng.integers(3, 13))]] = copy.pop(key)
+        else:
+            copy[key] = mutate_tree(tree[key], rng, odd)
+        return tuple(copy) if isinstance(tree, tuple) else copy
+    made = odd(tree, rng) if odd is not None and rng.random() < 0.6 else None
+    return _ODD[int(rng.integers(len(_ODD)))] if made is None else made
