@@ -8,7 +8,7 @@ from pera_fast.durable import read_object, whole_file
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What was saved; empty if there is nothing, or nothing that can be read."""
+    """The object that was saved; empty if there is none, or none that can be read."""
     try:
         return read_object(path)
     except (OSError, ValueError):
