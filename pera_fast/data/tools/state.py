@@ -8,7 +8,7 @@ from pera_fast.durable import whole_file
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What was saved; empty if there is nothing, or nothing that can be read."""
+    """Reads what was saved; empty if there is nothing, or nothing that can be read."""
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
