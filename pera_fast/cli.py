@@ -243,6 +243,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     args = _with_resume(list(sys.argv[1:] if arguments is None else arguments))
     try:
         refuse_urls(args)
+        _refuse_empty(args)
         _refuse_repeats(args)
         status: Any = app(args, prog_name="pera-fast", standalone_mode=False)
         return int(status or 0)
@@ -275,6 +276,16 @@ def _with_resume(args: list[str]) -> list[str]:
         else:
             joined.append("--resume=newest" if arg == "--resume" else arg)
     return joined
+
+
+def _refuse_empty(args: Sequence[str]) -> None:
+    """Raises UserError for an empty value, of a shell variable that is not set: as a path it would be this folder."""
+    for before, arg in zip(["", *args], args, strict=False):
+        name = arg[:-1] if arg.startswith("--") and arg.endswith("=") and arg.count("=") == 1 else None
+        if name is None and arg == "":
+            name = before if before.startswith("-") and "=" not in before else "an argument"
+        if name is not None:
+            raise UserError(f"{name}: is empty; give a value, or leave it out (is a shell variable not set?)")
 
 
 def _refuse_repeats(args: Sequence[str]) -> None:

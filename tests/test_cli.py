@@ -122,6 +122,25 @@ def test_an_option_given_twice_is_refused(args, capsys):
     assert "is given 2 times; it takes one value" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [
+        (["pretrain", "--data", "", "--out", "R"], "--data"),
+        (["pretrain", "--data=", "--out", "R"], "--data"),
+        (["pretrain", "--data", "D", "--out", "R", "--recipe="], "--recipe"),
+        (["data", "index", ""], "an argument"),
+        (["pretrain", "--data=D", ""], "an argument"),
+    ],
+)
+def test_an_empty_value_is_refused(args, name, tmp_path, monkeypatch, capsys):
+    """Of `--data "$UNSET"` the parser would make the current folder."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64)).save("a.png")
+    assert cli.run(args) == 2
+    told = "is empty; give a value, or leave it out (is a shell variable not set?)"
+    assert capsys.readouterr().err == f"error: {name}: {told}\n"
+
+
 def test_settings_flags_and_lists_may_repeat(stub):
     calls = stub("pera_fast.train.api", "pretrain", types.SimpleNamespace(exit_code=0))
     assert cli.run(["pretrain", "--data", "D", "--out", "R", "train.steps=2", "train.steps=3"]) == 0

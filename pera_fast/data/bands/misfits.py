@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from pera_fast.config import Config
-from pera_fast.data.files.band_files import PATTERN, scenes_of
+from pera_fast.data.files.band_files import PATTERN, is_quality, scenes_of
 from pera_fast.data.files.manifest import Manifest
 
 pc: Any = pyarrow.compute  # made when it is imported: type checkers see none of its functions
@@ -57,10 +57,12 @@ def single_bands(cfg: Config, manifest: Manifest) -> str:
         return ""
     table = manifest.table.select(["path", "channels", "ok"]).slice(0, _LOOKED_AT)
     table = table.filter(table["ok"])
+    images = sum(not is_quality(path) for path in table["path"].to_pylist())
     single = table.filter(pc.equal(table["channels"], 1))["path"].to_pylist()
-    scenes, _ = scenes_of(single, re.compile(PATTERN))
+    scenes, others = scenes_of(single, re.compile(PATTERN))
     several = {scene: bands for scene, bands in scenes.items() if len(bands) > 1}
-    if 2 * sum(len(bands) for bands in several.values()) <= table.num_rows:
+    alone = len(scenes) - len(several)
+    if not several or 2 * (len(single) - len(others) - alone) <= images:  # a band in three resolutions is three files
         return ""
     scene, bands = next(iter(several.items()))
     return (

@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# The band in a file's name: B02_10m, B8A, SR_B4, between separators.
-PATTERN = r"(?:^|[_.-])(?P<band>B\d{1,2}A?)(?:_(?P<metres>\d+)m)?(?=$|[_.-])"
+# The band in a file's name: B02_10m, B8A, SR_B4, between separators. Landsat's SR_B4 and ST_B10 are of one scene.
+PATTERN = r"(?:^|[_.-])(?:S[RT]_)?(?P<band>B\d{1,2}A?)(?:_(?P<metres>\d+)m)?(?=$|[_.-])"
+_QUALITY_FOLDER, _QUALITY = "QI_DATA", "MSK_"  # of Sentinel-2: masks of each band, named as a band is
 _RESOLUTION_FOLDER = re.compile(r"R\d+m")  # IMG_DATA/R10m of Sentinel-2 L2A
 
 
@@ -19,6 +20,12 @@ class BandFile:
     metres: float  # a pixel, as the name says; infinite: it does not
 
 
+def is_quality(path: str) -> bool:
+    """Whether a file tells the quality of bands, as Sentinel-2's masks do."""
+    *folders, name = path.split("/")
+    return _QUALITY_FOLDER in folders or name.startswith(_QUALITY)
+
+
 def band_file(path: str, pattern: re.Pattern[str]) -> BandFile | None:
     """A file as its name describes it; None if it names no band.
 
@@ -28,6 +35,8 @@ def band_file(path: str, pattern: re.Pattern[str]) -> BandFile | None:
     """
     *folders, name = path.split("/")
     stem = name.rpartition(".")[0] or name
+    if is_quality(path):
+        return None
     matches = list(pattern.finditer(stem))
     if not matches:
         return None

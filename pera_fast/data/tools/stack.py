@@ -138,7 +138,8 @@ def _scenes(root: Path, settings: StackSettings, pattern: re.Pattern[str]) -> tu
     made = []
     for name, files in whole.items():
         chosen = {band: files[band] for band in bands}
-        about = {"files": {band: [path, *found[path]] for band, path in chosen.items()}, "how": settings.resampling}
+        made_of = [[band, path, *found[path]] for band, path in chosen.items()]  # a list, because the order counts
+        about = {"files": made_of, "how": settings.resampling}
         made.append(_Scene(name.replace("/", "__"), chosen, about))
     return made, told
 

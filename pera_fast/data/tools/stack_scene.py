@@ -71,14 +71,28 @@ def _plan(sources: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             raise StackError(f"{band} has another size, and no place that says where its pixels lie")
         if source.crs is not None and not _overlap(source, grid):
             raise StackError(f"{band} lies elsewhere than the others")
-    nodata = {source.nodata for source in sources.values()}
+    _refuse_what_is_lost(sources)
     dtype = np.result_type(*(source.dtypes[0] for source in sources.values()))
     return grid, {
         "driver": "GTiff", "width": grid.width, "height": grid.height, "count": len(sources), "dtype": dtype,
-        "crs": grid.crs, "transform": grid.transform, "nodata": nodata.pop() if len(nodata) == 1 else None,
+        "crs": grid.crs, "transform": grid.transform, "nodata": grid.nodata,
         "tiled": True, "blockxsize": _BLOCK, "blockysize": _BLOCK, "compress": "deflate",
         "predictor": 3 if dtype.kind == "f" else 2, "interleave": "pixel", "bigtiff": "if_safer",
     }  # fmt: skip
+
+
+def _refuse_what_is_lost(sources: dict[str, Any]) -> None:
+    """Raises StackError for what one GeoTIFF of all bands cannot hold: it would be gone without a word."""
+    from rasterio.enums import MaskFlags
+
+    (first, *_), nodata = sources, {band: str(source.nodata) for band, source in sources.items()}  # nan != nan
+    for band, source in sources.items():
+        if nodata[band] != nodata[first]:
+            raise StackError(f"{first} declares nodata {nodata[first]} and {band} {nodata[band]}; a GeoTIFF has one")
+        if MaskFlags.per_dataset in source.mask_flag_enums[0]:
+            raise StackError(f"{band} has a mask, which would be lost; declare a nodata value instead")
+        if source.gcps[0] or (source.rpcs and source.crs is None):
+            raise StackError(f"{band} lies by control points, which would be lost; warp it first (gdalwarp)")
 
 
 def _overlap(source: Any, grid: Any) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import rasterio.control
 from affine import Affine
 from data_support import small_config
 
@@ -128,6 +129,53 @@ def test_what_cannot_be_stacked_is_named(tmp_path):
     assert not list((tmp_path / "out").glob("*.tif"))
 
 
+def test_masks_of_bands_are_no_scenes(tmp_path):
+    """A .SAFE folder holds a mask of each band, in files that are named as bands are."""
+    safe(tmp_path / "in")
+    quality = (tmp_path / "in" / IMAGES).parent / "QI_DATA"
+    for mask in ("DETFOO_B01", "DETFOO_B02", "DETFOO_B03", "CLASSI_B00", "CLDPRB_20m"):
+        write(quality / f"MSK_{mask}.jp2", np.ones((20, 20), np.uint8), 60)
+    with pytest.raises(UserError, match=r"its files are single bands \(B01, B02, B03, B8A, ... of S2A.SAFE"):
+        open_or_build(tmp_path / "in", small_config())
+    told = stack(tmp_path / "in", tmp_path / "out", progress=False)
+    assert told.endswith("1 scenes of bands B01,B02,B03,B8A,B11; 6 file(s) name no band")
+
+
+def test_bands_in_another_order_are_another_stack(tmp_path):
+    safe(tmp_path / "in")
+    for bands in (("B02", "B03"), ("B03", "B02")):
+        stack(tmp_path / "in", tmp_path / "out", StackSettings(bands), progress=False)
+        with rasterio.open(next((tmp_path / "out").glob("*.tif"))) as scene:
+            assert scene.descriptions == bands
+
+
+@pytest.mark.parametrize(("first", "second", "kept"), [(0, 0, "0.0"), ("nan", "nan", "nan"), (None, None, "None")])
+def test_nodata_is_kept(first, second, kept, tmp_path):
+    for band, value in (("B1", first), ("B2", second)):
+        nodata = None if value is None else float(value)
+        write(tmp_path / "in" / f"x_{band}.tif", ramp(40, 1).astype(np.float32), 30, nodata=nodata)
+    stack(tmp_path / "in", tmp_path / "out", progress=False)
+    with rasterio.open(tmp_path / "out" / "x.tif") as scene:
+        assert str(scene.nodata) == kept
+
+
+def test_what_would_be_lost_is_refused(tmp_path):
+    for scene, nodata in (("x", 0), ("y", None)):
+        write(tmp_path / scene / "s_B1.tif", ramp(40, 1), 30, nodata=nodata)
+        write(tmp_path / scene / "s_B2.tif", ramp(40, 2), 30)
+    with rasterio.open(tmp_path / "y" / "s_B2.tif", "r+") as file:
+        file.write_mask(np.eye(40, dtype=np.uint8) * 255)
+    corners = [rasterio.control.GroundControlPoint(r, c, 5e5 + c, 5e6 - r) for r, c in ((0, 0), (0, 40), (40, 0))]
+    write(tmp_path / "z" / "s_B1.tif", ramp(40, 1), 30, transform=None, gcps=corners)
+    for scene, told in (
+        ("x", "B1 declares nodata 0.0 and B2 None; a GeoTIFF has one"),
+        ("y", "B2 has a mask, which would be lost; declare a nodata value instead"),
+        ("z", "B1 lies by control points, which would be lost; warp it first"),
+    ):
+        with pytest.raises(UserError, match=told):
+            stack(tmp_path / scene, tmp_path / "out" / scene, progress=False)
+
+
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
@@ -151,7 +199,10 @@ def test_names_of_bands():
 
     assert parts("R20m/T32TQM_20200101T101031_B8A_20m.jp2") == ("T32TQM_20200101T101031", "B8A", 20)
     assert parts("T32TQM_20200101T101031_B02.jp2") == ("T32TQM_20200101T101031", "B02", float("inf"))
-    assert parts("a/LC08_L2SP_193024_SR_B10.TIF") == ("a/LC08_L2SP_193024_SR", "B10", float("inf"))
+    assert parts("a/LC08_L2SP_193024_SR_B7.TIF") == ("a/LC08_L2SP_193024", "B7", float("inf"))
+    assert parts("a/LC08_L2SP_193024_ST_B10.TIF") == ("a/LC08_L2SP_193024", "B10", float("inf"))
+    assert parts("S2A.SAFE/GRANULE/L2A_T32/QI_DATA/MSK_DETFOO_B02.jp2") is None
+    assert parts("MSK_CLASSI_B00.jp2") is None
     assert parts("a/B4.tif") == ("a/scene", "B4", float("inf"))
     assert parts("IMG_0012.jpg") is None
     assert parts("SUB02_x.tif") is None
