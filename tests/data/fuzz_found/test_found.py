@@ -160,8 +160,9 @@ def test_strange_names_in_a_journal_are_left_alone(tmp_path, name):
     [
         "data.decode_on=" + "9" * 5000, "[" * 2000, "{a: " * 500, "views.mean=" + "[" * 2000,
         "optim.lr=" + "9" * 400, "train.steps" + "{a: " * 400 + "=1", "views.mean=[" + "1" * 400 + ",1,1]",
+        "model.embed_dim=384" + "9" * 400, "model.embed_dim=3849999999999999999",
     ],
-    ids=["long", "no key", "braces", "deep", "no float", "long key", "no float in a list"],
+    ids=["long", "no key", "braces", "deep", "no float", "long key", "no float in a list", "no width", "huge width"],
 )  # fmt: skip
 def test_long_and_deep_settings_are_refused_in_one_line(override):
     with pytest.raises(UserError) as error:
