@@ -67,7 +67,7 @@ def _check_sizes(cfg: Config) -> None:
             why = f"must be a multiple of model.patch_size={m.patch_size}; nearest: {' or '.join(map(str, near))}"
             raise fail(f"views.{name}", size, why)
     if m.embed_dim % m.num_heads:
-        heads = [h for h in range(1, m.embed_dim + 1) if m.embed_dim % h == 0]
+        heads = [h for h in range(1, min(m.embed_dim, 2**16) + 1) if m.embed_dim % h == 0]
         close = sorted(sorted(heads, key=lambda h: abs(h - m.num_heads))[:4])
         why = f"must divide model.embed_dim={m.embed_dim}; nearest that do: {', '.join(map(str, close))}"
         raise fail("model.num_heads", m.num_heads, why)

@@ -12,6 +12,7 @@ from pera_fast.config.tree import Config, Value
 from pera_fast.errors import UserError
 
 Differences = dict[str, tuple[Value, Value]]
+_MOST = 2**63  # of a whole number
 _RECIPES = Path(__file__).parent.parent / "recipes"
 
 
@@ -167,7 +168,8 @@ def _typed(key: str, value: Any) -> Value:
         if _number(value):
             return float(value)
     elif isinstance(value, base) and (base is bool or not isinstance(value, bool)):
-        return value
+        if base is not int or abs(value) < _MOST:
+            return value
     raise fail(key, value, f"wants {wants(key)}")
 
 

@@ -15,6 +15,7 @@ from pera_fast.data.decoding.upright import upright
 from pera_fast.data.decoding.with_pillow import open_image, orientation_of, without_texts
 
 DRIVERS = {"tiff": "GTiff", "jpeg2000": "JP2OpenJPEG", "png": "PNG", "pnm": "PNM"}
+_MOST_BLOCK = 2**24  # pixels of a block that are no matter
 _TOLERANT = ("png", "pnm")  # formats in which GDAL takes a damaged file for a good one, and Pillow does not
 
 
@@ -27,6 +28,7 @@ def read(data: bytes | memoryview, kind: str | None, about: Declared, bands: Ban
             orientation = orientation_of(image)
         data = without_texts(data)
     with open_raster(data, kind) as raster:
+        _check_blocks(raster)
         numbers = band_numbers(bands, raster.count, raster.descriptions) if bands else list(raster.indexes)
         values = raster.read(numbers)
         valid, opaque = _masks(raster, numbers, convert)
@@ -44,6 +46,13 @@ def read(data: bytes | memoryview, kind: str | None, about: Declared, bands: Ban
         scale, shift = _scale_and_shift(raster, numbers) if deep else (None, None)
     valid, opaque = (None if each is None else upright(each, orientation) for each in (valid, opaque))
     return Raster(upright(values, orientation), valid, opaque, shift, scale)
+
+
+def _check_blocks(raster: Any) -> None:
+    """Raises ValueError for blocks far larger than the image, for which GDAL would take memory all the same."""
+    for height, width in raster.block_shapes:
+        if height * width > max(4 * raster.width * raster.height, _MOST_BLOCK):
+            raise ValueError(f"has blocks of {width} x {height} pixels, the image {raster.width} x {raster.height}")
 
 
 @contextlib.contextmanager

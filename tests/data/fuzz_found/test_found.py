@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 import struct
 import zlib
 from pathlib import Path
@@ -9,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_support import raster, scene, small_config, write_scenes
+from data_support import encoded, raster, scene, small_config, write_scenes
 from loader_support import index
 from PIL import Image
 from safetensors.torch import load_file
 
 from pera_fast import cli
 from pera_fast.config import load_config, read_config
+from pera_fast.data.decoding import decode
 from pera_fast.data.decoding.probe import ProbeResult, ProbeSettings
 from pera_fast.data.files.manifest import Manifest, to_table
 from pera_fast.data.files.skipped import SkippedFiles
@@ -85,6 +87,22 @@ def test_colours_with_nodata_become_gray(tmp_path):
     assert not skipped.path.exists()
 
 
+def test_a_small_image_in_a_huge_block_takes_no_memory(tmp_path):
+    """56 x 40 pixels in a JPEG 2000 tile of 56 x 134,217,768: GDAL took 7 GiB a band."""
+    data = bytearray(encoded(Image.fromarray(scene(1, 40, 56)), "JPEG2000", no_jp2=True))
+    tile_height = data.index(b"\xff\x4f\xff\x51") + 28
+    data[tile_height] = 8
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as file:
+        mapped = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**32, before[1]))
+    try:
+        with pytest.raises(ValueError, match="has blocks of 56 x 134217768 pixels, the image 56 x 40"):
+            decode.read(bytes(data), "rasterio", 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 # Index
 
 
@@ -142,8 +160,9 @@ def test_strange_names_in_a_journal_are_left_alone(tmp_path, name):
     [
         "data.decode_on=" + "9" * 5000, "[" * 2000, "{a: " * 500, "views.mean=" + "[" * 2000,
         "optim.lr=" + "9" * 400, "train.steps" + "{a: " * 400 + "=1", "views.mean=[" + "1" * 400 + ",1,1]",
+        "model.embed_dim=384" + "9" * 400, "model.embed_dim=3849999999999999999",
     ],
-    ids=["long", "no key", "braces", "deep", "no float", "long key", "no float in a list"],
+    ids=["long", "no key", "braces", "deep", "no float", "long key", "no float in a list", "no width", "huge width"],
 )  # fmt: skip
 def test_long_and_deep_settings_are_refused_in_one_line(override):
     with pytest.raises(UserError) as error:
