@@ -167,9 +167,11 @@ def _typed(key: str, value: Any) -> Value:
     elif base is float:
         if _number(value):
             return float(value)
-    elif isinstance(value, base) and (base is bool or not isinstance(value, bool)):
-        if base is not int or abs(value) < _MOST:
+    elif base is int:
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < _MOST:
             return value
+    elif isinstance(value, base):
+        return value
     raise fail(key, value, f"wants {wants(key)}")
 
 
