@@ -23,7 +23,7 @@ from pera_fast.train.checkpoint import checkpoint_path, find_checkpoints, load_c
 
 pytest.importorskip("nvidia.dali")
 
-KILLS = int(os.environ.get("PERA_TEST_KILLS", "5"))
+KILLS = int(os.environ.get("PERA_TEST_KILLS", "3"))
 SEED = int(os.environ.get("PERA_TEST_SEED", "0"))
 STEPS = 16 + 4 * KILLS
 MEASURED = {"images_per_s", "data_wait", "mem"}

@@ -147,7 +147,9 @@ class Known:
                     reusable = pc.and_(reusable, _decoded_alike(rows, now))
                 if (before.channels, before.bands) != (now.channels, now.bands):
                     reusable = pc.and_(reusable, _has_bands(rows, now))
-                yield rows.filter(reusable)
+                kept = rows.filter(reusable)
+                if kept.num_rows:
+                    yield kept
 
     def _reusable(self, rows: pa.Table) -> pa.ChunkedArray:
         """A header is not enough where a full check is asked for; what could not be opened may have become readable."""
