@@ -1,8 +1,8 @@
 """The command `python -m tests.data.fuzz`: the same cases every time, going on where it stopped, and findings kept."""
 
 import json
+import mmap
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -39,11 +39,6 @@ def test_a_case_is_the_same_every_time():
     assert case_rng(3, "labels", 7).bytes(8) not in [rng.bytes(8) for rng in others]
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
 class Planted(Target):
     """Faults of every kind, by the case's first draw."""
 
@@ -55,9 +50,8 @@ class Planted(Target):
         if self.fault == "traceback":
             raise KeyError("x")
         if self.fault == "memory":
-            # What counts is a new peak, and tests before may have left a high one.
-            room = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident()
-            np.ones(room + 2**29 + 2**26, np.uint8)
+            pages = mmap.mmap(-1, 2**29 + 2**26)  # memory of its own: what malloc gives may be resident already
+            np.frombuffer(pages, np.uint8)[:: mmap.PAGESIZE] = 1
         if self.fault == "wrong":
             raise FoundError("other contents than were written")
         return "read"
