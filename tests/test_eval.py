@@ -11,8 +11,9 @@ from PIL import Image
 
 from pera_fast.config import load_config
 from pera_fast.errors import UserError
-from pera_fast.eval.images import class_folders, from_csv, load_images
-from pera_fast.eval.knn import knn_accuracy, knn_predict
+from pera_fast.features.images import load_images
+from pera_fast.features.knn import knn_accuracy, knn_predict
+from pera_fast.features.labels import class_folders, from_csv
 
 
 def clusters(spread: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

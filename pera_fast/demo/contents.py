@@ -14,8 +14,8 @@ from pera_fast.data.index.build import load_index
 from pera_fast.data.loading.loader import Loader
 from pera_fast.demo import figures
 from pera_fast.demo.found import DemoResult, Images, verdict
-from pera_fast.eval.images import is_image, load_images
-from pera_fast.model.features import features
+from pera_fast.features.dense import features
+from pera_fast.features.images import is_image, load_images
 from pera_fast.model.inputs import StepInputs
 from pera_fast.model.pera import PerA
 from pera_fast.page import Section, render

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pera_fast.eval.images import LabelledFiles
+from pera_fast.features.labels import LabelledFiles
 
 
 @dataclass(frozen=True)

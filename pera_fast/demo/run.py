@@ -13,9 +13,10 @@ from torch import Tensor
 from pera_fast.config import Config, read_config
 from pera_fast.demo.found import DemoResult, Images, Probe, verdict
 from pera_fast.errors import UserError
-from pera_fast.eval.images import LabelledFiles, class_folders, load_images
-from pera_fast.eval.knn import knn_accuracy
-from pera_fast.model.features import features
+from pera_fast.features.dense import features
+from pera_fast.features.images import load_images
+from pera_fast.features.knn import knn_accuracy
+from pera_fast.features.labels import LabelledFiles, class_folders
 from pera_fast.model.pera import PerA
 from pera_fast.model.transformer import VisionTransformer
 from pera_fast.paths import refuse_inside

@@ -3,20 +3,18 @@
 Our parameters carry the published names, so conversion is a check and a change of container.
 """
 
-import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from pera_fast.config import Config, from_yaml
 from pera_fast.errors import UserError
 from pera_fast.model.export import teacher_metadata, timm_state_dict, write_safetensors
 from pera_fast.paths import local_path, new_file
-from pera_fast.train.checkpoint import zip_damage
+from pera_fast.weights.files import check_finite, load_torch, parameters
+from pera_fast.weights.vit import HEADS
 
-HEADS = {384: 6, 768: 12, 1024: 16}  # by width, of the published method's networks: their checkpoints do not say
 REQUIRED = (
     "student.backbone.",
     "student.cls_head.",
@@ -78,8 +76,8 @@ def convert(path: str | Path, out: str | Path, num_heads: int | None = None, ove
             folder cannot be written.
     """
     path, out = local_path("", path), local_path("--out", out)
-    stored = _load(path)
-    state = {k.removeprefix("module."): v for k, v in _parameters(stored, path).items()}
+    stored = load_torch(path)
+    state = parameters(stored, path)
     _check(state, path)
     settings = _settings(stored, path)
     found = _sizes(state, path, _heads(num_heads, settings, path))
@@ -100,50 +98,11 @@ def convert(path: str | Path, out: str | Path, num_heads: int | None = None, ove
     return result
 
 
-def _load(path: Path) -> dict:
-    if not path.exists():
-        raise UserError(f"{path}: no such file; give the authors' .params file")
-    try:
-        with open(path, "rb") as file:
-            begins = file.read(4)
-        if begins.startswith(b"PK") and (damage := zip_damage(path)):
-            raise ValueError(f"damaged: {damage}")
-        if not begins.startswith((b"PK", b"\x80")):  # a zip file; a pickle of any protocol since 2
-            raise ValueError(f"begins with {begins!r}")
-        with open(path, "rb") as file:  # by its name torch would take it for another format
-            stored = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path}: holds pickled objects other than tensors, which could run code when loaded; not loaded"
-        ) from None
-    except Exception as error:  # whatever a broken file makes the unpickler raise
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UserError(f"{path}: not a PyTorch checkpoint ({reason})") from None
-    if not isinstance(stored, dict):
-        raise UserError(f"{path}: holds a {type(stored).__name__}, not a dictionary of parameters")
-    return stored
-
-
-def _parameters(stored: dict, path: Path) -> dict[str, Tensor]:
-    state = stored.get("model", stored)
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: its entry 'model' is a {type(state).__name__}, not a dictionary of parameters")
-    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    if not tensors:
-        keys = ", ".join(f"{key!s:.40}" for key in list(stored)[:5]) or "none"
-        raise UserError(f"{path}: holds no parameters (keys: {keys})")
-    return tensors
-
-
 def _check(state: dict[str, Tensor], path: Path) -> None:
     missing = [name for name in REQUIRED if not any(key.startswith(name) for key in state)]
     if missing:
         raise UserError(f"{path}: not a published PerA checkpoint: it has no {', '.join(missing)}")
-    for name, value in state.items():
-        if value.layout != torch.strided or not value.is_floating_point():
-            raise UserError(f"{path}: {name} is {value.dtype}, {value.layout}; weights are dense floats")
-        if not value.isfinite().all():
-            raise UserError(f"{path}: {name} is not finite: the checkpoint is damaged, or its run had diverged")
+    check_finite(state, path)
     student = {k.removeprefix("student."): v.shape for k, v in state.items() if k.startswith("student.")}
     teacher = {k.removeprefix("teacher."): v.shape for k, v in state.items() if k.startswith("teacher.")}
     if student != teacher:

@@ -8,13 +8,13 @@ reason.
 import errno
 import logging
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from pera_fast.durable import whole_file
 from pera_fast.errors import UserError
+from pera_fast.weights.files import zip_damage
 
 log = logging.getLogger(__name__)
 
@@ -169,22 +169,6 @@ def load_checkpoint(path: Path) -> CheckpointState:
         return _load(path)
     except _DamagedError as error:
         raise UserError(f"{path}: damaged checkpoint ({error})") from None
-
-
-def zip_damage(path: Path) -> str:
-    """Damage that the checksums of a `torch.save` file show, which `torch.load` does not look at; empty: none."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad, entries = archive.testzip(), archive.infolist()
-    except Exception as error:  # zipfile and zlib raise many things on damaged files
-        return _reason(error) or type(error).__name__
-    if bad is not None:
-        return f"checksum of {bad} is wrong"
-    if len({entry.filename for entry in entries}) < len(entries):
-        return "a name stands twice in its directory"
-    # PyTorch stores as it is and without attributes; what an attribute calls a folder it does not read, without a word.
-    odd = (e for e in entries if e.external_attr or e.compress_type != zipfile.ZIP_STORED or e.is_dir())
-    return next((f"its directory says something odd of {entry.filename}" for entry in odd), "")
 
 
 def _is_whole(path: Path) -> bool:

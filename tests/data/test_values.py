@@ -23,7 +23,7 @@ from pera_fast.data.tools.pack_images import PackSettings
 from pera_fast.data.tools.tile import tile
 from pera_fast.data.tools.tile_grid import TileSettings
 from pera_fast.errors import UserError
-from pera_fast.eval.images import load_images
+from pera_fast.features.images import load_images
 from pera_fast.show.run import show
 
 SIDE = 48

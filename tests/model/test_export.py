@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from timm_support import import_timm
 
 from pera_fast.config import load_config
+from pera_fast.features.dense import features
 from pera_fast.model.export import export_teacher, teacher_metadata, timm_state_dict, write_safetensors
-from pera_fast.model.features import features
 from pera_fast.model.pera import PerA
 
 

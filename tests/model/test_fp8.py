@@ -8,7 +8,7 @@ from train_support import SMALL, RandomCrops
 
 from pera_fast.config import Config, load_config
 from pera_fast.errors import UserError
-from pera_fast.model.features import features
+from pera_fast.features.dense import features
 from pera_fast.model.inputs import StepInputs
 from pera_fast.model.pera import PerA
 from pera_kernels import fp8

@@ -13,7 +13,7 @@ from pera_fast import cli
 from pera_fast.data.files.companions import companion, hides
 from pera_fast.data.files.manifest import Manifest
 from pera_fast.data.index.build import build_index
-from pera_fast.eval.images import class_folders
+from pera_fast.features.labels import class_folders
 
 pytest.importorskip("nvidia.dali")
 SCENES = [f"scene{number}.tif" for number in range(4)]

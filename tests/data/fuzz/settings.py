@@ -9,7 +9,7 @@ from fuzz.target import Target, expect, judged
 from pera_fast.config import Config, from_yaml, load_config, to_yaml
 from pera_fast.config.keys import KEYS
 from pera_fast.config.listing import listing
-from pera_fast.eval.images import from_csv
+from pera_fast.features.labels import from_csv
 
 
 def checked(cfg: Config) -> None:

@@ -27,7 +27,8 @@ from pera_fast.data.tools.pack import pack
 from pera_fast.data.tools.tile import tile
 from pera_fast.data.tools.tile_grid import TileSettings
 from pera_fast.errors import UserError
-from pera_fast.eval.images import from_csv, load_images
+from pera_fast.features.images import load_images
+from pera_fast.features.labels import from_csv
 from pera_fast.interop.published import convert
 from pera_fast.model.pera import PerA
 from pera_fast.train.run_folder import RunFolder

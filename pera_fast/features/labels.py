@@ -1,26 +1,15 @@
 """Labelled images for probes: a folder per class, or a CSV that names file, class and split."""
 
 import csv
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
 
-from pera_fast.config import Config
-from pera_fast.data.bands.sensor import probe_settings, scaling_of
-from pera_fast.data.decoding import decode, formats
-from pera_fast.data.decoding.probe import read_file
-from pera_fast.data.files.companions import hides, path_companion
+from pera_fast.data.files.companions import hides
 from pera_fast.errors import UserError
-from pera_fast.storage import MachineError, Storage
-
-SUFFIXES = frozenset(f".{suffix}" for suffix in formats.SUFFIXES)
+from pera_fast.features.images import is_image
 
 
 @dataclass(frozen=True)
@@ -49,11 +38,6 @@ class LabelledFiles:
     def _take(self, rows: Sequence[int]) -> "LabelledFiles":
         files, labels = tuple(self.files[i] for i in rows), tuple(self.labels[i] for i in rows)
         return LabelledFiles(files, labels, self.classes)
-
-
-def is_image(path: Path, root: Path) -> bool:
-    """Whether a file below a folder is an image by its name, and no companion of one."""
-    return path.suffix.lower() in SUFFIXES and path_companion(path.relative_to(root).as_posix()) is None
 
 
 def class_folders(root: Path) -> LabelledFiles | None:
@@ -100,51 +84,3 @@ def from_csv(path: Path, split: str | None = None) -> LabelledFiles:
     return LabelledFiles(
         tuple(base / row["file"] for row in rows), tuple(numbers[row["class"]] for row in rows), classes
     )
-
-
-def load_images(files: Sequence[Path], size: int, cfg: Config | None = None) -> Tensor:
-    """Whole images, resized to a square.
-
-    Args:
-        files: images.
-        size: pixels a side; bilinear with antialias.
-        cfg: of a run: the bands, bits and ranges that it was trained with. None: 8-bit RGB.
-
-    Returns:
-        uint8 or uint16 [N, size, size, C].
-
-    Raises:
-        UserError: a file cannot be read, or not so.
-    """
-    cfg = cfg or Config()
-    settings, scaling = probe_settings(cfg), scaling_of(cfg)
-    pictures, storage = [], Storage(os.sep)
-    for file in files:
-        try:
-            data, _ = storage(lambda file=file: read_file(os.fspath(file)), os.fspath(file), 0)
-            pixels = scaling(decode.read_any(data, settings.channels, settings.bands))
-            pictures.append((_resized_8_bit if settings.encoded else _resized)(pixels, size))
-        except MachineError:
-            raise
-        except Exception as error:  # a library may raise anything
-            told = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{file}: cannot be read as an image for evaluation ({told})") from error
-    if pictures:
-        return torch.stack(pictures)
-    dtype = torch.uint16 if scaling.depth == 16 else torch.uint8
-    return torch.empty(0, size, size, settings.channels, dtype=dtype)
-
-
-def _resized_8_bit(pixels: np.ndarray, size: int) -> Tensor:
-    """uint8 [H, W, 3 or 1] -> [size, size, 3 or 1], as Pillow resizes."""
-    image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
-    array = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-    return torch.from_numpy(array.reshape(size, size, pixels.shape[2]).copy())
-
-
-def _resized(pixels: np.ndarray, size: int) -> Tensor:
-    """uint8 or uint16 [H, W, C] -> [size, size, C]."""
-    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(torch.float32)
-    small = F.interpolate(planes, (size, size), mode="bilinear", antialias=True)[0].round()
-    dtype = torch.uint16 if pixels.dtype == np.uint16 else torch.uint8
-    return small.clamp(0, np.iinfo(pixels.dtype).max).permute(1, 2, 0).to(dtype).contiguous()
