@@ -61,7 +61,7 @@ def _random(like: str, seed: int) -> Backbone:
 
 
 def _of_folder(path: Path, heads: int | None) -> Backbone:
-    """Of a run (config.yaml) or of an exported folder (model.safetensors)."""
+    """The backbone of a run (config.yaml) or of an exported folder (model.safetensors)."""
     exported = path / "model.safetensors"
     if exported.is_file():
         return _of_file(exported, heads)
@@ -127,7 +127,7 @@ def _described(state: dict[str, Tensor], metadata: Mapping[str, Any], source: st
 
 
 def _of_timm(name: str) -> Backbone:
-    """A model of timm by its name, with its pretrained weights from timm's hub or cache."""
+    """The model of timm by its name, with its pretrained weights from timm's hub or cache."""
     try:
         import timm
     except Exception as error:  # timm imports torchvision, which may not fit the torch that is here

@@ -27,6 +27,7 @@ from pera_fast.profile.batches import random_inputs
 from pera_fast.train.fused_update import FusedUpdate
 from pera_fast.train.optim import make_optimizer, make_scaler
 from pera_fast.train.schedules import StepValues
+from pera_kernels import products
 from pera_kernels.aot import variants
 from pera_kernels.attention import attention
 from pera_kernels.attention.triton import ColumnSums
@@ -191,6 +192,7 @@ def test_launches_of_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     part, bottleneck, crops = 64, 32, 640
     monkeypatch.setattr(weight_norm, "GPU_CHUNK_BYTES", weight_norm.GPU_CHUNK_BYTES // part)
     monkeypatch.setattr(weight_norm, "MIN_CHUNK", 1)
+    monkeypatch.setattr(products, "_FAST_ON_CPU", frozenset())  # else products in bf16, whose float32 result is a copy
     cfg = load_config("vit_b16", [*SMALL, f"model.prototypes={131072 // part}", "train.precision=bf16"])
     model = PerA(cfg)
     student, teacher = (torch.randn(crops, bottleneck).bfloat16() for _ in range(2))
