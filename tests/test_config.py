@@ -478,7 +478,7 @@ TIED = {"train.batch_size", "train.total_batch_size", "optim.warmup_epochs", "op
 TIED |= {f"model.{n}" for n in ("patch_size", "embed_dim", "num_heads", "in_chans", "student_ratio", "teacher_ratio")}
 TIED |= {f"views.{n}" for n in ("global_size", "local_size")} | {"model.masking", "train.epochs"}
 TIED |= {"views.rgb_bands", "data.bands", "data.band_scale", "data.band_range", "train.cuda_graph"}
-TIED |= {"model.teacher_precision"}
+TIED |= {"model.teacher_precision", "eval.size"}
 
 
 @settings(max_examples=40, deadline=None)
