@@ -20,6 +20,8 @@ class Purpose(IntEnum):
     DROP_PATH = 6  # sequences kept by stochastic depth; counter: micro-step, rank
     SCENE = 7  # procedural demo scenes; counter: class, index
     MEASURE = 8  # files over which bands are measured
+    ROADS = 20  # procedural pictures of roads; counter: index
+    CHANGES = 21  # procedural pairs; counter: index, and 1 or 2 for the light before and after
 
 
 def generator(seed: int, purpose: Purpose, *counter: int) -> np.random.Generator:
