@@ -9,8 +9,8 @@ from torch import Tensor
 from pera_fast.eval.lbfgs import minimise
 
 STRENGTHS = 10.0 ** torch.linspace(-6, 5, 40, dtype=torch.float64)  # values of C: the range of DINOv2's linear probe
-# Numbers in the largest tensors of one batch of problems. On a CPU few at a time are quicker, each batch beginning where
-# the last ended: 40 values of C, 1680 x 384 features, 21 classes, one core: 3.1 s by 4, 3.3 s by 10, 4.0 s all at once.
+# Numbers in the largest tensors of one batch of problems. On a CPU few at a time are quicker, each batch beginning
+# where the last ended: 40 values of C, 1680 x 384 features, 21 classes, one core: 3.1 s by 4, 3.3 s by 10, 4.0 s all at once.
 _BUDGET = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
@@ -37,7 +37,9 @@ class Linear:
         return (rows @ self.weight.reshape(d, k * c)).view(-1, k, c).transpose(0, 1) + self.bias[:, None]
 
 
-def fit(features: Tensor, targets: Tensor, strengths: Tensor = STRENGTHS, tolerance: float = 1e-4) -> Linear:
+def fit(
+    features: Tensor, targets: Tensor, classes: int, strengths: Tensor = STRENGTHS, tolerance: float = 1e-4
+) -> Linear:
     """Logistic regressions on the same features, one for each C.
 
     Minimises the mean loss + |w|^2 / (2 C N), scikit-learn's objective divided by C N; the bias is not regularised.
@@ -48,6 +50,7 @@ def fit(features: Tensor, targets: Tensor, strengths: Tensor = STRENGTHS, tolera
         features: [N, D] on the device that computes.
         targets: int64 [N], one class each, then the loss is the cross entropy; or float [N, C] of 0 and 1, several
             classes each, then it is the sum over classes of the binary one.
+        classes: C; one that no sample has is allowed.
         strengths: [K] values of C, rising.
         tolerance: of the largest entry of the gradient.
     """
@@ -59,7 +62,6 @@ def fit(features: Tensor, targets: Tensor, strengths: Tensor = STRENGTHS, tolera
     kept = singular > 1e-6 * singular.max().clamp_min(1e-12)
     axes, variance = axes[kept], singular[kept].square() / len(rows)
     data = torch.cat([rows @ axes.t(), rows.new_ones(len(rows), 1)], 1)
-    classes = targets.shape[1] if targets.ndim == 2 else int(targets.max()) + 1
     penalty = (1 / (strengths * len(rows))).to(data)
     size = max(_BUDGET[data.device.type] // (classes * max(len(rows), 20 * data.shape[1])), 1)
     found, done, start = [], [], data.new_zeros(data.shape[1], 1, classes)

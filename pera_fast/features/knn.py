@@ -7,9 +7,7 @@ from torch import Tensor
 _BUDGET = 1 << 26  # similarities at a time
 
 
-def knn_shares(
-    train: Tensor, targets: Tensor, test: Tensor, k: int = 20, temperature: float | None = 0.07
-) -> Tensor:
+def knn_shares(train: Tensor, targets: Tensor, test: Tensor, k: int = 20, temperature: float | None = 0.07) -> Tensor:
     """Shares of the votes for each class, by the nearest training features of each test feature.
 
     Args:
