@@ -10,7 +10,7 @@ from pera_fast.eval.lbfgs import minimise
 
 STRENGTHS = 10.0 ** torch.linspace(-6, 5, 40, dtype=torch.float64)  # values of C: the range of DINOv2's linear probe
 # Numbers in the largest tensors of one batch of problems. On a CPU few at a time are quicker, each batch beginning
-# where the last ended: 40 values of C, 1680 x 384 features, 21 classes, one core: 3.1 s by 4, 3.3 s by 10, 4.0 s all at once.
+# where the last ended: 40 values of C, 1680 x 384 features, 21 classes, one core: 3.1 s by 4, 4.0 s all at once.
 _BUDGET = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 

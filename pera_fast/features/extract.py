@@ -26,7 +26,7 @@ R = TypeVar("R")
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
-    """The device of a frozen network: auto, cpu or cuda. Raises UserError for others, and for cuda where there is none."""
+    """The device of a frozen network, of `DEVICES`. Raises UserError for others, and for cuda where there is none."""
     if wanted not in DEVICES:
         raise UserError(f"--device {wanted}: wants one of {', '.join(DEVICES)}{did_you_mean(wanted, DEVICES)}")
     if wanted == "cuda" and not torch.cuda.is_available():
