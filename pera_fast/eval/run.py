@@ -142,13 +142,17 @@ def evaluate(
         backbone = wanted if isinstance(wanted, Backbone) else load_backbone(wanted, heads, seed)
         return Extractor(backbone, options.device, size, precision, batch_size)
 
+    extractor = None
     for wanted in named.values():  # what is wrong with the last weights is said before the first take their time
-        _check(opened(wanted), samples)
+        extractor = opened(wanted)
+        _check(extractor, samples)
     if folder is not None:
         _make(folder)
     entries: list[Entry] = []
     for name, wanted in named.items():
-        entries += _entries(task, name, opened(wanted), parts, shares, options)
+        if extractor is None or len(named) > 1:  # several may not fit into memory side by side
+            extractor = opened(wanted)
+        entries += _entries(task, name, extractor, parts, shares, options)
     settings = _settings(samples, parts, named, size, seed, options.device)
     found = Evaluation(task, samples, parts, tuple(entries), settings)
     return found if folder is None else _written(found, folder)
