@@ -112,3 +112,12 @@ def test_measures_of_several_labels() -> None:
     assert found["mean_average_precision"] == pytest.approx((1 + (1 + 1 + 3 / 4) / 3) / 2)
     assert found["micro_f1"] == pytest.approx(2 * 4 / (5 + 5))
     assert found["macro_f1"] == pytest.approx((1 + 0.8 + 0) / 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_finds_what_the_cpu_finds(found: Evaluation) -> None:
+    there = evaluate("scene", found.samples, network(), device="cuda", precision="fp32", progress=False)
+    expected = found.entries[0].result.metrics
+    for name, value in there.entries[0].result.metrics.items():
+        assert abs(value - expected[name]) < 0.15, name
