@@ -105,8 +105,8 @@ def masks_of(
     if not names and (greatest >= MOST_CLASSES or (_UNLABELLED in both and _UNLABELLED - 1 not in both)):
         value = greatest if greatest >= MOST_CLASSES else _UNLABELLED
         raise UserError(
-            f"{both[value]}: has the value {value} beside {_short(sorted(both.keys() - {value}))}; give --ignore {value} if"
-            " it marks pixels without a label, or --classes with a name for each class"
+            f"{both[value]}: has the value {value} beside {_short(sorted(both.keys() - {value}))}; give"
+            f" --ignore {value} if it marks pixels without a label, or --classes with a name for each class"
         )
     classes = tuple(names) or tuple(str(number) for number in range(max(found) + 1))
     _check_learnable(train, found, measured, classes, bool(names), notes)
@@ -146,7 +146,10 @@ def _values_of(files: Iterable[Path], ignore: int | None) -> dict[int, Path]:
 
 
 def _beyond(file: Path, value: int, names: Sequence[str]) -> str:
-    return f"{file}: has the value {value}, and the classes are 0 to {len(names) - 1} ({_short(names)}); name all of them with --classes, or leave the value out with --ignore {value}"
+    return (
+        f"{file}: has the value {value}, and the classes are 0 to {len(names) - 1} ({_short(names)}); name all of them"
+        f" with --classes, or leave the value out with --ignore {value}"
+    )
 
 
 def _short(values: Iterable[object], most: int = 6) -> str:
