@@ -22,6 +22,8 @@ class Purpose(IntEnum):
     MEASURE = 8  # files over which bands are measured
     LABELS = 9  # labelled samples of a share, in evaluations; counter: class
     BOOTSTRAP = 10  # test samples drawn with replacement
+    ROADS = 20  # procedural pictures of roads; counter: index
+    CHANGES = 21  # procedural pairs; counter: index, and 1 or 2 for the light before and after
 
 
 def generator(seed: int, purpose: Purpose, *counter: int) -> np.random.Generator:

@@ -10,21 +10,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from pera_fast.eval.run import Entry, Evaluation
+from pera_fast.eval.tables import percent, words
 from pera_fast.page import Section, grid, png, render
 
 COLOURS = ("#0f766e", "#b45309", "#1d4ed8", "#9d174d", "#4d7c0f", "#6b7280")
-
-
-def percent(value: float) -> str:
-    """A share as per cent with one decimal, without the sign."""
-    return f"{100 * value:.1f}"
-
-
-def words(metric: str) -> str:
-    """The name of a metric as a reader says it: `macro_f1` -> `macro F1`."""
-    return (
-        metric.replace("_", " ").replace(".", ", ").replace(" f1", " F1").replace("miou", "mIoU").replace("iou", "IoU")
-    )
 
 
 def table(found: Evaluation, entries: Sequence[Entry] | None = None) -> tuple[list[str], list[list[str]]]:
@@ -63,9 +52,8 @@ def report_html(found: Evaluation) -> str:
     for entry in found.largest:
         prefix = f"{_short(entry.weights)}: " if several else ""
         sections += [replace(section, title=f"{prefix}{section.title}") for section in entry.result.sections]
-    notes = [f"{_short(entry.weights)}: {note}" for entry in found.entries for note in entry.result.notes]
-    if notes:
-        items = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(notes))
+    if found.notes:
+        items = "".join(f"<li>{html.escape(note)}</li>" for note in found.notes)
         sections.append(Section("Notes", f"<ul>{items}</ul>"))
     return render(f"pera-fast eval: {found.task}", _lead(found), cards, sections, _numbers(found))
 

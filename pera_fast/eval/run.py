@@ -19,7 +19,7 @@ from pera_fast.eval.task import Options, Parts, Probe, TaskResult, parts_of
 from pera_fast.features.extract import POOLINGS, Extractor, choose_device
 from pera_fast.features.samples import TASKS, Samples, read_samples
 from pera_fast.paths import local_path, refuse_inside
-from pera_fast.weights.backbone import Backbone
+from pera_fast.weights.backbone import Backbone, random_backbone
 from pera_fast.weights.load import load_backbone
 
 REPORT, NUMBERS = "report.html", "report.json"
@@ -72,6 +72,15 @@ class Evaluation:
         share = max(entry.share for entry in self.entries)
         return tuple(entry for entry in self.entries if entry.share == share)
 
+    @property
+    def notes(self) -> list[str]:
+        """A line for each thing that a reader of the numbers should know."""
+        told: list[str] = []
+        for entry in self.entries:
+            at = f"{entry.weights}, {100 * entry.share:g} % of the labels" if entry.share < 1 else entry.weights
+            told += [f"{at}: {note}" for note in entry.result.notes]
+        return list(dict.fromkeys(told))
+
 
 def evaluate(
     task: str,
@@ -121,10 +130,12 @@ def evaluate(
         raise UserError(f"--task {task}: no such task; known: {', '.join(TASKS)}{did_you_mean(task, TASKS)}")
     shares, poolings = _shares(labels), _poolings(poolings)
     given = [weights] if isinstance(weights, str | os.PathLike | Backbone) else list(weights)
-    named = _named(given)
+    named = _named(given, seed)
     folder = None if out is None else _folder(out, data, overwrite)
     options = Options(choose_device(device), poolings, seed, progress)
-    samples = data if isinstance(data, Samples) else read_samples(task, os.fspath(data), root and os.fspath(root))
+    samples = (
+        data if isinstance(data, Samples) else read_samples(task, Path(data), None if root is None else Path(root))
+    )
     parts = parts_of(samples, seed)
 
     def opened(wanted: Weights) -> Extractor:
@@ -189,23 +200,22 @@ def _poolings(poolings: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(poolings))
 
 
-def _named(given: Sequence[Weights]) -> dict[str, Weights]:
+def _named(given: Sequence[Weights], seed: int) -> dict[str, Weights]:
     """The weights by name, in order; `random` alone becomes that of the sizes of the first others."""
     if not given:
         raise UserError("--weights: give at least one")
-    first = next((one for one in given if str(one) != "random"), None)
+    first = next((one for one in given if isinstance(one, Backbone) or os.fspath(one) != "random"), None)
     named: dict[str, Weights] = {}
     for one in given:
         name = one.source if isinstance(one, Backbone) else os.fspath(one)
-        if name == "random" and isinstance(first, Backbone):
-            from pera_fast.weights.backbone import random_backbone
-
-            one = random_backbone(first.cfg, "random")
-        elif name == "random" and first is not None:
-            one = f"random:{os.fspath(first)}"
         if name in named:
             raise UserError(f"--weights {name}: is given twice; give each once")
-        named[name] = one
+        if name != "random" or isinstance(one, Backbone) or first is None:
+            named[name] = one
+        elif isinstance(first, Backbone):
+            named[name] = random_backbone(first.cfg.with_values({"train.seed": seed}), name)
+        else:
+            named[name] = f"random:{os.fspath(first)}"
     return named
 
 
