@@ -17,6 +17,7 @@ from pera_fast.features.samples import Samples
 from pera_fast.keyed import Purpose, generator
 from pera_fast.page import Section
 
+HEADS = ("linear", "conv")  # for masks
 TEST_SHARE, VAL_SHARE = 0.2, 0.2  # of samples without splits; of labelled samples without a validation part
 
 
@@ -29,12 +30,24 @@ class Options:
         poolings: of `POOLINGS`, in order; for scenes.
         seed: of every draw.
         progress: show progress bars, on a terminal.
+        size: pixels a side of the network's input, for masks; None: by the images' size.
+        head: of `HEADS`, for masks.
+        layers: blocks whose features a head for masks sees, evenly spread; at most all.
+        classes: names of the classes 0, 1, ... of masks; empty: those of the training masks, by number.
+        ignore: value of masks whose pixels count for nothing.
+        folds: of a cross-validation over all samples with masks; 0: the data's own splits.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     poolings: tuple[str, ...] = POOLINGS
     seed: int = 0
     progress: bool = True
+    size: int | None = None
+    head: str = "linear"
+    layers: int = 4
+    classes: tuple[str, ...] = ()
+    ignore: int | None = None
+    folds: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,6 +154,7 @@ class TaskResult:
         sections: of the report; shown for the largest share of the labels.
         notes: a line each, for the terminal and the report.
         details: further values for the JSON file, which its encoder takes.
+        classes: names of the classes, where the samples do not have them.
     """
 
     headline: str
@@ -150,6 +164,7 @@ class TaskResult:
     sections: list[Section] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
 
 
 Probe = Callable[[float], TaskResult]
