@@ -17,7 +17,7 @@ from pera_fast.eval.task import Options, Parts, Probe, TaskResult
 from pera_fast.features.extract import Extractor
 
 FEW = 40  # labelled pairs up to which a threshold is chosen on all of them, each judged by a head that it did not teach
-INNER_FOLDS = 4
+INNER_FOLDS = 3
 
 
 def begin(parts: Parts, extractor: Extractor, options: Options) -> Probe:

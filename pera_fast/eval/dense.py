@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pera_fast.errors import UserError
 from pera_fast.eval import pixels
-from pera_fast.eval.heads import SCHEDULES, new_head, planned_steps, train_head, upsample
+from pera_fast.eval.heads import HIDDEN, SCHEDULES, new_head, planned_steps, train_head, upsample
 from pera_fast.eval.pieces import Pieces
 from pera_fast.eval.task import Options, Parts
 from pera_fast.features.extract import Extractor
@@ -104,7 +104,8 @@ class Dense:
     def fit(self, rows: Sequence[int], seed: int, progress: str = "head") -> nn.Module:
         """A head that learned from some samples."""
         kind, pieces = self.options.head, self.pieces
-        head = new_head(kind, pieces.width, len(self.classes), seed).to(pieces.device)
+        hidden = min(HIDDEN, pieces.extractor.backbone.width)  # a small network's features need no wider head
+        head = new_head(kind, pieces.width, len(self.classes), seed, hidden).to(pieces.device)
         steps = planned_steps(len(pieces.order(rows, np.random.default_rng(0))), SCHEDULES[kind])
         with progress_bar(progress, steps, wanted=self.options.progress) as advance:
             train_head(head, pieces.batch, lambda rng: pieces.order(rows, rng), SCHEDULES[kind], seed, advance)

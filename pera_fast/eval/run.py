@@ -147,7 +147,7 @@ def evaluate(
     shares, poolings = _shares(labels), _poolings(poolings)
     given = [weights] if isinstance(weights, str | os.PathLike | Backbone) else list(weights)
     named = _named(given, seed)
-    folder = None if out is None else _folder(out, data, overwrite)
+    folder = None if out is None else _free_folder(out, data, overwrite)
     options = Options(
         choose_device(device), poolings, seed, progress, size, _head(head), layers, tuple(classes), ignore, folds
     )
@@ -162,13 +162,16 @@ def evaluate(
         backbone = wanted if isinstance(wanted, Backbone) else load_backbone(wanted, heads, seed)
         return Extractor(backbone, options.device, size, precision, batch_size)
 
-    if len(named) > 1:  # what is wrong with the last weights is said before the first take their time
-        for wanted in named.values():
-            _check(opened(wanted), samples)
-    entries: list[Entry] = []
-    for name, wanted in named.items():
+    extractor = None
+    for wanted in named.values():  # what is wrong with the last weights is said before the first take their time
         extractor = opened(wanted)
         _check(extractor, samples)
+    if folder is not None:
+        _make(folder)
+    entries: list[Entry] = []
+    for name, wanted in named.items():
+        if extractor is None or len(named) > 1:  # several may not fit into memory side by side
+            extractor = opened(wanted)
         entries += _entries(task, name, extractor, parts, shares, options)
     settings = _settings(samples, parts, named, size, seed, options.device)
     if folds:
@@ -198,6 +201,7 @@ def _check(extractor: Extractor, samples: Samples) -> None:
     for path in samples.images[0]:
         try:
             extractor.read(path)
+            extractor.read.check_bands(path)
         except UserError as error:
             raise UserError(f"--weights {extractor.backbone.source}: {error}") from None
 
@@ -232,7 +236,8 @@ def _named(given: Sequence[Weights], seed: int) -> dict[str, Weights]:
     """The weights by name, in order; `random` alone becomes that of the sizes of the first others."""
     if not given:
         raise UserError("--weights: give at least one")
-    first = next((one for one in given if isinstance(one, Backbone) or os.fspath(one) != "random"), None)
+    others = [one for one in given if isinstance(one, Backbone) or os.fspath(one).partition(":")[0] != "random"]
+    first = next(iter(others), None)
     named: dict[str, Weights] = {}
     for one in given:
         name = one.source if isinstance(one, Backbone) else os.fspath(one)
@@ -247,8 +252,8 @@ def _named(given: Sequence[Weights], seed: int) -> dict[str, Weights]:
     return named
 
 
-def _folder(out: str | os.PathLike[str], data: str | os.PathLike[str] | Samples, overwrite: bool) -> Path:
-    """The folder for the report, made if it is not there."""
+def _free_folder(out: str | os.PathLike[str], data: str | os.PathLike[str] | Samples, overwrite: bool) -> Path:
+    """The folder for the report. Raises UserError where it cannot be one."""
     folder = local_path("--out", out)
     if not isinstance(data, Samples):
         refuse_inside("--out", folder, data)
@@ -257,11 +262,18 @@ def _folder(out: str | os.PathLike[str], data: str | os.PathLike[str] | Samples,
     for name in (REPORT, NUMBERS):
         if (folder / name).exists() and not overwrite:
             raise UserError(f"--out {folder}: holds {name} already; give another folder, or --overwrite to replace it")
+    return folder
+
+
+def _make(folder: Path) -> None:
+    """Make the folder. Raises UserError where nothing can be written there: before hours are spent."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(folder / ".writable") as partial:
+            partial.touch()
+        (folder / ".writable").unlink()
     except OSError as error:
         raise UserError(f"--out {folder}: cannot write there ({error.strerror}); give another folder") from None
-    return folder
 
 
 def _settings(
