@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from pera_fast.errors import UserError
 from pera_fast.eval import dense_report, pixels
 from pera_fast.eval.dense import Dense, Measured, Split, examples, joined_measures, prepare
 from pera_fast.eval.scores import resamples
@@ -23,11 +22,6 @@ INNER_FOLDS = 3
 def begin(parts: Parts, extractor: Extractor, options: Options) -> Probe:
     """Extract differences of patch features of all pairs, once for every share of the labels."""
     dense = prepare(parts, extractor, options)
-    if len(dense.classes) != 2:
-        raise UserError(
-            f"{parts.labelled.source}: its masks have {len(dense.classes)} classes ({', '.join(dense.classes[:6])});"
-            " --task change wants two: 0 unchanged, 1 changed; other values can be left out with --ignore"
-        )
     return lambda share: _result(dense, share)
 
 
@@ -38,7 +32,9 @@ def _result(dense: Dense, share: float) -> TaskResult:
         threshold = _threshold(dense, split)
         thresholds.append(threshold)
         head = dense.fit(split.labelled, seed)
-        found.append(dense.measure(head, split.test, lambda logits, at=threshold: _margin(logits) >= at, drawn))
+        found.append(
+            dense.measure(head, split.test, lambda logits, at=threshold: (_margin(logits) >= at).long(), drawn)
+        )
     return _scored(dense, joined_measures(found), thresholds)
 
 

@@ -8,13 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pera_fast.errors import UserError
 from pera_fast.eval import pixels
 from pera_fast.eval.heads import HIDDEN, SCHEDULES, new_head, planned_steps, train_head, upsample
 from pera_fast.eval.pieces import Pieces
 from pera_fast.eval.task import Options, Parts
 from pera_fast.features.extract import Extractor
-from pera_fast.features.masks import masks_of
 from pera_fast.features.samples import Samples
 from pera_fast.features.tiles import blend
 from pera_fast.progress import progress_bar
@@ -179,28 +177,31 @@ def _tile_logits(head: nn.Module, batches: Iterable[Tensor], size: int) -> Itera
 
 
 def prepare(parts: Parts, extractor: Extractor, options: Options) -> Dense:
-    """Read all masks and images, and extract the features of one network.
+    """Read all images and masks, and extract the features of one network.
+
+    Args:
+        parts: from `task.with_masks`.
+        extractor: of the network, of any size.
+        options: of the evaluation.
 
     Raises:
-        UserError: the masks or options do not fit; one line says why.
+        UserError: an image cannot be read, or its mask has another size.
     """
-    labelled, test = parts.labelled, parts.test
-    together = joined(labelled, test)
-    if options.folds and not 2 <= options.folds <= len(together):
-        raise UserError(f"--folds {options.folds}: wants 2 to {len(together)}, the number of samples")
-    measured = None if options.folds else test
-    masks = masks_of(together if options.folds else labelled, measured, options.ignore, options.classes)
+    together, masks = joined(parts.labelled, parts.test), parts.masks
+    assert masks is not None
     notes = list(masks.notes)
     patch, trained = extractor.backbone.cfg.model.patch_size, extractor.backbone.cfg.views.global_size
-    height, width = extractor.read(labelled.images[0][0]).shape[:2]
-    if options.size is None:
-        extractor = extractor.at(network_size(max(height, width), patch, trained))
+    height, width = extractor.read(together.images[0][0]).shape[:2]
+    size = options.size
+    if size is None:
+        size = network_size(max(height, width), patch, trained)
         notes.append(
-            f"the network sees tiles of {extractor.size} px (--size), for images of {width} x {height} px and weights"
-            f" trained at {trained} px"
+            f"the network sees tiles of {size} px (--size), for images of {width} x {height} px and weights trained at"
+            f" {trained} px"
         )
+    extractor = extractor.at(size)
     layers = spread_layers(len(extractor.backbone.model.blocks), options.layers)
-    overlap = extractor.size // 4
+    overlap = size // 4
     pieces = Pieces(together, masks, extractor, layers, overlap, options.progress)
     return Dense(parts, pieces, options, tuple(notes))
 

@@ -15,7 +15,7 @@ from pera_fast import __version__
 from pera_fast.config.keys import did_you_mean
 from pera_fast.durable import whole_file
 from pera_fast.errors import UserError
-from pera_fast.eval.task import HEADS, Options, Parts, Probe, TaskResult, parts_of
+from pera_fast.eval.task import HEADS, Options, Parts, Probe, TaskResult, parts_of, with_masks
 from pera_fast.features.extract import POOLINGS, Extractor, choose_device
 from pera_fast.features.samples import TASKS, Samples, read_samples
 from pera_fast.paths import local_path, refuse_inside
@@ -156,7 +156,7 @@ def evaluate(
     samples = (
         data if isinstance(data, Samples) else read_samples(task, Path(data), None if root is None else Path(root))
     )
-    parts = parts_of(samples, seed)
+    parts = parts_of(samples, seed) if task == "scene" else with_masks(samples, options)
 
     def opened(wanted: Weights) -> Extractor:
         backbone = wanted if isinstance(wanted, Backbone) else load_backbone(wanted, heads, seed)

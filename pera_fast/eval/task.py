@@ -5,7 +5,7 @@ features of one network once. The probe that it returns is called once for each 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 
 from pera_fast.errors import UserError
 from pera_fast.features.extract import POOLINGS
+from pera_fast.features.masks import Masks, masks_of
 from pera_fast.features.samples import Samples
 from pera_fast.keyed import Purpose, generator
 from pera_fast.page import Section
@@ -77,12 +78,14 @@ class Parts:
         test: samples of `test`.
         train_count: leading samples of `labelled` that are of `train`; all of them where nobody gave `val`.
         seed: of the draws of `rows`.
+        masks: how the samples' masks are read; None: they have none.
     """
 
     labelled: Samples
     test: Samples
     train_count: int
     seed: int = 0
+    masks: Masks | None = None
 
     def rows(self, share: float) -> Rows:
         """The labelled samples of a share, drawn by seed: a smaller share's samples are among a larger one's.
@@ -184,3 +187,27 @@ def parts_of(samples: Samples, seed: int = 0) -> Parts:
     train, test = samples.need("train"), samples.need("test")
     order = [row for split in ("train", "val") for row, name in enumerate(samples.splits) if name == split]
     return Parts(samples.take(order), test, len(train), seed)
+
+
+def with_masks(samples: Samples, options: Options) -> Parts:
+    """Samples of segmentation or change in their parts, after a look at every mask.
+
+    With folds all samples are labelled, whatever their splits.
+
+    Raises:
+        UserError: a mask cannot be read or has wrong values, a split is empty, there are more folds than samples, or
+            changes have not two classes.
+    """
+    folds = options.folds
+    if folds and not 2 <= folds <= len(samples):
+        raise UserError(f"--folds {folds}: wants 2 to {len(samples)}, the number of samples")
+    given = (
+        parts_of(samples, options.seed) if not folds else Parts(samples, samples.take([]), len(samples), options.seed)
+    )
+    masks = masks_of(given.labelled, given.test, options.ignore, options.classes)
+    if samples.task == "change" and len(masks.classes) != 2:
+        raise UserError(
+            f"{samples.source}: its masks have {len(masks.classes)} classes ({', '.join(masks.classes[:6])}); --task"
+            " change wants two: 0 unchanged, 1 changed; leave another value out with --ignore"
+        )
+    return replace(given, masks=masks)
