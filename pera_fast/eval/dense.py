@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pera_fast.eval import pixels
-from pera_fast.eval.heads import HIDDEN, SCHEDULES, new_head, planned_steps, train_head, upsample
+from pera_fast.eval.heads import HIDDEN, SCHEDULES, Schedule, new_head, planned_steps, train_head, upsample
 from pera_fast.eval.pieces import Pieces
 from pera_fast.eval.task import Options, Parts
 from pera_fast.features.extract import Extractor
@@ -68,15 +68,20 @@ class Dense:
         return self.pieces.extractor.backbone.cfg.rgb_channels() or None
 
     @property
+    def schedule(self) -> Schedule:
+        """Training of a head."""
+        return SCHEDULES[self.pieces.samples.task, self.options.head]
+
+    @property
     def details(self) -> dict[str, Any]:
         """Settings for the JSON file."""
-        pieces, schedule = self.pieces, SCHEDULES[self.options.head]
+        pieces = self.pieces
         return {
             "size": pieces.size,
             "tiles": sum(len(grid) for grid in pieces.grids),
             "layers": list(pieces.layers),
             "head": self.options.head,
-            "schedule": asdict(schedule),
+            "schedule": asdict(self.schedule),
         }
 
     def splits(self, share: float) -> list[Split]:
@@ -101,12 +106,12 @@ class Dense:
 
     def fit(self, rows: Sequence[int], seed: int, progress: str = "head") -> nn.Module:
         """A head that learned from some samples."""
-        kind, pieces = self.options.head, self.pieces
+        pieces, schedule = self.pieces, self.schedule
         hidden = min(HIDDEN, pieces.extractor.backbone.width)  # a small network's features need no wider head
-        head = new_head(kind, pieces.width, len(self.classes), seed, hidden).to(pieces.device)
-        steps = planned_steps(len(pieces.order(rows, np.random.default_rng(0))), SCHEDULES[kind])
+        head = new_head(self.options.head, pieces.width, len(self.classes), seed, hidden).to(pieces.device)
+        steps = planned_steps(len(pieces.order(rows, np.random.default_rng(0))), schedule)
         with progress_bar(progress, steps, wanted=self.options.progress) as advance:
-            train_head(head, pieces.batch, lambda rng: pieces.order(rows, rng), SCHEDULES[kind], seed, advance)
+            train_head(head, pieces.batch, lambda rng: pieces.order(rows, rng), schedule, seed, advance)
         return head
 
     def logits(self, head: nn.Module, rows: Sequence[int]) -> Iterator[tuple[int, Tensor, np.ndarray]]:

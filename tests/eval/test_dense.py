@@ -22,6 +22,7 @@ from pera_fast.features.samples import read_samples
 from pera_fast.features.tiles import TileGrid
 
 CPU = torch.device("cpu")
+MESSAGES = (Path(__file__).parents[2] / "docs" / "messages.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -187,23 +188,28 @@ def test_report_and_numbers_of_the_command(
     assert report.count("data:image/png;base64") == 1
 
 
-def test_wrong_input_gets_one_line(roads: Path, changes: Path, tmp_path: Path) -> None:
+def test_wrong_input_gets_the_line_of_the_docs(roads: Path, changes: Path, tmp_path: Path) -> None:
     def told(task: str, data: Path, **options) -> str:
         with pytest.raises(UserError) as error:
             evaluate(task, data, network(), device="cpu", progress=False, **options)
-        return str(error.value)
+        line = str(error.value).replace(str(data.parent), "D")
+        assert line.partition(": ")[2] in MESSAGES, line
+        return line
 
-    assert "has the value 255 beside 0, 1; give --ignore 255" in told("segmentation", roads)
-    assert "--head lineal: wants one of linear, conv; did you mean linear?" in told(
-        "segmentation", roads, head="lineal"
-    )
-    assert "--folds 10: wants 2 to 9, the number of samples" in told("change", changes, folds=10)
-    assert "--size 20: must be a multiple of the patch size 8" in told("change", changes, size=20)
-    assert "--task change wants two: 0 unchanged, 1 changed" in told("change", changes, classes=("a", "b", "c"))
-    assert "are for masks; leave them out for --task scene" in told("scene", roads, folds=2)
+    assert told("segmentation", roads).startswith("D/masks/0.png: has the value 255 beside 0, 1; give --ignore 255")
+    assert told("segmentation", roads, head="lin").startswith("--head lin: wants one of linear, conv")
+    assert told("segmentation", roads, ignore=255, classes=["ground"]).startswith("D/masks/0.png: has the value 1")
+    assert told("change", changes, folds=10) == "--folds 10: wants 2 to 9, the number of samples"
+    assert told("change", changes, size=20).startswith("--size 20: must be a multiple of the patch size 8")
+    assert told("scene", roads, folds=2).endswith("leave them out for --task scene")
     small = write_masks(tmp_path / "small", 3)
     Image.new("L", (20, 24)).save(small.parent / "masks" / "1.png")
-    assert "1.png: is 20 x 24 px, and its image" in told("segmentation", small)
+    assert told("segmentation", small).startswith("D/masks/1.png: is 20 x 24 px, and its image D/images/1.png is 24")
+    pairs = write_changes(tmp_path / "pairs", 3)
+    Image.fromarray(np.full((24, 24), 2, np.uint8)).save(pairs.parent / "mask" / "2.png")
+    assert told("change", pairs).startswith("D/mask/2.png: has class 2, which no training mask has")
+    Image.fromarray(np.full((24, 24), 2, np.uint8)).save(pairs.parent / "mask" / "0.png")
+    assert told("change", pairs).startswith("D/set.csv: its masks have 3 classes (0, 1, 2); --task change wants two")
     pairs = write_changes(tmp_path / "pairs", 3)
     Image.new("RGB", (20, 24)).save(pairs.parent / "after" / "0.png")
-    assert "both must lie on the same pixels" in told("change", pairs)
+    assert told("change", pairs).startswith("D/after/0.png: is 20 x 24 px, and D/before/0.png, of the same place")
