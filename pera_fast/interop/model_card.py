@@ -105,7 +105,7 @@ def _scaling(cfg: Config) -> str:
 
 
 def _run(folder: Path, cfg: Config) -> list[str]:
-    """How the weights were trained, from the run's folder; nothing for weights from elsewhere."""
+    """The section about the training, from the run's folder; nothing for weights from elsewhere."""
     try:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         last = next(json.loads(line) for line in reversed(lines) if line.endswith("}"))
