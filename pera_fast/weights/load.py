@@ -78,8 +78,9 @@ def _random(like: str, seed: int, option: str) -> Backbone:
         cfg = load_backbone(like).cfg
     else:
         hint = did_you_mean(like, recipe_names())
-        known = ", ".join(recipe_names())
-        raise UserError(f"{option} random:{like}: no such recipe, file or folder; recipes: {known}{hint}")
+        raise UserError(
+            f"{option} random:{like}: no such recipe, file or folder; recipes: {', '.join(recipe_names())}{hint}"
+        )
     return random_backbone(cfg.with_values({"train.seed": seed}), f"random:{like}")
 
 
