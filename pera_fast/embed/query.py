@@ -70,7 +70,8 @@ def resolve(query: str, table: Embeddings, weights: str | None, root: Path, devi
         return _at(point, table)
     inside = _inside(path, root)
     if inside is not None:
-        rows = table.find([inside], below=f"{inside}/" if path.is_dir() and inside != "." else None)
+        below = "" if inside == "." else f"{inside}/"
+        rows = table.find([inside], below if path.is_dir() else None)
         if rows:
             return _of_rows(str(path), table, rows)
     files = [path]

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def embed(
     on = choose_device(device)
     backbone = load_backbone(weights, heads)
     extractor = Extractor(backbone, on, size, precision, batch_size or _BATCH[on.type])
-    about = _about(Path(os.path.abspath(images)), os.fspath(weights), heads, extractor, pooling, patches)
+    about = new_about(Path(os.path.abspath(images)), os.fspath(weights), heads, extractor, pooling, patches)
     cfg = reading(backbone.cfg)
     with Parts(target) as parts:
         if parts.begun and not (resume or overwrite):
@@ -141,7 +142,8 @@ def _target(out: str | os.PathLike[str], images: str | os.PathLike[str], overwri
     return target
 
 
-def _about(root: Path, weights: str, heads: int | None, extractor: Extractor, pooling: str, patches: bool) -> About:
+def new_about(root: Path, weights: str, heads: int | None, extractor: Extractor, pooling: str, patches: bool) -> About:
+    """Facts about the table that these arguments give."""
     backbone = extractor.backbone
     cfg = reading(backbone.cfg)
     return About(
@@ -173,10 +175,13 @@ def _indexed(images: str | os.PathLike[str], cfg: Config, backbone: Backbone, pr
     try:
         manifest = index_for(images, cfg, progress=progress)
     except UserError as error:
-        if "model.in_chans" not in str(error):
+        stored = re.search(r"has (\d+) band\(s\)", str(error))
+        if stored is None:
             raise
-        told = f"weights {backbone.source} take {channels} channels, and no image in {images} has them"
-        raise UserError(f"{told} ({str(error).split(': ', 1)[-1]})") from None
+        raise UserError(
+            f"weights {backbone.source} take {channels} channels, and no image in {images} has them: the first has"
+            f" {stored[1]} band(s); give weights of a run on these bands"
+        ) from None
     told, manifest = bands_left_out(cfg, manifest), refused(cfg, manifest)
     if not len(manifest.readable):
         raise UserError(
