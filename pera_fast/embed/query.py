@@ -23,7 +23,7 @@ _STORED = 2**14  # images of a folder at most, whose vectors are held at a time
 
 @dataclass(frozen=True)
 class Query:
-    """What is looked for.
+    """A vector to look for, and the images that it is made of.
 
     Attributes:
         vector: float32 [D].

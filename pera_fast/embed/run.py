@@ -118,7 +118,7 @@ def embed(
 
 
 def reading(cfg: Config) -> Config:
-    """How images are read for weights: by the weights' own settings alone, whatever lies in the folder.
+    """Settings by which images are read: those of the weights alone, whatever lies in the folder.
 
     Vectors of two folders are then comparable, and equal to what evaluations see.
     """
