@@ -23,6 +23,7 @@ from pera_fast.embed.table import About, rows
 from pera_fast.errors import UserError
 from pera_fast.features.extract import Extractor, pool
 from pera_fast.progress import progress_bar
+from pera_fast.storage import MachineError
 
 _PART_BYTES, _PART_SECONDS = 2**25, 30.0  # of a part, before it is written
 Features = tuple[WholeBatch, np.ndarray, np.ndarray | None]  # images, vectors [n, D], patches [n, L, D]; float16
@@ -76,6 +77,7 @@ class Writer:
 
         Raises:
             StoppedError: Ctrl-C.
+            MachineError: the storage did not answer in time.
         """
         files, done = self._manifest.readable, self._parts.done
         if done >= len(files):
@@ -99,6 +101,9 @@ class Writer:
                     advance(batch.stop - before)
                     before = batch.stop
                 self._flush()
+            except MachineError:
+                self._flush()
+                raise
             except KeyboardInterrupt:
                 self._flush()
                 told = f"stopped after {self._parts.done} of {len(files)} files"

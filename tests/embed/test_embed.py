@@ -24,6 +24,8 @@ from pera_fast.errors import UserError
 from pera_fast.features.extract import Extractor
 from pera_fast.weights.backbone import random_backbone
 
+pytest.importorskip("nvidia.dali")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):

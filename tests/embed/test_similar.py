@@ -17,6 +17,8 @@ from pera_fast.embed.similar import similar
 from pera_fast.embed.table import vectors_of
 from pera_fast.errors import UserError
 
+pytest.importorskip("nvidia.dali")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):

@@ -198,7 +198,8 @@ class WholeImages:
             if pending.crops is None:
                 made = [(row, self._alone(row, image)) for row, image in zip(pending.rows, pending.images, strict=True)]
                 pending.rows = [row for row, crop in made if crop is not None]
-                pending.crops = torch.cat([self._nothing(), *(crop for _, crop in made if crop is not None)])
+                crops = [crop for _, crop in made if crop is not None]
+                pending.crops = torch.cat(crops) if crops else self._nothing()
 
     def _alone(self, row: int, image: Image | None) -> Tensor | None:
         """One image's square [1, S, S, C], by another decoder where the pipeline's fails; None: by none."""
@@ -214,7 +215,7 @@ class WholeImages:
 
     def _nothing(self) -> Tensor:
         shape = (0, self._views.global_size, self._views.global_size, self._channels)
-        return torch.empty(shape, dtype=torch.uint16 if self._raw == 16 else torch.uint8, device=self._crops_on)
+        return torch.empty(shape, dtype=torch.uint16 if self._raw == 16 else torch.uint8)
 
 
 def _start(pipeline: CropPipeline, images: list[Image]) -> None:

@@ -1,5 +1,6 @@
 """The in-order pass over whole images: pixels, order, files that cannot be used, and a pipeline that fails."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.loading import pipeline
 from pera_fast.data.loading.whole import WholeImages
 from pera_fast.features.images import ImageReader, resize
+
+pytest.importorskip("nvidia.dali")
 
 CPU = torch.device("cpu")
 
@@ -118,8 +121,6 @@ def test_a_device_that_fails_on_every_image_ends_the_pass(tmp_path, monkeypatch)
 
 
 def test_a_pass_that_is_left_early_ends_its_threads(tmp_path):
-    import threading
-
     folder = tmp_path / "images"
     write_scenes(folder, 20)
     manifest = index(folder, tmp_path)
