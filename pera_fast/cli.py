@@ -12,8 +12,8 @@ import typer
 
 from pera_fast import __version__
 from pera_fast.cli_data import data_app
-from pera_fast.cli_eval import evaluate
 from pera_fast.cli_embed import embed, points_as_arguments, similar
+from pera_fast.cli_eval import evaluate
 from pera_fast.cli_profile import profile_app
 from pera_fast.cli_weights import convert, export
 from pera_fast.errors import UserError
