@@ -441,7 +441,7 @@ def test_every_key_has_a_type_rule():
         rule = KEYS[key].metadata
         if base in (int, float, list[float]):
             assert rule or key == "views.mean", f"{key} may be anything"
-        elif base is str:
+        elif base in (str, list[str]):
             assert "choices" in rule or key in (*PATHS, "data.band_scale")
     assert all(is_dataclass(getattr(Config(), f.name)) for f in fields(Config) if f.name != "recipe")
 
@@ -455,6 +455,7 @@ def _values(key: str) -> st.SearchStrategy:
         strategy = text.filter(lambda t: t not in ("null", "~"))
     elif "choices" in rule:
         strategy = st.sampled_from(rule["choices"])
+        strategy = st.lists(strategy, unique=True) if base == list[str] else strategy
     elif base is bool:
         strategy = st.booleans()
     elif base is int:
