@@ -12,6 +12,7 @@ import typer
 
 from pera_fast import __version__
 from pera_fast.cli_data import data_app
+from pera_fast.cli_plot import plot
 from pera_fast.cli_profile import profile_app
 from pera_fast.errors import UserError
 from pera_fast.paths import refuse_urls
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(profile_app, name="profile", help="Memory and speed against batch size; traces.")
+app.command()(plot)
 
 # What typer raises for wrong usage. Newer versions of typer carry their own click, so click cannot be asked for it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]

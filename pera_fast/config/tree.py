@@ -175,7 +175,7 @@ class TrainConfig:
     compile: bool = False  # compile the transformer's blocks with torch.compile
     # Replay forward and backward as one CUDA graph. auto: on a GPU, where shapes are the same in every step.
     cuda_graph: str = _key("auto", choices=("auto", "true", "false"))
-    # Loggers that get every step's numbers, beside metrics.jsonl. wandb and mlflow are extras of the package; [] is none.
+    # Loggers that get every step's numbers, beside metrics.jsonl. wandb and mlflow are extras of the package.
     loggers: list[str] = _key(["tensorboard"], choices=("tensorboard", "wandb", "mlflow"))
 
     def resolve_batch(self, world_size: int) -> BatchPlan:

@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 
 BATCH = {"train.batch_size", "train.total_batch_size", "train.accumulate"}  # may be split anew if the total stays
 HARMLESS = {
-    "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints", "train.max_nonfinite", "train.loggers",
+    "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints", "train.max_nonfinite",
+    "train.loggers",
     "data.loader_threads", "data.prefetch", "data.verify", "data.index", "data.max_pixels", "model.recompute",
     "data.storage_timeout", "eval.data", "eval.root", "eval.every", "eval.images", "eval.size",
 }  # fmt: skip

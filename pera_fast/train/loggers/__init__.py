@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from pera_fast.config.keys import show
 from pera_fast.errors import UserError
-from pera_fast.train.loggers import mlflow, tensorboard, wandb
+from pera_fast.train.loggers import to_mlflow, to_tensorboard, to_wandb
 from pera_fast.train.loggers.background import Background
 from pera_fast.train.loggers.base import About
 
-_START = {"tensorboard": tensorboard.start, "wandb": wandb.start, "mlflow": mlflow.start}
+_START = {"tensorboard": to_tensorboard.start, "wandb": to_wandb.start, "mlflow": to_mlflow.start}
 EXTRAS = ("wandb", "mlflow")  # of the package, and the modules that they bring
 
 

@@ -1,4 +1,7 @@
-"""MLflow: a run named as the run folder, in experiment MLFLOW_EXPERIMENT_NAME or pera-fast; the store from its variables."""
+"""MLflow: a run named as the run folder, in experiment MLFLOW_EXPERIMENT_NAME or pera-fast.
+
+The store is that of MLFLOW_TRACKING_URI, a server or a database.
+"""
 
 import logging
 import os

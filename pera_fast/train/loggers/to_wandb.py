@@ -1,4 +1,7 @@
-"""Weights & Biases: a run named as the run folder, in project WANDB_PROJECT or pera-fast; all else from its variables."""
+"""Weights & Biases: a run named as the run folder, in project WANDB_PROJECT or pera-fast.
+
+All else is as wandb's own environment variables say.
+"""
 
 import logging
 import os
@@ -10,7 +13,7 @@ from pera_fast.train.loggers.base import PROJECT, About, Ending, Logger, numbers
 
 log = logging.getLogger(__name__)
 
-INIT_SECONDS = 60
+INIT_SECONDS = 30
 
 
 class _Wandb:
