@@ -508,3 +508,30 @@ def test_any_text_gives_a_configuration_or_one_line(key, text):
         v = value(cfg, key)
         assert not isinstance(v, float) or math.isfinite(v)
         assert from_yaml(to_yaml(cfg)) == cfg
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            "[wanb]",
+            "[wanb]: wanb is none of them; allowed: a list of tensorboard | wandb | mlflow, such as"
+            " [tensorboard,wandb]; did you mean wandb?",
+        ),
+        ("[wandb,wandb]", "[wandb,wandb]: names wandb 2 times"),
+        ("wandb", "wandb: wants a list of tensorboard | wandb | mlflow, such as [tensorboard,wandb]"),
+        ("[1]", "[1]: wants a list of tensorboard | wandb | mlflow, such as [tensorboard,wandb]"),
+    ],
+)
+def test_loggers_that_cannot_be(given: str, told: str):
+    with pytest.raises(UserError) as caught:
+        load_config("tiny", [f"train.loggers={given}"])
+    assert str(caught.value) == f"train.loggers={told}"
+
+
+def test_loggers():
+    assert load_config("tiny").train.loggers == ["tensorboard"]
+    cfg = load_config("tiny", ["train.loggers=[mlflow,wandb]"])
+    assert cfg.train.loggers == ["mlflow", "wandb"]
+    assert load_config("tiny", ["train.loggers=[]"]).train.loggers == []
+    assert from_yaml(to_yaml(cfg)) == cfg
