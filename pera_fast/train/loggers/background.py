@@ -60,7 +60,7 @@ class Background:
     def wait(self, deadline: float) -> None:
         """Waits for the thread, at most until `time.monotonic()` is at the deadline."""
         thread, self._thread = self._thread, None
-        if thread is None or thread.ident is None or self._off:
+        if thread is None or thread.ident is None:
             return
         thread.join(max(0.0, deadline - time.monotonic()))
         if thread.is_alive() and not self._off:
