@@ -177,6 +177,9 @@ class TrainConfig:
     cuda_graph: str = _key("auto", choices=("auto", "true", "false"))
     # Loggers that get every step's numbers, beside metrics.jsonl. wandb and mlflow are extras of the package.
     loggers: list[str] = _key(["tensorboard"], choices=("tensorboard", "wandb", "mlflow"))
+    # Weights to start from: a run, an exported folder, a file (.safetensors, .params, .pt) or a timm model's name; not
+    # read when a run is resumed. null: random ones.
+    init_from: str | None = None
 
     def resolve_batch(self, world_size: int) -> BatchPlan:
         """The batch for `world_size` devices; whatever is null follows from the rest. Raises UserError if it cannot."""
