@@ -13,6 +13,7 @@ import typer
 from pera_fast import __version__
 from pera_fast.cli_data import data_app
 from pera_fast.cli_eval import evaluate
+from pera_fast.cli_plot import plot
 from pera_fast.cli_profile import profile_app
 from pera_fast.cli_weights import convert, export
 from pera_fast.errors import UserError
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(profile_app, name="profile", help="Memory and speed against batch size; traces.")
+app.command()(plot)
 
 # What typer raises for wrong usage. Newer versions of typer carry their own click, so click cannot be asked for it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
