@@ -12,6 +12,7 @@ import typer
 
 from pera_fast import __version__
 from pera_fast.cli_data import data_app
+from pera_fast.cli_embed import embed, points_as_arguments, similar
 from pera_fast.cli_eval import evaluate
 from pera_fast.cli_plot import plot
 from pera_fast.cli_profile import profile_app
@@ -89,6 +90,8 @@ def pretrain(
 
 
 app.command("eval")(evaluate)
+app.command()(embed)
+app.command()(similar)
 
 
 @app.command()
@@ -226,7 +229,7 @@ def demo(
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status; wrong usage, settings or data give one line on stderr."""
-    args = _with_resume(list(sys.argv[1:] if arguments is None else arguments))
+    args = points_as_arguments(_with_resume(list(sys.argv[1:] if arguments is None else arguments)))
     try:
         refuse_urls(args)
         _refuse_empty(args)
