@@ -87,17 +87,26 @@ def pretrain(
 @app.command()
 def config(
     recipe: Annotated[
-        str, typer.Option(help="vit_b16, vit_g16, vit_s16, vit_l16, tiny, or a YAML file such as RUN/config.yaml.")
+        str,
+        typer.Option(
+            help="vit_b16, vit_g16, vit_s16, vit_l16, tiny; of fine-tuning finetune, authors; or a YAML file such as"
+            " RUN/config.yaml."
+        ),
     ] = "vit_b16",
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings on top, such as train.epochs=20.")
     ] = None,
 ) -> None:
     """Every setting with its value, meaning and range. The output is a recipe file: `pera-fast config > my.yaml`."""
-    from pera_fast.config import load_config
+    from pera_fast.config import Config, load_config
+    from pera_fast.config.finetune import is_finetune_recipe, load_finetune
     from pera_fast.config.listing import listing
 
-    typer.echo(listing(load_config(recipe, overrides or [])), nl=False)
+    if is_finetune_recipe(recipe):
+        cfg = load_finetune(Config(), None, recipe, overrides or [])
+    else:
+        cfg = load_config(recipe, overrides or [])
+    typer.echo(listing(cfg), nl=False)
 
 
 @app.command()

@@ -20,6 +20,7 @@ class Purpose(IntEnum):
     DROP_PATH = 6  # sequences kept by stochastic depth; counter: micro-step, rank
     SCENE = 7  # procedural demo scenes; counter: class, index
     MEASURE = 8  # files over which bands are measured
+    AUGMENT = 11  # crop, flips and turn of a labelled image; counter: epoch, sample
 
 
 def generator(seed: int, purpose: Purpose, *counter: int) -> np.random.Generator:
