@@ -20,6 +20,8 @@ class Purpose(IntEnum):
     DROP_PATH = 6  # sequences kept by stochastic depth; counter: micro-step, rank
     SCENE = 7  # procedural demo scenes; counter: class, index
     MEASURE = 8  # files over which bands are measured
+    LABELS = 9  # labelled samples of a share, in evaluations; counter: class
+    BOOTSTRAP = 10  # test samples drawn with replacement
     AUGMENT = 11  # crop, flips and turn of a labelled image; counter: epoch, sample
 
 

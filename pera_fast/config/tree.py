@@ -263,8 +263,8 @@ class FinetuneConfig:
     # Features of a change: |before - after|, or before, after and that.
     change_features: str = _key("difference", choices=("difference", "all"))
     size: int | None = _count(None)  # pixels a side of the network's input; null: that of the weights
-    classes: int | None = _key(None, low=2)  # classes of the masks, 0 to classes - 1; null: as the masks have them
-    ignore: int | None = _key(255, low=0, high=65535)  # value in masks that counts for nothing; null: none
+    classes: list[int | str] | None = None  # names of the masks' classes 0, 1, ...; null: their numbers
+    ignore: int | None = _key(None, low=0, high=65535)  # value of masks that counts for nothing; null: none
     labels: float = _key(1.0, above=0, high=1)  # fraction of the training labels to use
     val_share: float = _key(0.1, low=0, below=1)  # fraction of split train to validate on where there is no split val
     layer_decay: float = _key(0.75, above=0, high=1)  # factor of the learning rate from each block to the one before
