@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pera_fast import __version__
+from pera_fast import __version__, cli_finetune
 from pera_fast.cli_data import data_app
 from pera_fast.cli_profile import profile_app
 from pera_fast.errors import UserError
@@ -82,6 +82,10 @@ def pretrain(
     how = "auto" if resume == "auto" else resume is not None
     result = run(data=data, out=out, recipe=recipe, resume=how, overrides=overrides or [])
     raise typer.Exit(result.exit_code)
+
+
+app.command()(cli_finetune.finetune)
+app.command()(cli_finetune.predict)
 
 
 @app.command()

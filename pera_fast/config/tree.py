@@ -270,6 +270,7 @@ class FinetuneConfig:
     layer_decay: float = _key(0.75, above=0, high=1)  # factor of the learning rate from each block to the one before
     head_lr: float = _key(1.0, above=0)  # factor of the head's learning rate
     crop_scale: list[float] = _key([1.0, 1.0], above=0, high=1, rising=True)  # area of a scene's crop / of the image
+    crops: int = _count(1)  # crops of finetune.size from each image in an epoch, for masks
     rotate: bool = True  # turn images and masks by 0, 90, 180 or 270 degrees
     label_smoothing: float = _key(0.0, low=0, below=1)  # of the cross entropy
     dice: float = _key(0.0, low=0)  # weight of the Dice loss beside the cross entropy, for masks

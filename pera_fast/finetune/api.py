@@ -215,7 +215,7 @@ def _build(
     model = model.to(device).train()
     o, f = cfg.optim, cfg.finetune
     groups = parameter_groups(model, f.layer_decay, f.head_lr)
-    length = length_of(cfg, len(train))
+    length = length_of(cfg, train.crops)
     run = Tuning(
         cfg=cfg,
         folder=folder,

@@ -80,6 +80,11 @@ class LabelledData:
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def crops(self) -> int:
+        """Training samples of an epoch."""
+        return len(self) * (1 if self.masks is None else self.cfg.finetune.crops)
+
     def whole(self, row: int) -> WholeSample:
         """A sample as it is stored.
 
@@ -115,15 +120,16 @@ class LabelledData:
             self._skipped.add(self.samples.images[row][0], str(error))
             return None
 
-    def training(self, epoch: int, row: int) -> Sample:
-        """A sample of an epoch; one that cannot be read is replaced by another, drawn by its key.
+    def training(self, epoch: int, crop: int) -> Sample:
+        """A sample of an epoch, 0 <= crop < `crops`; one that cannot be read is replaced by another, drawn by its key.
 
         Raises:
             UserError: many in a row cannot be read.
             MachineError: the storage did not answer in time.
         """
-        rng = generator(self.cfg.train.seed, Purpose.AUGMENT, epoch, row)
-        others = generator(self.cfg.train.seed, Purpose.SUBSTITUTE, epoch, row)
+        rng = generator(self.cfg.train.seed, Purpose.AUGMENT, epoch, crop)
+        others = generator(self.cfg.train.seed, Purpose.SUBSTITUTE, epoch, crop)
+        row = crop % len(self)
         found, first = self.try_whole(row), row
         for _ in range(_TRIES):
             if found is not None:
@@ -237,7 +243,7 @@ def micro_batches(data: LabelledData, length: Length, start: int, end: int) -> G
 
     @lru_cache(maxsize=4)
     def order(epoch: int) -> np.ndarray:
-        return generator(seed, Purpose.SHUFFLE, epoch).permutation(len(data))
+        return generator(seed, Purpose.SHUFFLE, epoch).permutation(data.crops)
 
     def rows() -> Iterator[tuple[int, int]]:
         for micro in range(start, end):

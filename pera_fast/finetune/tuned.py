@@ -1,6 +1,7 @@
 """Writes and reads a fine-tuned network: one safetensors file with all that it takes to use it."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ def export(model: FineTuner, cfg: Config, path: Path) -> None:
 
 
 def load_tuned(
-    weights: str | os.PathLike[str], device: torch.device, precision: str = "fp32"
+    weights: str | os.PathLike[str], device: torch.device, precision: str = "fp32", size: int | None = None
 ) -> tuple[FineTuner, Config]:
     """A fine-tuned network in evaluation mode, and the configuration that its images are read by.
 
@@ -35,9 +36,11 @@ def load_tuned(
         weights: a run of `pera-fast finetune`, its `exported` folder, or the model.safetensors there.
         device: of the network.
         precision: of activations and matrix products.
+        size: pixels a side of the network's input; None: as in training.
 
     Raises:
-        UserError: there is no such file, it is damaged, or holds no fine-tuned network.
+        UserError: there is no such file, it is damaged, or holds no fine-tuned network; the size is no multiple of
+            the patch size.
     """
     path = _file(local_path("--weights", weights))
     state, metadata = load_safetensors(path)
@@ -47,8 +50,13 @@ def load_tuned(
             f"--weights {weights}: has no head, only a backbone; train one: pera-fast finetune --weights {weights} ..."
         )
     backbone = load_backbone(path)
+    patch = backbone.cfg.model.patch_size
+    if size is not None and size % patch:
+        near = max(round(size / patch), 1) * patch
+        raise UserError(f"--size {size}: must be a multiple of the patch size {patch}; nearest: {near}")
     try:
         plan = HeadPlan.of(told)
+        plan = replace(plan, size=size or plan.size)
         cfg = backbone.cfg.with_values({"train.precision": precision})
         with torch.random.fork_rng(devices=[]):
             model = FineTuner(backbone.model, plan, cfg)
