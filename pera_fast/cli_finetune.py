@@ -58,7 +58,7 @@ def finetune(
 ) -> None:
     """Fine-tune weights on labelled images: backbone and head, the best network by the validation part.
 
-    Sizes, bands, ranges, mean and std are those of the weights. `pera-fast config --recipe finetune` lists the settings.
+    Sizes, bands, ranges, mean and std are those of the weights. Settings: `pera-fast config --recipe finetune`.
 
     Exit status: 0 done; 2 wrong usage, settings or data; interrupted, with a checkpoint: 130 SIGINT, 143 SIGTERM, 138
     SIGUSR1, 129 SIGHUP.
