@@ -194,12 +194,12 @@ def _tile(image: np.ndarray, top: int, left: int, size: int, fill: int | None = 
 
 
 def _turned(image: np.ndarray, flips: np.ndarray, turns: int) -> np.ndarray:
-    """An image or mask flipped (horizontally, vertically) and turned by quarters; contiguous."""
+    """An image or mask flipped (horizontally, vertically) and turned by quarters; a copy."""
     if flips[0]:
         image = image[:, ::-1]
     if flips[1]:
         image = image[::-1]
-    return np.ascontiguousarray(np.rot90(image, turns))
+    return np.array(np.rot90(image, turns), order="C")
 
 
 @dataclass(frozen=True)
