@@ -23,6 +23,8 @@ class Purpose(IntEnum):
     LABELS = 9  # labelled samples of a share, in evaluations; counter: class
     BOOTSTRAP = 10  # test samples drawn with replacement
     AUGMENT = 11  # crop, flips and turn of a labelled image; counter: epoch, sample
+    ROADS = 20  # procedural pictures of roads; counter: index
+    CHANGES = 21  # procedural pairs; counter: index, and 1 or 2 for the light before and after
 
 
 def generator(seed: int, purpose: Purpose, *counter: int) -> np.random.Generator:
