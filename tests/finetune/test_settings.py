@@ -49,11 +49,16 @@ WRONG = {
 }
 
 
+LISTED = ("loss.koleo_weight=1", "model.depth=4", "finetune.size=18", "finetune.head=fpn", "data.bands=[1,2]")
+
+
 @pytest.mark.parametrize("given", WRONG)
 def test_a_wrong_setting_gets_one_line(given: str) -> None:
     with pytest.raises(UserError) as caught:
         load_finetune(small_config(), "scene", "finetune", [given])
     assert str(caught.value) == WRONG[given]
+    page = (Path(__file__).parents[2] / "docs" / "messages.md").read_text(encoding="utf-8").replace("\\|", "|")
+    assert given not in LISTED or WRONG[given] in page
 
 
 def test_recipes_of_the_other_command_are_refused(tmp_path: Path) -> None:
