@@ -63,7 +63,7 @@ class WindowReader:
         return self._scaling(self._read(top, left, height, width))
 
     def valid(self, top: int, left: int, height: int, width: int) -> np.ndarray | None:
-        """Where a window has data in any band, bool [height, width]; None: everywhere, as the file declares no nodata.
+        """Pixels of a window that have data in any band, bool [height, width]; None: all.
 
         Raises:
             UserError: it cannot be read.

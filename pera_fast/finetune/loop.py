@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Validations:
-    """What validations have found so far.
+    """Results of the validations so far.
 
     Attributes:
         last: step of the last one; 0: none yet.

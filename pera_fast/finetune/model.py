@@ -18,7 +18,7 @@ from pera_kernels.packing import with_places
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """What a head tells, and of which kind it is: with the backbone's sizes enough to build the network.
+    """Classes and kind of a head: with the backbone's sizes enough to build the network.
 
     Attributes:
         task: scene, segmentation or change.

@@ -1,6 +1,7 @@
 """`predict`: runs a fine-tuned network on new images; classes go to a CSV, masks to GeoTIFF or PNG."""
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from pera_fast.finetune.validate import stacked, tile_logits
 from pera_fast.paths import local_path, refuse_inside
 from pera_fast.progress import progress_bar
 from pera_fast.storage import MachineError
-from pera_fast.train.console import RunLog
+from pera_fast.train.console import PLAIN_SECONDS, RunLog
 from pera_fast.train.signals import exit_on_termination
 
 log = logging.getLogger(__name__)
@@ -208,10 +209,14 @@ class _Job:
         grid = TileGrid(views.height, views.width, size, int(size * self.overlap))
         with MaskWriter(out, views.height, views.width, classes, place) as file:
             rows = tiled(grid, lambda tile: grid.pad(views.read(tile)), tile_logits(self.model), self.batch_size)
+            said = time.monotonic()
             for top, logits in rows:
                 found = logits.argmax(0).to(torch.int32).cpu().numpy()
                 file.write(found, views.valid(top, len(found)))
                 advance(len(found) / views.height)
+                if time.monotonic() - said >= PLAIN_SECONDS:
+                    said = time.monotonic()
+                    log.info("%s: row %d of %d", one.file, top + len(found), views.height)
 
 
 class _Views:
@@ -244,7 +249,7 @@ class _Views:
         )
 
     def valid(self, top: int, height: int) -> np.ndarray | None:
-        """Where whole rows have data in every image, bool [height, W]; None: everywhere."""
+        """Pixels of whole rows that have data in every image, bool [height, W]; None: all."""
         found: np.ndarray | None = None
         for reader in self._readers:
             valid = None if isinstance(reader, np.ndarray) else reader.valid(top, 0, height, self.width)

@@ -104,7 +104,7 @@ def check_environment(start: Start, folder: RunFolder, data: Path | None, size: 
         index = Path(cfg.data.index or default_index_path(data))
         if reason := _not_writable(index.parent):
             raise UserError(not_writable(index, reason))
-    _check_room(start, folder, size or saved_bytes(cfg))
+    _check_room(start, folder, size)
 
 
 def _check_compilers(cfg: Config, device: torch.device) -> None:
@@ -174,7 +174,7 @@ def _not_writable(path: Path) -> OSError | None:
         return error
 
 
-def _check_room(start: Start, folder: RunFolder, size: SavedBytes) -> None:
+def _check_room(start: Start, folder: RunFolder, size: SavedBytes | None = None) -> None:
     """Two checkpoints must fit: the last whole one, and the one that is being written.
 
     Raises:
@@ -182,7 +182,7 @@ def _check_room(start: Start, folder: RunFolder, size: SavedBytes) -> None:
     """
     if start.cfg.train.steps is not None and start.step >= start.cfg.train.steps:
         return  # nothing is left to write
-    there = find_checkpoints(folder.checkpoints)
+    size, there = size or saved_bytes(start.cfg), find_checkpoints(folder.checkpoints)
     try:
         usage = shutil.disk_usage(_there(folder.root))
         free = usage.free + sum(path.stat().st_size for path in there[:-1])  # which make room for new ones
