@@ -12,6 +12,7 @@ import typer
 
 from pera_fast import __version__, cli_finetune
 from pera_fast.cli_data import data_app
+from pera_fast.cli_eval import evaluate
 from pera_fast.cli_profile import profile_app
 from pera_fast.cli_weights import convert, export
 from pera_fast.errors import UserError
@@ -85,6 +86,7 @@ def pretrain(
     raise typer.Exit(result.exit_code)
 
 
+app.command("eval")(evaluate)
 app.command()(cli_finetune.finetune)
 app.command()(cli_finetune.predict)
 

@@ -10,21 +10,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from pera_fast.eval.run import Entry, Evaluation
+from pera_fast.eval.tables import percent, words
 from pera_fast.page import Section, grid, png, render
 
 COLOURS = ("#0f766e", "#b45309", "#1d4ed8", "#9d174d", "#4d7c0f", "#6b7280")
-
-
-def percent(value: float) -> str:
-    """A share as per cent with one decimal, without the sign."""
-    return f"{100 * value:.1f}"
-
-
-def words(metric: str) -> str:
-    """The name of a metric as a reader says it: `macro_f1` -> `macro F1`."""
-    return (
-        metric.replace("_", " ").replace(".", ", ").replace(" f1", " F1").replace("miou", "mIoU").replace("iou", "IoU")
-    )
 
 
 def table(found: Evaluation, entries: Sequence[Entry] | None = None) -> tuple[list[str], list[list[str]]]:
@@ -63,19 +52,24 @@ def report_html(found: Evaluation) -> str:
     for entry in found.largest:
         prefix = f"{_short(entry.weights)}: " if several else ""
         sections += [replace(section, title=f"{prefix}{section.title}") for section in entry.result.sections]
-    notes = [f"{_short(entry.weights)}: {note}" for entry in found.entries for note in entry.result.notes]
-    if notes:
-        items = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(notes))
+    if found.notes:
+        items = "".join(f"<li>{html.escape(note)}</li>" for note in found.notes)
         sections.append(Section("Notes", f"<ul>{items}</ul>"))
     return render(f"pera-fast eval: {found.task}", _lead(found), cards, sections, _numbers(found))
 
 
 def _lead(found: Evaluation) -> str:
-    told, classes = found.settings, len(found.samples.classes)
+    told, classes = found.settings, len(found.classes)
+    val = f", {told['val']} validation" if told["val"] else " (a fifth of them held out to choose settings)"
     of_classes = f" of {classes} classes" if classes else ""
+    if "folds" in told:
+        return (
+            f"Frozen features on {told['data']}: cross-validation in {told['folds']} folds over"
+            f" {len(found.samples)} samples{of_classes}. No weight of the networks was changed."
+        )
     return (
-        f"Frozen features on {told['data']}: {told['train']} training, {told['val']} validation and {told['test']} test"
-        f" samples{of_classes}. No weight of the networks was changed."
+        f"Frozen features on {told['data']}: {told['train']} training{val} and {told['test']} test samples{of_classes}."
+        f" No weight of the networks was changed."
     )
 
 

@@ -62,6 +62,13 @@ class TileGrid:
     def __len__(self) -> int:
         return len(self.tops) * len(self.lefts)
 
+    def __getitem__(self, number: int) -> Tile:
+        """A tile by its number, counted row by row. Raises IndexError for one that there is not."""
+        lefts = self.lefts
+        row, column = divmod(number, len(lefts))
+        top, left = self.tops[row], lefts[column]
+        return Tile(top, left, min(self.size, self.height), min(self.size, self.width))
+
     def __iter__(self) -> Iterator[Tile]:
         height, width = min(self.size, self.height), min(self.size, self.width)
         return (Tile(top, left, height, width) for top in self.tops for left in self.lefts)

@@ -72,13 +72,15 @@ def load_everything(weights: str | os.PathLike[str]) -> dict[str, Tensor]:
 def _random(like: str, seed: int, option: str) -> Backbone:
     if not like:
         raise UserError(f"{option} random: of which sizes? give random:RECIPE, such as random:tiny, or random:RUN")
-    if like in recipe_names():
+    if like in recipe_names() or Path(like).suffix in (".yaml", ".yml"):
         cfg = load_config(like)
     elif Path(like).exists():
         cfg = load_backbone(like).cfg
     else:
         hint = did_you_mean(like, recipe_names())
-        raise UserError(f"{option} random:{like}: no such recipe, file or folder; recipes: {recipe_names()}{hint}")
+        raise UserError(
+            f"{option} random:{like}: no such recipe, file or folder; recipes: {', '.join(recipe_names())}{hint}"
+        )
     return random_backbone(cfg.with_values({"train.seed": seed}), f"random:{like}")
 
 

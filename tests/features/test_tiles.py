@@ -32,7 +32,7 @@ def joined(grid: TileGrid, rows) -> torch.Tensor:
 def test_tiles_cover_the_image_and_stay_inside(grid: TileGrid) -> None:
     covered = np.zeros((grid.height, grid.width), int)
     tiles = list(grid)
-    assert len(tiles) == len(grid)
+    assert [grid[number] for number in range(len(grid))] == tiles
     for tile in tiles:
         assert tile.top + tile.height <= grid.height
         assert tile.left + tile.width <= grid.width
