@@ -49,6 +49,7 @@ from pera_fast.weights.backbone import Backbone, new_transformer
 from pera_fast.weights.load import load_backbone
 
 log = logging.getLogger(__name__)
+TESTED = "test.json"  # in the run folder: scores on the test part
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,8 @@ def _finetune(
         folder.cut_metrics(run.step)
         folder.finished.unlink(missing_ok=True)
         code, metrics = fit(run, stop)
-        if not code and metrics and (test := data(parts.test)) is not None:
+        test = data(parts.test)
+        if not code and test is not None and (metrics or not (folder.root / TESTED).exists()):
             _test(run, test)
     log.info("%s after %d steps: %s", "stopped" if code else "done", run.step, folder.root)
     return RunResult(code, folder.root, run.step, metrics)
@@ -268,5 +270,5 @@ def _test(run: Tuning, test: LabelledData) -> None:
     model, _ = load_tuned(run.folder.model, run.device, run.cfg.train.precision)
     found = validate(model, test, run.length.batch, run.cfg.finetune.overlap)
     told = {"samples": len(test), "step": run.validations.step or run.step, **found}
-    replace_text(run.folder.root / "test.json", json.dumps(told) + "\n")
+    replace_text(run.folder.root / TESTED, json.dumps(told) + "\n")
     log.info("tested on %d samples: %s", len(test), ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
