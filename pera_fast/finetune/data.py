@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from pera_fast.features.samples import Samples
 from pera_fast.keyed import Purpose, generator
 from pera_fast.storage import MachineError
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 _TRIES = 16  # samples that may stand in for one that cannot be read
 _ASPECT = 4 / 3  # of a scene's crop, at most
 
@@ -259,7 +261,7 @@ def micro_batches(data: LabelledData, length: Length, start: int, end: int) -> G
             found.clear()
 
 
-def ahead(function: Callable, items: Iterator, cfg: Config, batch: int) -> Iterator:
+def ahead(function: Callable[[Item], Result], items: Iterator[Item], cfg: Config, batch: int) -> Iterator[Result]:
     """`map_ahead` with the threads and the batches ahead that a configuration asks for."""
     threads = cfg.data.loader_threads or max(1, int(usable_cores()))
     return map_ahead(function, items, threads, max(1, -(-cfg.data.prefetch * batch // threads)), "pera-read")

@@ -197,6 +197,9 @@ def test_splits_labels_and_several_classes(weights: Path, classes: Path, tmp_pat
     test = json.loads((result.out / "test.json").read_text())
     assert test["samples"] == 4
     assert {"f1", "macro_f1"} < test.keys()
+    (result.out / "test.json").unlink()  # killed before it was written
+    again = finetune("scene", data, result.out, root=classes, resume=True)
+    assert (again.metrics, json.loads((result.out / "test.json").read_text())) == ({}, test)
     model, _ = load_tuned(result.out, torch.device("cpu"))
     assert model.plan.several
 
