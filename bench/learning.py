@@ -1,8 +1,8 @@
 """Compares what the published implementation and ours learn: the same images, sizes, schedule and number of seeds.
 
-    python bench/learning.py --official CHECKOUT --data scenes.csv --out W --json RECORD       on a CPU
-    python bench/learning.py --official CHECKOUT --data scenes.csv --out W --json RECORD --recipe vit_s16 --device cuda \\
-        --set views.global_size=224 --set train.batch_size=64 --minutes 4                       on a GPU
+    python bench/learning.py --official CHECKOUT --data scenes.csv --out W --json RECORD
+    python bench/learning.py --official CHECKOUT --data scenes.csv --out W --json RECORD --recipe vit_s16 \\
+        --device cuda --minutes 4 --set views.global_size=224 --set train.batch_size=64
 
 Both pretrain on the train split, each in processes of its own on as many threads; then the same probes look at the
 frozen teacher of every checkpoint: kNN and logistic regression, learned on the train split, tested on the test split.
@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ class Comparison:
             with (self.args.out / f"{run.name}.log").open("w") as log:
                 done = subprocess.run(command, env=self._environment(), stdout=log, stderr=log, check=False)
             if done.returncode:
-                raise SystemExit(f"{run}: ended with {done.returncode}; see {log.name}")
+                raise UserError(f"{run}: ended with {done.returncode}; see {log.name}")
         return json.loads((run / "times.json").read_text())
 
     def _environment(self) -> dict[str, str]:
@@ -142,14 +143,26 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     settings = [*args.set, f"train.device={args.device}"]
     what = Comparison(args, read_samples("scene", args.data, args.root), load_config(args.recipe, settings))
     what.copy_images()
-    for side, seed in what.runs():
-        steps = what.steps(side)
-        what.train(side, seed, steps, -(-steps // POINTS), what.run_folder(side, seed))
+    _train(what, [run for run in what.runs() if run[0] != LONGER])
+    _train(what, [run for run in what.runs() if run[0] == LONGER])
     probes = Probes(what.samples, what.cfg, args.device, args.out / "probes.json")
     record = _head(what)
     for side, seed in [*what.runs(), *(("random", seed) for seed in what.seeds)]:
         record["runs"].append({"side": side, "seed": seed, **_probed(what, probes, side, seed)})
     return record
+
+
+def _train(what: Comparison, runs: list[tuple[str, int]]) -> None:
+    """Make the runs that are not there yet, some at a time."""
+    steps = {side: what.steps(side) for side, _ in runs}
+
+    def make(run: tuple[str, int]) -> None:
+        side, seed = run
+        what.train(side, seed, steps[side], -(-steps[side] // POINTS), what.run_folder(side, seed))
+
+    with ThreadPoolExecutor(what.args.jobs) as workers:
+        for future in [workers.submit(make, run) for run in runs]:
+            future.result()
 
 
 def _head(what: Comparison) -> dict[str, Any]:
@@ -221,6 +234,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="minutes of each run, instead of --epochs")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads of a side; 1 on a CPU, by default")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; 2: sides have the same neighbours")
     args = parser.parse_args(argv)
     args.sides = args.sides.split(",")
     for side in args.sides:

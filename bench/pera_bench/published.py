@@ -115,7 +115,7 @@ class PublishedStep(nn.Module):
             PERA=space(S_RATIO=m.student_ratio, T_RATIO=m.teacher_ratio),
         )
         self.cfg = cfg
-        # Of the last step: the loss's parts, by the names that the authors log, and the gradient's norm before clipping.
+        # Of the last step: the loss's parts, by the names that the authors log, and the norm before clipping.
         self.parts: dict[str, Tensor] = {}
         self.grad_norm = torch.zeros(())
         self.net = model_class(space(AUG=space(GLOBAL_CROP_SIZE=cfg.views.global_size), NET=net)).to(device).train()
