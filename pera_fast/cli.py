@@ -12,6 +12,7 @@ import typer
 
 from pera_fast import __version__
 from pera_fast.cli_data import data_app
+from pera_fast.cli_eval import evaluate
 from pera_fast.cli_profile import profile_app
 from pera_fast.errors import UserError
 from pera_fast.paths import refuse_urls
@@ -82,6 +83,9 @@ def pretrain(
     how = "auto" if resume == "auto" else resume is not None
     result = run(data=data, out=out, recipe=recipe, resume=how, overrides=overrides or [])
     raise typer.Exit(result.exit_code)
+
+
+app.command("eval")(evaluate)
 
 
 @app.command()

@@ -20,6 +20,10 @@ class Purpose(IntEnum):
     DROP_PATH = 6  # sequences kept by stochastic depth; counter: micro-step, rank
     SCENE = 7  # procedural demo scenes; counter: class, index
     MEASURE = 8  # files over which bands are measured
+    LABELS = 9  # labelled samples of a share, in evaluations; counter: class
+    BOOTSTRAP = 10  # test samples drawn with replacement
+    ROADS = 20  # procedural pictures of roads; counter: index
+    CHANGES = 21  # procedural pairs; counter: index, and 1 or 2 for the light before and after
 
 
 def generator(seed: int, purpose: Purpose, *counter: int) -> np.random.Generator:

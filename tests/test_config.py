@@ -143,7 +143,7 @@ def test_there_are_five_recipes_and_tiny_is_tiny():
         ("batch_size=4", "batch_size=4: no such key; did you mean train.batch_size?"),
         ("training.batch_size=4", "training.batch_size=4: no such key; did you mean train.batch_size?"),
         ("model.batch_size=4", "model.batch_size=4: no such key; did you mean train.batch_size?"),
-        ("zzz.qqq=1", "zzz.qqq=1: no such key; sections: model, views, loss, optim, train, data"),
+        ("zzz.qqq=1", "zzz.qqq=1: no such key; sections: model, views, loss, optim, train, data, eval"),
         ("recipe=tiny", "recipe=tiny: choose a recipe with --recipe tiny"),
         (
             "train.steps",
@@ -432,6 +432,9 @@ def test_check_is_for_configurations_made_by_hand_too():
         check(cfg)
 
 
+PATHS = "data.index", "eval.data", "eval.root"
+
+
 def test_every_key_has_a_type_rule():
     for key in KEYS:
         base, _ = kind(key)
@@ -439,7 +442,7 @@ def test_every_key_has_a_type_rule():
         if base in (int, float, list[float]):
             assert rule or key == "views.mean", f"{key} may be anything"
         elif base is str:
-            assert "choices" in rule or key in ("data.index", "data.band_scale")
+            assert "choices" in rule or key in (*PATHS, "data.band_scale")
     assert all(is_dataclass(getattr(Config(), f.name)) for f in fields(Config) if f.name != "recipe")
 
 
@@ -447,7 +450,7 @@ def _values(key: str) -> st.SearchStrategy:
     """Values that a key may have by its own rule, near the recipe's where other keys depend on it."""
     base, optional = kind(key)
     rule = KEYS[key].metadata
-    if key == "data.index":
+    if key in PATHS:
         text = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1)
         strategy = text.filter(lambda t: t not in ("null", "~"))
     elif "choices" in rule:
@@ -475,7 +478,7 @@ TIED = {"train.batch_size", "train.total_batch_size", "optim.warmup_epochs", "op
 TIED |= {f"model.{n}" for n in ("patch_size", "embed_dim", "num_heads", "in_chans", "student_ratio", "teacher_ratio")}
 TIED |= {f"views.{n}" for n in ("global_size", "local_size")} | {"model.masking", "train.epochs"}
 TIED |= {"views.rgb_bands", "data.bands", "data.band_scale", "data.band_range", "train.cuda_graph"}
-TIED |= {"model.teacher_precision"}
+TIED |= {"model.teacher_precision", "eval.size"}
 
 
 @settings(max_examples=40, deadline=None)

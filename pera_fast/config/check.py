@@ -15,7 +15,8 @@ def check(cfg: Config) -> None:
     values = flatten(cfg)
     for key in KEYS:
         check_value(key, values[key])
-    refuse_url("data.index", cfg.data.index or "")
+    for key, path in (("data.index", cfg.data.index), ("eval.data", cfg.eval.data), ("eval.root", cfg.eval.root)):
+        refuse_url(key, path or "")
     _check_sizes(cfg)
     _check_masks(cfg)
     _check_bands(cfg)
@@ -66,6 +67,8 @@ def _check_sizes(cfg: Config) -> None:
             near = sorted({max(size // m.patch_size, 1) * m.patch_size, (size // m.patch_size + 1) * m.patch_size})
             why = f"must be a multiple of model.patch_size={m.patch_size}; nearest: {' or '.join(map(str, near))}"
             raise fail(f"views.{name}", size, why)
+    if cfg.eval.size is not None and cfg.eval.size % m.patch_size:
+        raise fail("eval.size", cfg.eval.size, f"must be a multiple of model.patch_size={m.patch_size}")
     if m.embed_dim % m.num_heads:
         heads = [h for h in range(1, min(m.embed_dim, 2**16) + 1) if m.embed_dim % h == 0]
         close = sorted(sorted(heads, key=lambda h: abs(h - m.num_heads))[:4])

@@ -239,6 +239,18 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """Probes during pretraining: kNN of the teacher on labelled images."""
+
+    # Labelled images: class folders, or a CSV with columns file, class and split. null: no probes.
+    data: str | None = None
+    root: str | None = None  # folder of the paths in that CSV; null: the CSV's own, or the folder of its name
+    every: int | None = _count(None)  # optimiser steps between probes; null: as many as keep them under 1% of the time
+    images: int = _count(1000, low=2)  # most images to learn from, and most to test on
+    size: int | None = _count(None)  # pixels a side that images are resized to; null: views.global_size
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that defines a run. Made by `load_config`; saved as config.yaml in the run folder. Never changed."""
 
@@ -249,6 +261,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
     def with_values(self, values: Mapping[str, Value]) -> "Config":
         """A configuration with other values for some dotted keys; `check` says whether it can be run."""

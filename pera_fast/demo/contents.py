@@ -103,12 +103,13 @@ def report_html(
 
 def _some_files(images: Images, count: int = 8) -> list[Path]:
     if images.test is not None:
+        files = [paths[0] for paths in images.test.images]
         per_class = [
-            [f for f, n in zip(images.test.files, images.test.labels, strict=True) if n == label]
+            [file for file, labels in zip(files, images.test.labels, strict=True) if label in labels]
             for label in range(count)
         ]
-        chosen = [files[0] for files in per_class if files]
-        return [*chosen, *(f for f in images.test.files if f not in chosen)][:count]
+        chosen = [members[0] for members in per_class if members]
+        return [*chosen, *(file for file in files if file not in chosen)][:count]
     return sorted(p for p in images.folder.rglob("*") if is_image(p, images.folder))[:count]
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pera_fast.features.labels import LabelledFiles
+from pera_fast.features.samples import Samples
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Images:
     """
 
     folder: Path
-    train: LabelledFiles | None
-    test: LabelledFiles | None
+    train: Samples | None
+    test: Samples | None
     note: str
 
 

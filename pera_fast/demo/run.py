@@ -13,10 +13,11 @@ from torch import Tensor
 from pera_fast.config import Config, read_config
 from pera_fast.demo.found import DemoResult, Images, Probe, verdict
 from pera_fast.errors import UserError
+from pera_fast.eval.task import parts_of
 from pera_fast.features.dense import features
 from pera_fast.features.images import load_images
 from pera_fast.features.knn import knn_accuracy
-from pera_fast.features.labels import LabelledFiles, class_folders
+from pera_fast.features.samples import Samples, read_samples
 from pera_fast.model.pera import PerA
 from pera_fast.model.transformer import VisionTransformer
 from pera_fast.paths import refuse_inside
@@ -24,7 +25,6 @@ from pera_fast.train.api import make_model, pretrain
 
 MARK = ".pera-fast-demo"  # in folders that the demo may clear
 TRAIN_SCENES, TEST_SCENES = 100, 30  # of each class
-TEST_SHARE = 0.2  # of the images of each class of a user's folder
 PROBE_LIMIT = 1500  # images of either side of the probe
 STEPS = 260
 BATCH = 32
@@ -103,24 +103,24 @@ def _procedural(out: Path, seed: int, count: tuple[int, int]) -> Images:
     folder = out / f"scenes-{seed}-{count[0]}-{count[1]}"
     write_scenes(folder / "train", count[0], seed=seed)
     write_scenes(folder / "test", count[1], seed=seed, first=1_000_000)
-    train, test = class_folders(folder / "train"), class_folders(folder / "test")
+    samples = read_samples("scene", folder)
+    train, test = samples.need("train"), samples.need("test")
     return Images(folder / "train", train, test, f"procedural overhead scenes of {len(CLASSES)} classes")
 
 
 def _given(data: Path, out: Path, seed: int) -> Images:
     """A user's folder; with class folders, a fifth of each class is held out of the pretraining."""
-    labelled = class_folders(data) if data.is_dir() else None
-    if labelled is None:
-        return Images(data, None, None, f"images of {data}, which has no class folders: no labels, so no kNN")
-    train, test = labelled.split(TEST_SHARE, seed)
+    try:
+        parts = parts_of(read_samples("scene", data), seed)
+    except UserError as error:
+        return Images(data, None, None, f"images of {data}: no labels, so no kNN ({error})")
+    train, test = parts.labelled, parts.test
     folder = out / "train"  # links, so that the held-out images are not among those pretrained on
-    for number, file in enumerate(train.files):
-        link = folder / train.classes[train.labels[number]] / f"{number:07d}{file.suffix}"
+    for number, ((file,), labels) in enumerate(zip(train.images, train.labels, strict=True)):
+        link = folder / train.classes[labels[0]] / f"{number:07d}{file.suffix}"
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(file.resolve())
-    return Images(
-        folder, train, test, f"images of {data}: {len(train.files)} to pretrain on, {len(test.files)} held out"
-    )
+    return Images(folder, train, test, f"images of {data}: {len(train)} to pretrain on, {len(test)} held out")
 
 
 def _newest_weights(folder: Path) -> dict[str, Tensor]:
@@ -144,15 +144,15 @@ def _probe(cfg: Config, images: Images, before: PerA, after: PerA) -> Probe:
     return Probe(accuracy[0], accuracy[1], 1 / len(images.train.classes), note)
 
 
-def _share(used: int, files: LabelledFiles) -> str:
+def _share(used: int, samples: Samples) -> str:
     """Number of the files that were used, in words."""
-    return str(used) if used == len(files.files) else f"{used} (drawn at random) of the {len(files.files)}"
+    return str(used) if used == len(samples) else f"{used} (drawn at random) of the {len(samples)}"
 
 
-def _loaded(cfg: Config, files: LabelledFiles) -> tuple[Tensor, Tensor]:
-    rows = np.random.default_rng(0).permutation(len(files.files))[:PROBE_LIMIT]
-    pictures = load_images([files.files[i] for i in rows], cfg.views.global_size, cfg)
-    return pictures, torch.tensor([files.labels[i] for i in rows])
+def _loaded(cfg: Config, samples: Samples) -> tuple[Tensor, Tensor]:
+    rows = np.random.default_rng(0).permutation(len(samples))[:PROBE_LIMIT]
+    pictures = load_images([samples.images[i][0] for i in rows], cfg.views.global_size, cfg)
+    return pictures, torch.tensor([samples.labels[i][0] for i in rows])
 
 
 def _descriptor(cfg: Config, backbone: VisionTransformer, pictures: Tensor) -> Tensor:

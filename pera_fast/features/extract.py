@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from pera_fast.config.keys import did_you_mean
 from pera_fast.cores import usable_cores
 from pera_fast.errors import UserError
 from pera_fast.features.dense import layer_features
@@ -17,6 +18,7 @@ from pera_fast.features.images import ImageReader, resize
 from pera_fast.progress import progress_bar
 from pera_fast.weights.backbone import Backbone
 
+DEVICES = ("auto", "cpu", "cuda")
 POOLINGS = ("cls", "mean", "both")
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 T = TypeVar("T")
@@ -24,7 +26,9 @@ R = TypeVar("R")
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
-    """The device of a frozen network. Raises UserError for cuda where there is none."""
+    """The device of a frozen network, of `DEVICES`. Raises UserError for others, and for cuda where there is none."""
+    if wanted not in DEVICES:
+        raise UserError(f"--device {wanted}: wants one of {', '.join(DEVICES)}{did_you_mean(wanted, DEVICES)}")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU; leave it out, or give cpu")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
@@ -41,7 +45,7 @@ class Extractor:
         batch_size: images at a time.
 
     Raises:
-        UserError: the size is no multiple of the patch size.
+        UserError: the size is no multiple of the patch size, or there is no such precision.
     """
 
     def __init__(
@@ -58,6 +62,8 @@ class Extractor:
         if self.size % patch:
             near = max(round(self.size / patch), 1) * patch
             raise UserError(f"--size {self.size}: must be a multiple of the patch size {patch}; nearest: {near}")
+        if precision is not None and precision not in _PRECISIONS:
+            raise UserError(f"--precision {precision}: wants one of {', '.join(_PRECISIONS)}")
         self.dtype = _PRECISIONS[precision or ("bf16" if device.type == "cuda" else "fp32")]
         self.read = ImageReader(backbone.cfg)
         self._model = backbone.model.to(device)

@@ -6,6 +6,7 @@ A CSV's columns are `file,class,split`, `image,mask,split` or `before,after,mask
 """
 
 import csv
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import numpy as np
 
 from pera_fast.config.keys import did_you_mean
 from pera_fast.data.files.companions import hides
-from pera_fast.errors import UserError
+from pera_fast.errors import UserError, one_line
 from pera_fast.features.images import is_image
 from pera_fast.paths import local_path
 
@@ -135,7 +136,7 @@ def _of_csv(task: str, path: Path, root: Path | None) -> Samples:
         split = (row.get("split") or "").strip().lower()
         split = _SPLIT_NAMES.get(split, split)
         if split and split not in SPLITS:
-            raise UserError(f"{path}: line {number}: split {row['split']}: wants one of {', '.join(SPLITS)}")
+            raise UserError(f"{path}: line {number}: split {one_line(row['split'])}: wants one of {', '.join(SPLITS)}")
         splits.append(split)
     if any(splits) and not all(splits):
         raise UserError(f"{path}: line {splits.index('') + 2} has no split, while others have; give all or none")
@@ -171,7 +172,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 def _base(path: Path, first: str) -> Path:
     """The CSV's folder, or else the folder of its name beside it, whichever holds the first file."""
     named = path.with_suffix("")
-    return named if not (path.parent / first).exists() and named.is_dir() else path.parent
+    return named if not os.path.exists(path.parent / first) and named.is_dir() else path.parent
 
 
 def _scenes(
@@ -229,8 +230,8 @@ def _stem_folders(task: str, root: Path) -> list[tuple[tuple[Path, ...], Path]]:
 def _checked(samples: Samples) -> Samples:
     for paths in (*samples.images, *((mask,) for mask in samples.masks)):
         for path in paths:
-            if not path.is_file():
-                raise UserError(f"{samples.source}: {path}: no such file; is --root right?")
+            if not os.path.isfile(path):  # unlike Path.is_file it takes names of any length
+                raise UserError(f"{samples.source}: {one_line(path)}: no such file; is --root right?")
     if samples.task == "scene":
         _check_classes(samples)
     return samples
@@ -238,7 +239,7 @@ def _checked(samples: Samples) -> Samples:
 
 def _check_classes(samples: Samples) -> None:
     """Raises UserError for classes that nothing can be learned of or measured on."""
-    source, names = samples.source, list(samples.classes)
+    source, names = samples.source, [one_line(name) for name in samples.classes]
     if len(names) < 2:
         raise UserError(f"{source}: has one class only, {names[0]}; a classification wants two")
     counts = Counter(label for labels in samples.labels for label in labels)

@@ -58,17 +58,18 @@ def _sorted_header(contents: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + contents[end:]
 
 
-def export_teacher(model: PerA, path: str | Path) -> None:
+def export_teacher(model: PerA, path: str | Path, more: Mapping[str, object] | None = None) -> None:
     """Write the teacher's backbone with timm's names (docs/method.md section 8: the teacher is the model that is kept).
 
     Args:
         model: the training model.
         path: the file, by convention ``exported/teacher.safetensors`` of a run.
+        more: further metadata.
 
     Raises:
         OSError: it could not be written.
     """
-    write_safetensors(timm_state_dict(model.state_dict()), Path(path), teacher_metadata(model.cfg))
+    write_safetensors(timm_state_dict(model.state_dict()), Path(path), {**teacher_metadata(model.cfg), **(more or {})})
 
 
 def teacher_metadata(cfg: Config) -> dict[str, object]:

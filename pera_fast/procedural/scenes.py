@@ -219,6 +219,11 @@ _DRAW: dict[str, Callable[[Canvas], None]] = {
 CLASSES: tuple[str, ...] = tuple(_DRAW)
 
 
+def draw(name: str, canvas: Canvas) -> None:
+    """Draw a scene of a class (`CLASSES`) on a canvas."""
+    _DRAW[name](canvas)
+
+
 def scene(seed: int, label: int, index: int, size: int = 256) -> NDArray[np.uint8]:
     """One scene.
 
@@ -232,7 +237,7 @@ def scene(seed: int, label: int, index: int, size: int = 256) -> NDArray[np.uint
         uint8 [size, size, 3], RGB; the same for the same arguments.
     """
     canvas = Canvas(generator(seed, Purpose.SCENE, label, index), size)
-    _DRAW[CLASSES[label]](canvas)
+    draw(CLASSES[label], canvas)
     return canvas.finish()
 
 

@@ -42,6 +42,7 @@ from pera_fast.train.inputs import make_inputs
 from pera_fast.train.loop import Run, fit
 from pera_fast.train.memory_plan import choose_recompute
 from pera_fast.train.optim import make_optimizer, make_scaler
+from pera_fast.train.probe import Probe, labelled
 from pera_fast.train.run_folder import (
     RunFolder,
     Start,
@@ -113,6 +114,7 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
     check_teacher_precision(cfg, here.device)
     if start.checkpoint:
         check_resumed_batch(start.checkpoint, plan.total, here.size)
+    probed = here.on_main(lambda: labelled(cfg))  # before the images are indexed, which may take long
     manifest = _open_data(data, folder, start, here)
     start.cfg = cfg = adopt(cfg, manifest)
     position = 0
@@ -135,6 +137,7 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
         try:
             run = _build(folder, start, here, manifest, loader)
             run.position = position
+            run.probe = here.on_main(lambda: None if probed is None else Probe(cfg, run.pera, probed, folder.best))
             if here.main:
                 folder.finished.unlink(missing_ok=True)
                 folder.cut_metrics(run.step)

@@ -110,6 +110,8 @@ def describe(metrics: Metrics, seconds_left: float | None) -> str:
     ]
     if metrics.get("mfu") is not None:
         words.append(f"MFU {100 * metrics['mfu']:.0f}%")
+    if metrics.get("probe_knn") is not None:
+        words.append(f"kNN {100 * metrics['probe_knn']:.1f}%")
     if seconds_left is not None:
         words.append(f"{_duration(seconds_left)} left")
     return "  ".join(words)
@@ -124,6 +126,7 @@ class Progress:
         self._said = -float("inf")
         self._bar: Bar | None = None
         self._task: TaskID | None = None
+        self._probe: float | None = None  # the last one's accuracy
 
     def __enter__(self) -> "Progress":
         if self._active and is_terminal(sys.stdout):
@@ -145,6 +148,9 @@ class Progress:
         """Shows the metrics of the step that makes `done` steps done."""
         if not self._active:
             return
+        self._probe = metrics.get("probe_knn", self._probe)
+        if self._probe is not None:
+            metrics = {**metrics, "probe_knn": self._probe}
         now = time.monotonic()
         here = (
             done - self._first

@@ -23,6 +23,7 @@ from pera_fast.train.flops import device_peak, flops_per_image
 from pera_fast.train.fused_update import FusedUpdate
 from pera_fast.train.graph import StepGraph
 from pera_fast.train.metrics import Metrics, MetricsWriter, memory_mib
+from pera_fast.train.probe import KEY, Probe
 from pera_fast.train.run_folder import RunFolder
 from pera_fast.train.schedules import Schedules
 from pera_fast.train.signals import StopRequest, exit_code
@@ -58,6 +59,7 @@ class Run:
     begin: Callable[[], None] = lambda: None  # called by rank 0 after the first step of this process
     graph: StepGraph | None = None  # of the micro-batches
     update: FusedUpdate | None = None  # on a GPU
+    probe: Probe | None = None  # of rank 0; the others wait for it in the next step's collective
     step: int = 0  # optimiser steps done
     position: int = 0  # place in the data, in steps of this total batch from epoch 0; differs if the batch once changed
     nonfinite: dict[str, int] = field(default_factory=lambda: {"total": 0, "row": 0})
@@ -121,6 +123,8 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
     cfg, world, first = run.cfg, run.world, run.step
     reader = _Reader(run, MetricsWriter(run.folder.metrics if world.main else None, run.step))
     clock = _Clock(cfg.train.checkpoint_minutes)
+    if run.probe is not None and not run.step:
+        run.probe.begin()
     try:
         with Progress(run.schedules.steps, run.place, world.main) as progress:
             while run.place < run.schedules.steps:
@@ -129,8 +133,14 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
                 except MachineError as error:  # in the middle of a step, which has changed nothing yet
                     reader.finish(progress)
                     return _leave(run, stop, error, first), reader.metrics
-                reader.take(launch, progress)
                 last = run.place == run.schedules.steps
+                probed = run.probe is not None and (last or run.probe.is_due(run.step))
+                if run.probe is not None and probed:
+                    launch.metrics[KEY] = run.probe.run(run.step)
+                reader.take(launch, progress)
+                if probed:
+                    reader.finish(progress)
+                    reader.pause()
                 due = last or run.step % cfg.train.checkpoint_every == 0 or (world.main and clock.is_due())
                 if due or reader.stopped or (world.size == 1 and stop.exit_code) or run.update is None:
                     reader.finish(progress)
@@ -223,6 +233,10 @@ class _Reader:
             launch, self._pending = self._pending, None
             self._read(launch, progress)
 
+    def pause(self) -> None:
+        """Do not count the time since the last step that was read towards the next one."""
+        self._before = None
+
     def _read(self, launch: _Launch, progress: Progress) -> None:
         run, result = self.run, launch.step.result()
         seconds, idle = self._times(launch)
@@ -238,6 +252,7 @@ class _Reader:
             "data_wait": min(idle / seconds, 1.0),
             "mfu": None if peak is None else rate * flops_per_image(run.cfg) / (peak * run.world.size),
             "mem": memory_mib(run.world.device),
+            **{key: launch.metrics[key] for key in (KEY,) if key in launch.metrics},
         }
         if not result.applied:
             self.metrics["nonfinite"] = result.nonfinite

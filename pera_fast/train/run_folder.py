@@ -34,7 +34,7 @@ BATCH = {"train.batch_size", "train.total_batch_size", "train.accumulate"}  # ma
 HARMLESS = {
     "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints", "train.max_nonfinite",
     "data.loader_threads", "data.prefetch", "data.verify", "data.index", "data.max_pixels", "model.recompute",
-    "data.storage_timeout",
+    "data.storage_timeout", "eval.data", "eval.root", "eval.every", "eval.images", "eval.size",
 }  # fmt: skip
 # These go on, but not bit for bit.
 NOTED = {
@@ -56,6 +56,7 @@ class RunFolder:
     log = property(lambda self: self.root / "train.log")
     checkpoints = property(lambda self: self.root / "checkpoints")
     teacher = property(lambda self: self.root / "exported" / "teacher.safetensors")
+    best = property(lambda self: self.root / "exported" / "best.safetensors")
     skipped = property(lambda self: self.root / "skipped.csv")
     finished = property(lambda self: self.root / "finished.json")
 

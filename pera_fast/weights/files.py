@@ -1,15 +1,20 @@
-"""Reads files of tensors without executing code: PyTorch checkpoints and safetensors."""
+"""Reads files of tensors without executing code: PyTorch checkpoints and safetensors.
+
+PyTorch is imported where a file is read: what only looks for damage does not wait for it.
+"""
+
+from __future__ import annotations
 
 import json
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from pera_fast.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def zip_damage(path: Path) -> str:
@@ -34,6 +39,8 @@ def load_torch(path: Path) -> dict[Any, Any]:
     Raises:
         UserError: the file is missing, damaged, no such file, or holds objects that could run code when loaded.
     """
+    import torch
+
     if not path.exists():
         raise UserError(f"{path}: no such file; give a checkpoint such as the authors' .params file")
     try:
@@ -93,6 +100,8 @@ def parameters(stored: dict[Any, Any], path: Path) -> dict[str, Tensor]:
     state = next((stored[name] for name in ("model", "state_dict", "teacher") if name in stored), stored)
     if not isinstance(state, dict):
         raise UserError(f"{path}: its parameters are a {type(state).__name__}, not a dictionary")
+    from torch import Tensor
+
     tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
         keys = ", ".join(f"{key!s:.40}" for key in list(stored)[:5]) or "none"
@@ -102,6 +111,8 @@ def parameters(stored: dict[Any, Any], path: Path) -> dict[str, Tensor]:
 
 def check_finite(state: dict[str, Tensor], path: Path | str) -> None:
     """Raises UserError for weights that are not dense floats, or not finite."""
+    import torch
+
     for name, value in state.items():
         if value.layout != torch.strided or not value.is_floating_point():
             raise UserError(f"{path}: {name} is {value.dtype}, {value.layout}; weights are dense floats")

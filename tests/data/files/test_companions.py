@@ -13,7 +13,7 @@ from pera_fast import cli
 from pera_fast.data.files.companions import companion, hides
 from pera_fast.data.files.manifest import Manifest
 from pera_fast.data.index.build import build_index
-from pera_fast.features.labels import class_folders
+from pera_fast.features.samples import read_samples
 
 pytest.importorskip("nvidia.dali")
 SCENES = [f"scene{number}.tif" for number in range(4)]
@@ -103,9 +103,8 @@ def test_classes_of_a_probe_have_no_companions(tmp_path):
     for name in ("field", "town", ".Trash-1000"):
         write_scenes(tmp_path / name, 3)
         write_scenes(tmp_path / name / ".ipynb_checkpoints", 2)
-    found = class_folders(tmp_path)
-    assert found is not None
-    assert (found.classes, len(found.files)) == (("field", "town"), 6)
+    found = read_samples("scene", tmp_path)
+    assert (found.classes, len(found)) == (("field", "town"), 6)
 
 
 def test_names_of_images_are_not_taken_for_companions():

@@ -9,7 +9,7 @@ from fuzz.target import Target, expect, judged
 from pera_fast.config import Config, from_yaml, load_config, to_yaml
 from pera_fast.config.keys import KEYS
 from pera_fast.config.listing import listing
-from pera_fast.features.labels import from_csv
+from pera_fast.features.samples import read_samples
 
 
 def checked(cfg: Config) -> None:
@@ -85,11 +85,17 @@ class Labels(Target):
     def run(self, rng):
         path: Path = self.case / "labels.csv"
         path.write_bytes(mutate_text(self._TEXT, rng))
+        for line in self._TEXT.splitlines()[1:]:
+            file = self.case / line.split(",")[0]
+            file.parent.mkdir(exist_ok=True)
+            file.touch()
 
         def load() -> str:
-            found = from_csv(path, "train")
-            expect(len(found.files) == len(found.labels) > 0, "files without labels")
-            expect(all(0 <= label < len(found.classes) for label in found.labels), "a label without a class")
+            found = read_samples("scene", path)
+            expect(len(found.images) == len(found.labels) == len(found.splits) > 0, "files without labels")
+            every = [label for labels in found.labels for label in labels]
+            expect(all(0 <= label < len(found.classes) for label in every), "a label without a class")
+            expect(all(found.labels), "a file without a label")
             return "read"
 
         return judged(load)

@@ -28,7 +28,7 @@ from pera_fast.data.tools.tile import tile
 from pera_fast.data.tools.tile_grid import TileSettings
 from pera_fast.errors import UserError
 from pera_fast.features.images import load_images
-from pera_fast.features.labels import from_csv
+from pera_fast.features.samples import read_samples
 from pera_fast.interop.published import convert
 from pera_fast.model.pera import PerA
 from pera_fast.train.run_folder import RunFolder
@@ -308,11 +308,20 @@ def test_converted_weights_are_those_of_the_checkpoint(network, tmp_path):
 # Tables and states
 
 
-@pytest.mark.parametrize("data", [b"file,class\n\xcb.jpg,a\n", b"file,class\na.jpg\n", b"file,class\na\0.jpg,a\n"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"file,class\n\xcb.jpg,a\n",
+        b"file,class\na.jpg\n",
+        b"file,class\na\0.jpg,a\n",
+        b'file,class\n"a\nb.jpg",a\n',
+        b"file,class\n" + 300 * b"a" + b".jpg,a\n",
+    ],
+)
 def test_labels_that_are_no_table(tmp_path, data):
     (tmp_path / "labels.csv").write_bytes(data)
     with pytest.raises(UserError) as error:
-        from_csv(tmp_path / "labels.csv")
+        read_samples("scene", tmp_path / "labels.csv")
     assert "labels.csv" in one_line(error)
 
 
