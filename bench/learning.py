@@ -49,7 +49,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared, and where its runs lie."""
+    """Runs of several sides and seeds, and where they lie."""
 
     args: argparse.Namespace
     samples: Samples
@@ -202,10 +202,11 @@ def _probed(what: Comparison, probes: Probes, side: str, seed: int) -> dict[str,
         return {"points": [{"step": 0, "images": 0, "wall_s": 0.0, "processor_s": 0.0, **probes.random(seed)}]}
     run = what.run_folder(side, seed)
     times = {row["step"]: row for row in json.loads((run / "times.json").read_text())}
-    points = []
-    for path in checkpoints(run):
+    points, paths = [], checkpoints(run)
+    for path in paths:
         step = step_of(path)
-        points.append({**times[step], "images": step * what.batch, **probes.checkpoint(path)})
+        found = probes.checkpoint(path, last=path == paths[-1])
+        points.append({**times[step], "images": step * what.batch, **found})
     return {"points": points, "losses": _losses(run / "metrics.jsonl")}
 
 

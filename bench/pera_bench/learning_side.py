@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from pera_fast.config import load_config
+from pera_fast.errors import UserError
 
 SECONDS = 0.1  # between looks at the run's folder
 PUBLISHED, OURS = "published", "ours"
@@ -41,9 +42,9 @@ class Watch(threading.Thread):
         now = time.perf_counter(), time.process_time()
         metrics = self.run_folder / "metrics.jsonl"
         if self.first is None:
-            if metrics.exists() and metrics.stat().st_size:
-                self.first = now
-            return
+            if not metrics.exists() or not metrics.stat().st_size:
+                return
+            self.first = now
         for path in checkpoints(self.run_folder):
             self.points.setdefault(step_of(path), now)
 
@@ -52,7 +53,8 @@ class Watch(threading.Thread):
         self._over.set()
         self.join()
         self.look()
-        assert self.first is not None
+        if self.first is None:
+            raise UserError(f"{self.run_folder}: the run has taken no step; are there fewer images than a batch?")
         wall, processor = self.first
         times = [
             {"step": step, "wall_s": at - wall, "processor_s": used - processor}
