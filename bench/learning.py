@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from pera_bench.learning_probes import Probes
-from pera_bench.learning_side import OURS, PUBLISHED, checkpoints, step_of
+from pera_bench.learning_side import COMMIT, OURS, PUBLISHED, checkpoints, step_of
 from pera_bench.machine import describe
 from pera_fast.config import Config, load_config
 from pera_fast.errors import UserError
@@ -207,7 +207,8 @@ def _probed(what: Comparison, probes: Probes, side: str, seed: int) -> dict[str,
         step = step_of(path)
         found = probes.checkpoint(path, last=path == paths[-1])
         points.append({**times[step], "images": step * what.batch, **found})
-    return {"points": points, "losses": _losses(run / "metrics.jsonl")}
+    code = (run / COMMIT).read_text(encoding="utf-8")
+    return {"commit": code, "points": points, "losses": _losses(run / "metrics.jsonl")}
 
 
 def _losses(path: Path) -> dict[str, float]:

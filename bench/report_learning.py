@@ -130,6 +130,7 @@ def _facts(record: Record) -> Record:
         "seeds": len({run["seed"] for run in record["runs"]}),
         "clock": "processor time" if record["clock"] == "processor" else "the wall clock",
         "threads": threads if record["clock"] == "processor" else "",
+        "commit": ", ".join(sorted({run["commit"] for run in record["runs"] if "commit" in run})),
         "date": machine["date"].split()[0],
     }
 

@@ -1,7 +1,7 @@
 """Trains one side of bench/learning.py with one seed, in a process of its own: `python -m pera_bench.learning_side`.
 
-Leaves a run folder with metrics.jsonl, checkpoints and times.json: when each checkpoint was there, by the wall clock
-and by the processor time of the whole process, its threads included, from the end of the first step on.
+Leaves a run folder with metrics.jsonl, checkpoints, the code's commit, and times.json: when each checkpoint was there,
+by the wall clock and by the processor time of the whole process, its threads included, from the end of the first step.
 """
 
 import argparse
@@ -12,11 +12,14 @@ from pathlib import Path
 
 import torch
 
+from pera_fast import __version__
 from pera_fast.config import load_config
 from pera_fast.errors import UserError
+from pera_fast.profile.machine import commit
 
 SECONDS = 0.1  # between looks at the run's folder
 PUBLISHED, OURS = "published", "ours"
+COMMIT = "commit.txt"  # in a run's folder: the code that trained it
 
 
 class Watch(threading.Thread):
@@ -89,6 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    args.run.mkdir(parents=True, exist_ok=True)
+    (args.run / COMMIT).write_text(commit() or f"version {__version__}", encoding="utf-8")
     watch = Watch(args.run)
     watch.start()
     settings = [*args.set, f"train.device={args.device}"]

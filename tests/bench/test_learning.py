@@ -117,8 +117,8 @@ def record() -> dict:
     for side, seconds, level in (("published", 120.0, 0.5), ("ours", 60.0, 0.52)):
         for seed in (0, 1, 2):
             points = [point(800, seconds / 2, level - 0.1), point(1600, seconds, level + seed / 100)]
-            runs.append({"side": side, "seed": seed, "points": points, "losses": losses})
-    machine = {"device": "a CPU", "threads": 1, "torch": "2.13", "commit": "abc", "date": "2026-11-27 05:00 UTC"}
+            runs.append({"side": side, "seed": seed, "commit": "abc", "points": points, "losses": losses})
+    machine = {"device": "a CPU", "threads": 1, "torch": "2.13", "date": "2026-11-27 05:00 UTC"}
     return {
         **{"machine": machine, "published": "2103eb3572", "recipe": "tiny", "settings": [], "batch": 16},
         **{"epochs": 5, "minutes": None, "clock": "processor", "images": {"train": 320, "test": 80}},
@@ -135,7 +135,7 @@ def test_page_has_medians_spreads_and_differences(tmp_path: Path) -> None:
     assert "| random weights | 0 |  | " + " | ".join(["30.0 (30.0 to 30.0)"] * 4) + " |" in lines
     text = " ".join(lines)
     assert "kNN, cls +2.0 (2.0)" in text
-    assert "published code at 2103eb3;" in text
+    assert "published code at 2103eb3; abc, 2026-11-27" in text
     short = " ".join(report_learning.learning_summary(tmp_path))
     assert "kNN, cls 53.0 % against 51.0 %" in short
     assert "50 % of its processor time" in short
