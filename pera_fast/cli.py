@@ -14,6 +14,7 @@ from pera_fast import __version__
 from pera_fast.cli_data import data_app
 from pera_fast.cli_eval import evaluate
 from pera_fast.cli_profile import profile_app
+from pera_fast.cli_weights import convert, export
 from pera_fast.errors import UserError
 from pera_fast.paths import refuse_urls
 from pera_fast.storage import NO_THREAD, cannot_start
@@ -204,29 +205,8 @@ def bench(
     raise typer.Exit(run(wish, json=json, old=compare, out=out))
 
 
-@app.command()
-def convert(
-    weights: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CHECKPOINT", help="The authors' PUBLISHED.params, or a checkpoint of a run.", show_default=False
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the converted weights.", show_default=False)],
-    heads: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Attention heads, which no published checkpoint holds.",
-            show_default="the run's; else 6, 12, 16 for widths 384, 768, 1024",
-        ),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
-) -> None:
-    """Turn a published PerA checkpoint, or one of a run, into safetensors that timm loads by name."""
-    from pera_fast.interop.published import convert as run
-
-    typer.echo(run(weights, out, heads, overwrite).summary)
+app.command()(export)
+app.command()(convert)
 
 
 @app.command()

@@ -27,7 +27,10 @@ def evaluate(
         Path | None, typer.Option(help="Folder of the paths in a CSV.", show_default="the CSV's, or that of its name")
     ] = None,
     size: Annotated[
-        int | None, typer.Option(min=1, help="Image size, in pixels a side.", show_default="the global crops'")
+        int | None,
+        typer.Option(
+            min=1, help="Size of images, of masks' images of tiles, in pixels a side.", show_default="by the weights"
+        ),
     ] = None,
     labels: Annotated[str, typer.Option(help="Shares of the labels to learn from, such as 0.01,0.1,1.")] = "1",
     pooling: Annotated[str, typer.Option(help="Features of a scene: some of cls,mean,both.")] = "cls,mean,both",
@@ -42,6 +45,20 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Attention heads, for a file that does not say.", show_default="usual ones"),
     ] = None,
+    head: Annotated[str, typer.Option(help="Head on patch features, for masks: linear or conv.")] = "linear",
+    layers: Annotated[
+        int, typer.Option(min=1, help="Blocks whose features the head for masks sees, evenly spread.")
+    ] = 4,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Names of the classes 0, 1, ... of masks: background,road.", show_default="their numbers"),
+    ] = None,
+    ignore: Annotated[
+        int | None, typer.Option(help="Value of masks whose pixels count for nothing.", show_default="none")
+    ] = None,
+    folds: Annotated[
+        int, typer.Option(min=0, help="Folds of a cross-validation over all samples with masks; 0: the given splits.")
+    ] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that is there.")] = False,
 ) -> None:
     """Evaluate frozen weights on labelled scenes, masks or changes: a table, an HTML report, a JSON file.
@@ -53,7 +70,8 @@ def evaluate(
 
     found = run(
         task, data, weights, out, root=root, size=size, labels=shares, poolings=pooling.split(","), seed=seed,
-        device=device, precision=precision, batch_size=batch_size, heads=heads, overwrite=overwrite,
+        device=device, precision=precision, batch_size=batch_size, heads=heads, head=head, layers=layers,
+        classes=classes.split(",") if classes else (), ignore=ignore, folds=folds, overwrite=overwrite,
     )  # fmt: skip
     from pera_fast.eval.report import text_table
 

@@ -52,7 +52,7 @@ def stub(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "args", [(), ("pretrain",), ("data",), ("data", "index"), ("info",), ("convert",), ("demo",), ("bench",)]
+    "args", [(), ("pretrain",), ("data",), ("data", "index"), ("info",), ("convert",), ("demo",), ("bench",), ("eval",)]
 )
 def test_help_comes_in_under_half_a_second(args):
     """Best of three, in processor time: on a machine that does something else too, the clock says little."""

@@ -432,7 +432,7 @@ def test_check_is_for_configurations_made_by_hand_too():
         check(cfg)
 
 
-PATHS = "data.index", "eval.data", "eval.root"
+PATHS = "data.index", "eval.data", "eval.root", "train.init_from"
 
 
 def test_every_key_has_a_type_rule():

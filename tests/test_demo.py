@@ -1,17 +1,21 @@
 """The demo: scenes, and a short run that ends with a whole report."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from kept_workers import kept_workers  # noqa: F401 a fixture
 
+from pera_fast.demo import run as demo
 from pera_fast.demo.figures import _components, running_mean
-from pera_fast.demo.found import DemoResult, Probe, verdict
+from pera_fast.demo.found import Compared, DemoResult, verdict
 from pera_fast.demo.run import run
 from pera_fast.errors import UserError
+from pera_fast.procedural.labelled import write_roads
 from pera_fast.procedural.scenes import CLASSES, scene, write_scenes
 
 QUICK = ("train.batch_size=4", "model.depth=2", "model.embed_dim=48", "model.head_hidden=64", "model.prototypes=64")
@@ -44,35 +48,52 @@ def test_written_scenes_are_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_report_has_all_its_parts(tmp_path: Path) -> None:
-    found = run(tmp_path / "demo", steps=3, scenes=(3, 2), overrides=QUICK)
+    counts: dict[str, Any] = {"scenes": (3, 2), "pairs": (3, 2)}
+    found = run(tmp_path / "demo", steps=3, overrides=QUICK, **counts)
     page = found.report.read_text(encoding="utf-8")
-    for title in ("disjoint masks", "Loss", "kNN on held-out images", "PCA maps", "Numbers"):
+    for title in ("disjoint masks", "Loss", "random against pretrained", "PCA maps", "Numbers", "Roads:", "Changes:"):
         assert title in page
-    assert len(re.findall(r'src="data:image/png;base64,', page)) == 4
+    assert len(re.findall(r'src="data:image/png;base64,', page)) >= 6
     assert not re.search(r'(src|href)="(?!data:)', page), "nothing is loaded from elsewhere"
-    assert found.probe.before is not None
-    assert found.probe.after is not None
-    assert f"{found.probe.after:.1%}" in page
-    again = run(tmp_path / "demo", steps=2, scenes=(3, 2), overrides=QUICK)
+    assert [one.task for one in found.compared] == ["scene", "segmentation", "change"]
+    for one in found.compared:
+        assert one.report.is_file()
+        assert f"{one.after:.1%}" in page
+    again = run(tmp_path / "demo", steps=2, overrides=QUICK, **counts)
     assert again.report == found.report
 
 
 @pytest.mark.slow
 def test_own_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pera_fast.demo.run.PROBE_LIMIT", 20)
+    monkeypatch.setattr("pera_fast.demo.run.MOST", 20)
     images = tmp_path / "images"
     write_scenes(images, 5, size=96)
-    found = run(tmp_path / "labelled", data=images, steps=2, overrides=QUICK)
+    found = run(tmp_path / "labelled", data=images, steps=2, pairs=(2, 2), overrides=QUICK)
     page = found.report.read_text(encoding="utf-8")
     assert "32 to pretrain on, 8 held out" in page
-    assert "8 held-out images against 20 (drawn at random) of the 32 pretrained on" in page
+    assert len(list((tmp_path / "labelled" / "train").rglob("*.jpg"))) == 32
+    report = json.loads((found.compared[0].report.parent / "report.json").read_text())
+    assert (report["train"], report["test"]) == (20, 8)
     flat = tmp_path / "flat"
     flat.mkdir()
     for path in sorted(images.rglob("*.jpg"))[:8]:
         path.rename(flat / path.name)
-    found = run(tmp_path / "unlabelled", data=flat, steps=2, overrides=QUICK)
-    assert found.probe.before is None
-    assert "no labels, so no kNN" in found.report.read_text(encoding="utf-8")
+    found = run(tmp_path / "unlabelled", data=flat, steps=2, pairs=(2, 2), overrides=QUICK)
+    assert [one.task for one in found.compared] == ["segmentation", "change"]
+    assert "no labels, so no evaluation of scenes" in found.note
+
+
+def test_tables_beside_the_images_are_used(tmp_path: Path) -> None:
+    write_scenes(tmp_path / "scenes", 3, size=32)
+    rows = [f"{name}/{name}_{i:04d}.jpg,{name},{'test' if i == 2 else 'train'}" for name in CLASSES for i in range(3)]
+    (tmp_path / "scenes.csv").write_text("\n".join(["file,class,split", *rows]) + "\n")
+    roads = write_roads(tmp_path / "roads", 2, 1, size=32)
+    roads.rename(tmp_path / "roads.csv")
+    images = demo._given(tmp_path, tmp_path / "out", seed=0)
+    assert sorted(images.samples) == ["scene", "segmentation"]
+    assert len(images.samples["scene"].part("test")) == len(CLASSES)
+    assert images.samples["segmentation"].source.endswith("roads.csv")
+    assert len(list(images.folder.rglob("*.jpg"))) == 2 * len(CLASSES)
 
 
 def test_other_folders_are_not_cleared(tmp_path: Path) -> None:
@@ -86,8 +107,10 @@ def test_other_folders_are_not_cleared(tmp_path: Path) -> None:
     ("last", "after", "words"), [(1.0, 0.5, ("fell", "rose")), (3.0, 0.2, ("did not fall", "did not rise"))]
 )
 def test_verdict_is_plain(last: float, after: float, words: tuple[str, str]) -> None:
-    text = verdict(DemoResult(Path("r.html"), 2.0, last, Probe(0.3, after, 0.1, "note"), 1.0))
+    compared = Compared("segmentation", "miou", 0.3, after, None, Path("e.html"))
+    text = verdict(DemoResult(Path("r.html"), 2.0, last, (compared,), "note", 1.0))
     assert all(f" {word} " in text for word in words)
+    assert "mIoU of roads" in text
 
 
 def test_maps_show_the_parts_of_each_image() -> None:

@@ -15,7 +15,12 @@ def check(cfg: Config) -> None:
     values = flatten(cfg)
     for key in KEYS:
         check_value(key, values[key])
-    for key, path in (("data.index", cfg.data.index), ("eval.data", cfg.eval.data), ("eval.root", cfg.eval.root)):
+    for key, path in (
+        ("data.index", cfg.data.index),
+        ("eval.data", cfg.eval.data),
+        ("eval.root", cfg.eval.root),
+        ("train.init_from", cfg.train.init_from),
+    ):
         refuse_url(key, path or "")
     _check_sizes(cfg)
     _check_masks(cfg)

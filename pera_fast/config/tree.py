@@ -175,6 +175,9 @@ class TrainConfig:
     compile: bool = False  # compile the transformer's blocks with torch.compile
     # Replay forward and backward as one CUDA graph. auto: on a GPU, where shapes are the same in every step.
     cuda_graph: str = _key("auto", choices=("auto", "true", "false"))
+    # Weights to start from: a run, an exported folder, a file (.safetensors, .params, .pt) or a timm model's name; not
+    # read when a run is resumed. null: random ones.
+    init_from: str | None = None
 
     def resolve_batch(self, world_size: int) -> BatchPlan:
         """The batch for `world_size` devices; whatever is null follows from the rest. Raises UserError if it cannot."""

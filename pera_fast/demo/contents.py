@@ -1,6 +1,7 @@
 """Text and pictures of the demo's report."""
 
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.index.build import load_index
 from pera_fast.data.loading.loader import Loader
 from pera_fast.demo import figures
-from pera_fast.demo.found import DemoResult, Images, verdict
+from pera_fast.demo.found import METRICS, SUBJECTS, DemoResult, Images, verdict
+from pera_fast.eval.run import Evaluation
 from pera_fast.features.dense import features
 from pera_fast.features.images import is_image, load_images
 from pera_fast.model.inputs import StepInputs
@@ -64,16 +66,27 @@ def _losses(metrics: list[dict[str, Any]], found: DemoResult) -> Section:
     )
 
 
-def _knn(found: DemoResult) -> Section:
-    probe, title = found.probe, "kNN on held-out images"
-    if probe.before is None or probe.after is None:
-        return Section(title, f"Skipped: {probe.note}.")
+def _tasks(found: DemoResult) -> Section:
+    title = "Frozen features, random against pretrained"
+    if not found.compared:
+        return Section(title, f"Skipped: {found.note}.")
     return Section(
         title,
-        f"{probe.note}. Untrained {probe.before:.1%}, pretrained {probe.after:.1%}.",
-        figures.knn_bars(probe.before, probe.after, probe.chance),
-        "Class of the nearest neighbours by the teacher's features, the network frozen. Training saw no label.",
+        "A linear head on features of the frozen network: " + "; ".join(map(str, found.compared)) + ".",
+        figures.task_bars(found.compared),
+        "Scenes: logistic regression on whole images. Roads and changes: a 1 x 1 convolution on patch features."
+        " Training saw no label. Each task has a report of its own beside this one, under eval.",
     )
+
+
+def _evaluations(evaluations: list[Evaluation]) -> list[Section]:
+    """Pictures of the pretrained network's answers, from the tasks' own reports."""
+    return [
+        replace(section, title=f"{SUBJECTS[evaluation.task].capitalize()}: {section.title}")
+        for evaluation in evaluations
+        for section in evaluation.largest[-1].result.sections
+        if section.png is not None
+    ]
 
 
 def _maps(cfg: Config, images: Images, before: PerA, after: PerA) -> Section:
@@ -89,9 +102,17 @@ def _maps(cfg: Config, images: Images, before: PerA, after: PerA) -> Section:
 
 
 def report_html(
-    cfg: Config, images: Images, before: PerA, after: PerA, metrics: list[dict[str, Any]], found: DemoResult
+    cfg: Config,
+    images: Images,
+    before: PerA,
+    after: PerA,
+    metrics: list[dict[str, Any]],
+    found: DemoResult,
+    evaluations: list[Evaluation],
 ) -> str:
-    sections = [_masks(cfg, after, found), _losses(metrics, found), _knn(found), _maps(cfg, images, before, after)]
+    """The report: masks, losses, the tasks, maps of features, and pictures of the tasks' answers."""
+    sections = [_masks(cfg, after, found), _losses(metrics, found), _tasks(found), _maps(cfg, images, before, after)]
+    sections += _evaluations(evaluations)
     return render(
         "pera-fast demo",
         _lead(images, found, len(metrics)),
@@ -102,11 +123,11 @@ def report_html(
 
 
 def _some_files(images: Images, count: int = 8) -> list[Path]:
-    if images.test is not None:
-        files = [paths[0] for paths in images.test.images]
+    if "scene" in images.samples:
+        test = images.samples["scene"].part("test")
+        files = [paths[0] for paths in test.images]
         per_class = [
-            [file for file, labels in zip(files, images.test.labels, strict=True) if label in labels]
-            for label in range(count)
+            [file for file, labels in zip(files, test.labels, strict=True) if label in labels] for label in range(count)
         ]
         chosen = [members[0] for members in per_class if members]
         return [*chosen, *(file for file in files if file not in chosen)][:count]
@@ -123,15 +144,15 @@ def _rate(metrics: list[dict[str, Any]]) -> float:
 
 def _cards(metrics: list[dict[str, Any]], found: DemoResult) -> dict[str, str]:
     cards = {"loss, first steps to last": f"{found.first_loss:.2f} → {found.last_loss:.2f}"}
-    if found.probe.before is not None and found.probe.after is not None:
-        cards["kNN accuracy, held out"] = f"{found.probe.before:.1%} → {found.probe.after:.1%}"
+    for one in found.compared:
+        cards[f"{METRICS.get(one.metric, one.metric)}, {SUBJECTS[one.task]}"] = f"{one.before:.1%} → {one.after:.1%}"
     cards["images per second, median"] = f"{_rate(metrics):.1f}"
     cards["whole demo"] = f"{found.seconds:.0f} s"
     return cards
 
 
 def _table(cfg: Config, metrics: list[dict[str, Any]], found: DemoResult) -> dict[str, str]:
-    plan, views, probe = cfg.train.resolve_batch(1), cfg.views, found.probe
+    plan, views = cfg.train.resolve_batch(1), cfg.views
     waits = float(np.mean([m["data_wait"] for m in metrics]))
     grids = [(cfg.views.global_size // cfg.model.patch_size) ** 2, (cfg.views.local_size // cfg.model.patch_size) ** 2]
     student, predicted, teacher = cfg.model.patch_counts(grids[0])
@@ -146,9 +167,11 @@ def _table(cfg: Config, metrics: list[dict[str, Any]], found: DemoResult) -> dic
         "data wait, mean": f"{waits:.1%} of the step",
         "memory": f"{max(m['mem'] for m in metrics):.0f} MiB",
         "loss, first five steps and last tenth": f"{found.first_loss:.4f}, {found.last_loss:.4f}",
-        "kNN": probe.note
-        if probe.before is None
-        else f"{probe.before:.4f} untrained, {probe.after:.4f} pretrained, {probe.chance:.4f} by chance",
+        **{
+            f"{one.task}, {METRICS.get(one.metric, one.metric)}": f"{one.before:.4f} random, {one.after:.4f} pretrained"
+            + ("" if one.level is None else f", {one.level:.4f} without looking")
+            for one in found.compared
+        },
         "skipped steps (not finite)": str(sum("nonfinite" in m for m in metrics)),
         "seconds, all of the demo": f"{found.seconds:.1f}",
         "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",

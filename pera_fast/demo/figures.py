@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pera_fast.demo.found import METRICS, SUBJECTS, Compared
 from pera_fast.model.inputs import GroupInputs, StepInputs
 from pera_fast.model.pera import PerA
 from pera_fast.page import png
@@ -137,21 +138,25 @@ def running_mean(values: np.ndarray, share: float = 0.08) -> np.ndarray:
     return (padded[high] - padded[low]) / (high - low)
 
 
-def knn_bars(before: float, after: float, chance: float) -> bytes:
-    """Accuracy of the untrained and the trained network, with the level of chance."""
-    figure, axes = plt.subplots(figsize=(3.6, 2.4))
-    bars = axes.bar(["untrained", "pretrained"], [before * 100, after * 100], color=["#b8c4cc", TEACHER], width=0.6)
-    axes.bar_label(bars, fmt="%.1f %%", fontsize=9)
-    axes.axhline(chance * 100, color="white", linewidth=3)  # under the dashes, which then are seen on the bars too
-    axes.axhline(chance * 100, color=LINE, linewidth=1, linestyle="--")
-    beside = axes.get_yaxis_transform()
-    axes.text(
-        1.02, chance * 100, f"chance\n{chance * 100:.1f} %", fontsize=8, color=LINE, va="center", transform=beside
-    )
-    axes.set_ylabel("kNN accuracy, %", fontsize=8)
-    axes.set_ylim(0, max(after, before, chance) * 118)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
+def task_bars(tasks: Sequence[Compared]) -> bytes:
+    """Each task's metric with the random and the pretrained network, and that of an answer that looks at nothing."""
+    figure, all_axes = plt.subplots(1, len(tasks), figsize=(3.1 * len(tasks), 2.4), squeeze=False)
+    for axes, task in zip(all_axes[0], tasks, strict=True):
+        heights = [100 * task.before, 100 * task.after]
+        bars = axes.bar(["random", "pretrained"], heights, color=["#b8c4cc", TEACHER], width=0.6)
+        axes.bar_label(bars, fmt="%.1f %%", fontsize=9)
+        level = None if task.level is None else 100 * task.level
+        if level is not None:
+            axes.axhline(level, color="white", linewidth=3)  # under the dashes, which then are seen on the bars too
+            axes.axhline(level, color=LINE, linewidth=1, linestyle="--")
+            words = "chance" if task.task == "scene" else "all changed"
+            beside = axes.get_yaxis_transform()
+            axes.text(1.02, level, f"{words}\n{level:.1f} %", fontsize=8, color=LINE, va="center", transform=beside)
+        axes.set_title(f"{SUBJECTS[task.task]}: {METRICS.get(task.metric, task.metric)}, %", fontsize=9)
+        axes.set_ylim(0, max(*heights, level or 0.0, 1.0) * 1.18)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    figure.tight_layout()
     return png(figure)
 
 

@@ -58,9 +58,7 @@ def fit(
     mean, std = features.mean(0), features.std(0, correction=0)
     std = torch.where(std > 1e-6 * (1 + mean.abs()), std, 1.0)
     rows = (features - mean) / std
-    _, singular, axes = torch.linalg.svd(rows, full_matrices=False)
-    kept = singular > 1e-6 * singular.max().clamp_min(1e-12)
-    axes, variance = axes[kept], singular[kept].square() / len(rows)
+    variance, axes = _principal(rows)
     data = torch.cat([rows @ axes.t(), rows.new_ones(len(rows), 1)], 1)
     penalty = (1 / (strengths * len(rows))).to(data)
     size = max(_BUDGET[data.device.type] // (classes * max(len(rows), 20 * data.shape[1])), 1)
@@ -75,6 +73,17 @@ def fit(
     best = torch.cat(found, 1)
     weight = (axes.t() @ best[:-1].flatten(1)).view(-1, *best.shape[1:])
     return Linear(mean, std, weight, best[-1], torch.cat(done).float().mean().item())
+
+
+def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances [d] along the principal axes [d, D] of centred rows [N, D]; d is at most N."""
+    count, width = rows.shape
+    if count > width:
+        variance, axes = torch.linalg.eigh(rows.t() @ rows / count)
+        return variance.clamp_min(0), axes.t()
+    _, singular, axes = torch.linalg.svd(rows, full_matrices=False)
+    kept = singular > 1e-6 * singular.max().clamp_min(1e-12)
+    return singular[kept].square() / count, axes[kept]
 
 
 class _Problem:

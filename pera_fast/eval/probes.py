@@ -66,7 +66,8 @@ def _linear(features: Tensor, labelled: Tensor, rows: Rows, test: Tensor, kind: 
         every = logistic.fit(features[rows.fit], targets[rows.fit], classes)
         scores = every.logits(features[rows.val]).cpu()
         found = [kind.score(labelled[rows.val], one) for one in scores]
-        best = int(np.argmax(found))  # the first: the strongest regularisation of equals
+        equals = np.flatnonzero(np.array(found) == max(found))
+        best = int(equals[len(equals) // 2])  # the middle of equals, far from where the fit gets worse
         strength, val, converged = float(logistic.STRENGTHS[best]), found[best], every.converged == 1
     last = logistic.fit(features[rows.all], targets[rows.all], classes, torch.tensor([strength], dtype=torch.float64))
     return Tried(last.logits(test)[0].cpu(), val, 0.0, strength, converged and last.converged == 1)

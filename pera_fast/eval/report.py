@@ -59,11 +59,17 @@ def report_html(found: Evaluation) -> str:
 
 
 def _lead(found: Evaluation) -> str:
-    told, classes = found.settings, len(found.samples.classes)
+    told, classes = found.settings, len(found.classes)
+    val = f", {told['val']} validation" if told["val"] else " (a fifth of them held out to choose settings)"
     of_classes = f" of {classes} classes" if classes else ""
+    if "folds" in told:
+        return (
+            f"Frozen features on {told['data']}: cross-validation in {told['folds']} folds over"
+            f" {len(found.samples)} samples{of_classes}. No weight of the networks was changed."
+        )
     return (
-        f"Frozen features on {told['data']}: {told['train']} training, {told['val']} validation and {told['test']} test"
-        f" samples{of_classes}. No weight of the networks was changed."
+        f"Frozen features on {told['data']}: {told['train']} training{val} and {told['test']} test samples{of_classes}."
+        f" No weight of the networks was changed."
     )
 
 

@@ -15,7 +15,7 @@ from pera_fast import __version__
 from pera_fast.config.keys import did_you_mean
 from pera_fast.durable import whole_file
 from pera_fast.errors import UserError
-from pera_fast.eval.task import Options, Parts, Probe, TaskResult, parts_of
+from pera_fast.eval.task import HEADS, Options, Parts, Probe, TaskResult, parts_of, with_masks
 from pera_fast.features.extract import POOLINGS, Extractor, choose_device
 from pera_fast.features.samples import TASKS, Samples, read_samples
 from pera_fast.paths import local_path, refuse_inside
@@ -73,6 +73,11 @@ class Evaluation:
         return tuple(entry for entry in self.entries if entry.share == share)
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes: of the scenes, or of the masks."""
+        return self.samples.classes or self.entries[0].result.classes
+
+    @property
     def notes(self) -> list[str]:
         """A line for each thing that a reader of the numbers should know."""
         told: list[str] = []
@@ -97,6 +102,11 @@ def evaluate(
     precision: str | None = None,
     batch_size: int = 64,
     heads: int | None = None,
+    head: str = "linear",
+    layers: int = 4,
+    classes: Sequence[str] = (),
+    ignore: int | None = None,
+    folds: int = 0,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Evaluation:
@@ -109,7 +119,8 @@ def evaluate(
             the sizes of the first of them.
         out: folder for report.html and report.json. None: nothing is written.
         root: folder of the paths in a CSV.
-        size: pixels a side that the network sees. None: that of its global crops.
+        size: pixels a side that the network sees: of a scene, which is resized; of a tile of an image with a mask,
+            which is not. None: that of its global crops; for tiles by `eval.dense.network_size`.
         labels: shares of the labels to learn from, each in (0, 1].
         poolings: of cls, mean, both; for scenes.
         seed: of splits, shares, probes and random weights.
@@ -117,6 +128,11 @@ def evaluate(
         precision: bf16, fp16 or fp32, of the network. None: bf16 on a GPU, else fp32.
         batch_size: images at a time.
         heads: attention heads, for a file that does not say.
+        head: for masks, linear or conv.
+        layers: for masks, blocks whose features the head sees, evenly spread.
+        classes: names of the classes 0, 1, ... of masks. Empty: the numbers that the training masks hold.
+        ignore: value of masks whose pixels count for nothing.
+        folds: of a cross-validation over all samples with masks, whatever their splits; 0: none.
         overwrite: replace a report that is there.
         progress: show progress bars, on a terminal.
 
@@ -131,26 +147,35 @@ def evaluate(
     shares, poolings = _shares(labels), _poolings(poolings)
     given = [weights] if isinstance(weights, str | os.PathLike | Backbone) else list(weights)
     named = _named(given, seed)
-    folder = None if out is None else _folder(out, data, overwrite)
-    options = Options(choose_device(device), poolings, seed, progress)
+    folder = None if out is None else _free_folder(out, data, overwrite)
+    options = Options(
+        choose_device(device), poolings, seed, progress, size, _head(head), layers, tuple(classes), ignore, folds
+    )
+    if task == "scene" and (classes or ignore is not None or folds):
+        raise UserError("--classes, --ignore and --folds are for masks; leave them out for --task scene")
     samples = (
         data if isinstance(data, Samples) else read_samples(task, Path(data), None if root is None else Path(root))
     )
-    parts = parts_of(samples, seed)
+    parts = parts_of(samples, seed) if task == "scene" else with_masks(samples, options)
 
     def opened(wanted: Weights) -> Extractor:
         backbone = wanted if isinstance(wanted, Backbone) else load_backbone(wanted, heads, seed)
         return Extractor(backbone, options.device, size, precision, batch_size)
 
-    if len(named) > 1:  # what is wrong with the last weights is said before the first take their time
-        for wanted in named.values():
-            _check(opened(wanted), samples)
-    entries: list[Entry] = []
-    for name, wanted in named.items():
+    extractor = None
+    for wanted in named.values():  # what is wrong with the last weights is said before the first take their time
         extractor = opened(wanted)
         _check(extractor, samples)
+    if folder is not None:
+        _make(folder)
+    entries: list[Entry] = []
+    for name, wanted in named.items():
+        if extractor is None or len(named) > 1:  # several may not fit into memory side by side
+            extractor = opened(wanted)
         entries += _entries(task, name, extractor, parts, shares, options)
     settings = _settings(samples, parts, named, size, seed, options.device)
+    if folds:
+        settings["folds"] = folds
     found = Evaluation(task, samples, parts, tuple(entries), settings)
     return found if folder is None else _written(found, folder)
 
@@ -176,6 +201,7 @@ def _check(extractor: Extractor, samples: Samples) -> None:
     for path in samples.images[0]:
         try:
             extractor.read(path)
+            extractor.read.check_bands(path)
         except UserError as error:
             raise UserError(f"--weights {extractor.backbone.source}: {error}") from None
 
@@ -200,11 +226,18 @@ def _poolings(poolings: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(poolings))
 
 
+def _head(name: str) -> str:
+    if name not in HEADS:
+        raise UserError(f"--head {name}: wants one of {', '.join(HEADS)}{did_you_mean(name, HEADS)}")
+    return name
+
+
 def _named(given: Sequence[Weights], seed: int) -> dict[str, Weights]:
     """The weights by name, in order; `random` alone becomes that of the sizes of the first others."""
     if not given:
         raise UserError("--weights: give at least one")
-    first = next((one for one in given if isinstance(one, Backbone) or os.fspath(one) != "random"), None)
+    others = [one for one in given if isinstance(one, Backbone) or os.fspath(one).partition(":")[0] != "random"]
+    first = next(iter(others), None)
     named: dict[str, Weights] = {}
     for one in given:
         name = one.source if isinstance(one, Backbone) else os.fspath(one)
@@ -219,8 +252,8 @@ def _named(given: Sequence[Weights], seed: int) -> dict[str, Weights]:
     return named
 
 
-def _folder(out: str | os.PathLike[str], data: str | os.PathLike[str] | Samples, overwrite: bool) -> Path:
-    """The folder for the report, made if it is not there."""
+def _free_folder(out: str | os.PathLike[str], data: str | os.PathLike[str] | Samples, overwrite: bool) -> Path:
+    """The folder for the report. Raises UserError where it cannot be one."""
     folder = local_path("--out", out)
     if not isinstance(data, Samples):
         refuse_inside("--out", folder, data)
@@ -229,11 +262,18 @@ def _folder(out: str | os.PathLike[str], data: str | os.PathLike[str] | Samples,
     for name in (REPORT, NUMBERS):
         if (folder / name).exists() and not overwrite:
             raise UserError(f"--out {folder}: holds {name} already; give another folder, or --overwrite to replace it")
+    return folder
+
+
+def _make(folder: Path) -> None:
+    """Make the folder. Raises UserError where nothing can be written there: before hours are spent."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(folder / ".writable") as partial:
+            partial.touch()
+        (folder / ".writable").unlink()
     except OSError as error:
         raise UserError(f"--out {folder}: cannot write there ({error.strerror}); give another folder") from None
-    return folder
 
 
 def _settings(
@@ -268,7 +308,7 @@ def numbers(found: Evaluation) -> dict[str, Any]:
         }
         for entry in found.entries
     ]
-    return {"task": found.task, **found.settings, "classes": list(found.samples.classes), "results": results}
+    return {"task": found.task, **found.settings, "classes": list(found.classes), "results": results}
 
 
 def _written(found: Evaluation, folder: Path) -> Evaluation:

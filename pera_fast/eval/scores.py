@@ -11,7 +11,7 @@ CONFIDENCE = 0.95
 
 
 def resamples(count: int, seed: int, draws: int = RESAMPLES) -> np.ndarray:
-    """How often each of `count` test samples is in each resample with replacement: int64 [draws, count].
+    """Draw resamples of `count` test samples with replacement: times that each is drawn, int64 [draws, count].
 
     The same for every network and probe, so that their intervals are of the same resamples.
     """

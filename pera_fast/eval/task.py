@@ -5,7 +5,7 @@ features of one network once. The probe that it returns is called once for each 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,12 @@ import torch
 
 from pera_fast.errors import UserError
 from pera_fast.features.extract import POOLINGS
+from pera_fast.features.masks import Masks, masks_of
 from pera_fast.features.samples import Samples
 from pera_fast.keyed import Purpose, generator
 from pera_fast.page import Section
 
+HEADS = ("linear", "conv")  # for masks
 TEST_SHARE, VAL_SHARE = 0.2, 0.2  # of samples without splits; of labelled samples without a validation part
 
 
@@ -29,12 +31,24 @@ class Options:
         poolings: of `POOLINGS`, in order; for scenes.
         seed: of every draw.
         progress: show progress bars, on a terminal.
+        size: pixels a side of the network's input, for masks; None: by the images' size.
+        head: of `HEADS`, for masks.
+        layers: blocks whose features a head for masks sees, evenly spread; at most all.
+        classes: names of the classes 0, 1, ... of masks; empty: those of the training masks, by number.
+        ignore: value of masks whose pixels count for nothing.
+        folds: of a cross-validation over all samples with masks; 0: the data's own splits.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     poolings: tuple[str, ...] = POOLINGS
     seed: int = 0
     progress: bool = True
+    size: int | None = None
+    head: str = "linear"
+    layers: int = 4
+    classes: tuple[str, ...] = ()
+    ignore: int | None = None
+    folds: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,12 +78,14 @@ class Parts:
         test: samples of `test`.
         train_count: leading samples of `labelled` that are of `train`; all of them where nobody gave `val`.
         seed: of the draws of `rows`.
+        masks: how the samples' masks are read; None: they have none.
     """
 
     labelled: Samples
     test: Samples
     train_count: int
     seed: int = 0
+    masks: Masks | None = None
 
     def rows(self, share: float) -> Rows:
         """The labelled samples of a share, drawn by seed: a smaller share's samples are among a larger one's.
@@ -141,6 +157,7 @@ class TaskResult:
         sections: of the report; shown for the largest share of the labels.
         notes: a line each, for the terminal and the report.
         details: further values for the JSON file, which its encoder takes.
+        classes: names of the classes, where the samples do not have them.
     """
 
     headline: str
@@ -150,6 +167,7 @@ class TaskResult:
     sections: list[Section] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
 
 
 Probe = Callable[[float], TaskResult]
@@ -169,3 +187,27 @@ def parts_of(samples: Samples, seed: int = 0) -> Parts:
     train, test = samples.need("train"), samples.need("test")
     order = [row for split in ("train", "val") for row, name in enumerate(samples.splits) if name == split]
     return Parts(samples.take(order), test, len(train), seed)
+
+
+def with_masks(samples: Samples, options: Options) -> Parts:
+    """Samples of segmentation or change in their parts, after a look at every mask.
+
+    With folds all samples are labelled, whatever their splits.
+
+    Raises:
+        UserError: a mask cannot be read or has wrong values, a split is empty, there are more folds than samples, or
+            changes have not two classes.
+    """
+    folds = options.folds
+    if folds and not 2 <= folds <= len(samples):
+        raise UserError(f"--folds {folds}: wants 2 to {len(samples)}, the number of samples")
+    given = (
+        parts_of(samples, options.seed) if not folds else Parts(samples, samples.take([]), len(samples), options.seed)
+    )
+    masks = masks_of(given.labelled, given.test, options.ignore, options.classes)
+    if samples.task == "change" and len(masks.classes) != 2:
+        raise UserError(
+            f"{samples.source}: its masks have {len(masks.classes)} classes ({', '.join(masks.classes[:6])}); --task"
+            " change wants two: 0 unchanged, 1 changed; leave another value out with --ignore"
+        )
+    return replace(given, masks=masks)

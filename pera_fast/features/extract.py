@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -57,16 +58,25 @@ class Extractor:
         batch_size: int = 64,
     ):
         self.backbone, self.device, self.batch_size = backbone, device, batch_size
-        self.size = size or backbone.cfg.views.global_size
-        patch = backbone.cfg.model.patch_size
-        if self.size % patch:
-            near = max(round(self.size / patch), 1) * patch
-            raise UserError(f"--size {self.size}: must be a multiple of the patch size {patch}; nearest: {near}")
+        self.size = self._whole_patches(size or backbone.cfg.views.global_size)
         if precision is not None and precision not in _PRECISIONS:
             raise UserError(f"--precision {precision}: wants one of {', '.join(_PRECISIONS)}")
         self.dtype = _PRECISIONS[precision or ("bf16" if device.type == "cuda" else "fp32")]
         self.read = ImageReader(backbone.cfg)
         self._model = backbone.model.to(device)
+
+    def at(self, size: int) -> "Extractor":
+        """The same network for images of another size. Raises UserError: the size is no multiple of the patch size."""
+        other = copy(self)
+        other.size = self._whole_patches(size)
+        return other
+
+    def _whole_patches(self, size: int) -> int:
+        patch = self.backbone.cfg.model.patch_size
+        if size % patch:
+            near = max(round(size / patch), 1) * patch
+            raise UserError(f"--size {size}: must be a multiple of the patch size {patch}; nearest: {near}")
+        return size
 
     def tokens(self, images: Tensor, layers: Sequence[int] = (-1,)) -> list[tuple[Tensor, Tensor]]:
         """Features of square images of any multiple of the patch size.

@@ -15,9 +15,10 @@ from pera_fast.data.bands.sensor import probe_settings, scaling_of
 from pera_fast.data.decoding import decode, formats
 from pera_fast.data.decoding.probe import read_file
 from pera_fast.data.files.companions import path_companion
-from pera_fast.errors import UserError
+from pera_fast.errors import UserError, one_line
 from pera_fast.storage import MachineError, Storage
 
+_ALPHA = 4  # bands of a picture with alpha; files with more are no pictures
 SUFFIXES = frozenset(f".{suffix}" for suffix in formats.SUFFIXES)
 
 
@@ -35,6 +36,7 @@ class ImageReader:
 
     def __init__(self, cfg: Config):
         self.settings, self._scaling = probe_settings(cfg), scaling_of(cfg)
+        self._chosen = bool(cfg.data.bands) or cfg.model.in_chans not in (1, 3)
         self.dtype = torch.uint16 if self._scaling.depth == 16 else torch.uint8
         self._storage = Storage(os.sep, cfg.data.storage_timeout)
 
@@ -45,15 +47,34 @@ class ImageReader:
             UserError: the file cannot be read, or has not these bands.
             MachineError: the storage did not answer in time.
         """
-        name = os.fspath(file)
+        name, data = os.fspath(file), b""
         try:
             data, _ = self._storage(lambda: read_file(name), name, 0)
             return self._scaling(decode.read_any(data, self.settings.channels, self.settings.bands))
         except MachineError:
             raise
         except Exception as error:  # a library may raise anything
-            told = " ".join(str(error).split()) or type(error).__name__
+            told = one_line(error) or type(error).__name__
+            if data and formats.sniff(bytes(data[: formats.HEAD_BYTES])) is None:
+                told = f"not an image (begins with {bytes(data[:12])!r})"
             raise UserError(f"{file}: cannot be read as an image for evaluation ({told})") from error
+
+    def check_bands(self, file: str | os.PathLike[str]) -> None:
+        """Raises UserError for a file of a sensor's bands of which nobody chose some.
+
+        Three of them would be read as colours: right for a picture with alpha, never meant for a sensor's bands.
+        """
+        if self._chosen:
+            return
+        name = os.fspath(file)
+        data, _ = self._storage(lambda: read_file(name), name, 0)
+        header = decode.read_header(data, formats.sniff(bytes(data[: formats.HEAD_BYTES])), codec=False)
+        if header is not None and header.channels > _ALPHA:
+            raise UserError(
+                f"{file}: has {header.channels} bands, and the weights are of {self.settings.channels} channels without"
+                " data.bands, which would say which; take weights trained on these bands, or files of"
+                f" {self.settings.channels}"
+            )
 
 
 def resize(pixels: np.ndarray, size: int) -> Tensor:

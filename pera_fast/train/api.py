@@ -38,6 +38,7 @@ from pera_fast.train.fused_update import make_update
 from pera_fast.train.graph import choose_graph
 from pera_fast.train.host_memory import reuse_freed_memory
 from pera_fast.train.host_threads import hold_to_quota
+from pera_fast.train.init_from import Initial, initialise, read_initial
 from pera_fast.train.inputs import make_inputs
 from pera_fast.train.loop import Run, fit
 from pera_fast.train.memory_plan import choose_recompute
@@ -114,6 +115,7 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
     check_teacher_precision(cfg, here.device)
     if start.checkpoint:
         check_resumed_batch(start.checkpoint, plan.total, here.size)
+    initial = None if start.checkpoint else read_initial(cfg)
     probed = here.on_main(lambda: labelled(cfg))  # before the images are indexed, which may take long
     manifest = _open_data(data, folder, start, here)
     start.cfg = cfg = adopt(cfg, manifest)
@@ -135,7 +137,7 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
             asked_to_stop=lambda: bool(stop.exit_code),
         )  # fmt: skip
         try:
-            run = _build(folder, start, here, manifest, loader)
+            run = _build(folder, start, here, manifest, loader, initial)
             run.position = position
             run.probe = here.on_main(lambda: None if probed is None else Probe(cfg, run.pera, probed, folder.best))
             if here.main:
@@ -153,7 +155,14 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
     return RunResult(code, folder.root, run.step, metrics)
 
 
-def _build(folder: RunFolder, start: Start, here: World, manifest: Manifest, loader: Loader[StepInputs]) -> Run:
+def _build(
+    folder: RunFolder,
+    start: Start,
+    here: World,
+    manifest: Manifest,
+    loader: Loader[StepInputs],
+    initial: Initial | None = None,
+) -> Run:
     """The run with its model and optimiser, continued from the checkpoint if there is one."""
     cfg = start.cfg
     hold_to_quota()
@@ -161,6 +170,8 @@ def _build(folder: RunFolder, start: Start, here: World, manifest: Manifest, loa
         reuse_freed_memory()
     prefer_attention(cfg, here.device)
     pera = make_model(cfg).to(here.device)  # while the first batches are read
+    if initial is not None:
+        initialise(pera, initial)
     plan, scaler = cfg.train.resolve_batch(here.size), make_scaler(cfg, here.device)
     choice = choose_recompute(cfg, pera, here.device, plan.per_device)
     pera.recompute = choice.policy

@@ -20,53 +20,77 @@ FORMS = (
     "a run's folder, an exported folder, a file (.safetensors, .params, .pt, .pth), a timm model's name, random:RECIPE"
     " or random:RUN"
 )
+_SUFFIXES = (".safetensors", ".params", ".pt", ".pth", ".bin", ".ckpt")
 _KEPT = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "in_chans")
 
 
-def load_backbone(weights: str | os.PathLike[str], heads: int | None = None, seed: int = 0) -> Backbone:
+def load_backbone(
+    weights: str | os.PathLike[str], heads: int | None = None, seed: int = 0, option: str = "--weights"
+) -> Backbone:
     """The backbone that a `--weights` names; of a run or a published checkpoint, the teacher's.
 
     Args:
         weights: one of `FORMS`. `random:X` has the sizes and settings of a recipe or of other weights X.
         heads: attention heads, for a file that does not say and whose width is unusual.
         seed: of random weights.
+        option: what messages call it.
 
     Raises:
         UserError: there is no such thing, or it is no vision transformer that ours can be; one line says why.
     """
     name = os.fspath(weights)
     if name == "random" or name.startswith("random:"):
-        return _random(name.partition(":")[2], seed)
-    path = local_path("--weights", name)
+        return _random(name.partition(":")[2], seed, option)
+    path = local_path(option, name)
     if path.is_dir():
-        return _of_folder(path, heads)
+        return _of_folder(path, heads, option)
     if path.is_file():
         return _of_file(path, heads)
-    if path.suffix or os.sep in name:
-        raise UserError(f"--weights {name}: no such file or folder; wants {FORMS}")
-    return _of_timm(name)
+    if path.suffix in _SUFFIXES or os.sep in name:
+        raise UserError(f"{option} {name}: no such file or folder; wants {FORMS}")
+    return _of_timm(name, option)
 
 
-def _random(like: str, seed: int) -> Backbone:
+def load_everything(weights: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """All parameters by published names, of a run's newest checkpoint or of a file; none of a backbone alone.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    path = Path(weights)
+    if path.is_dir():
+        newest = sorted((path / "checkpoints").glob("step_*.pt"))[-1:]
+        if not newest:
+            return {}
+        path = newest[0]
+    if not path.is_file():
+        return {}
+    state = load_safetensors(path)[0] if path.suffix == ".safetensors" else parameters(load_torch(path), path)
+    return state if any(name.startswith("teacher.") for name in state) else {}
+
+
+def _random(like: str, seed: int, option: str) -> Backbone:
     if not like:
-        raise UserError("--weights random: of which sizes? give random:RECIPE, such as random:tiny, or random:RUN")
-    if like in recipe_names():
+        raise UserError(f"{option} random: of which sizes? give random:RECIPE, such as random:tiny, or random:RUN")
+    if like in recipe_names() or Path(like).suffix in (".yaml", ".yml"):
         cfg = load_config(like)
     elif Path(like).exists():
         cfg = load_backbone(like).cfg
     else:
         hint = did_you_mean(like, recipe_names())
-        raise UserError(f"--weights random:{like}: no such recipe, file or folder; recipes: {recipe_names()}{hint}")
+        raise UserError(
+            f"{option} random:{like}: no such recipe, file or folder; recipes: {', '.join(recipe_names())}{hint}"
+        )
     return random_backbone(cfg.with_values({"train.seed": seed}), f"random:{like}")
 
 
-def _of_folder(path: Path, heads: int | None) -> Backbone:
+def _of_folder(path: Path, heads: int | None, option: str) -> Backbone:
     """The backbone of a run (config.yaml) or of an exported folder (model.safetensors)."""
     exported = path / "model.safetensors"
     if exported.is_file():
         return _of_file(exported, heads)
     if not (path / "config.yaml").is_file():
-        raise UserError(f"--weights {path}: neither a run (config.yaml) nor an exported folder (model.safetensors)")
+        raise UserError(f"{option} {path}: neither a run (config.yaml) nor an exported folder (model.safetensors)")
     try:
         cfg = read_config(path / "config.yaml")
     except OSError as error:
@@ -77,7 +101,7 @@ def _of_folder(path: Path, heads: int | None) -> Backbone:
         return _filled(cfg, state, str(path))
     newest = sorted((path / "checkpoints").glob("step_*.pt"))[-1:]
     if not newest:
-        raise UserError(f"--weights {path}: the run has neither an exported teacher nor a checkpoint yet")
+        raise UserError(f"{option} {path}: the run has neither an exported teacher nor a checkpoint yet")
     return _filled(cfg, parameters(load_torch(newest[0]), newest[0]), str(path))
 
 
@@ -126,21 +150,21 @@ def _described(state: dict[str, Tensor], metadata: Mapping[str, Any], source: st
     return filled
 
 
-def _of_timm(name: str) -> Backbone:
+def _of_timm(name: str, option: str) -> Backbone:
     """The model of timm by its name, with its pretrained weights from timm's hub or cache."""
     try:
         import timm
     except Exception as error:  # timm imports torchvision, which may not fit the torch that is here
         raise UserError(
-            f"--weights {name}: no such file or folder, and timm, which may know a model of this name, cannot be"
+            f"{option} {name}: no such file or folder, and timm, which may know a model of this name, cannot be"
             f" imported ({one_line(error, 120)}); wants {FORMS}"
         ) from None
     if not timm.is_model(name.split(".")[0]):
-        raise UserError(f"--weights {name}: no such file, folder or timm model; wants {FORMS}")
+        raise UserError(f"{option} {name}: no such file, folder or timm model; wants {FORMS}")
     try:
         model: Any = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # no network, no such tag
-        raise UserError(f"--weights {name}: timm gives no weights ({one_line(error, 160)})") from None
+        raise UserError(f"{option} {name}: timm gives no weights ({one_line(error, 160)})") from None
     told = model.pretrained_cfg
     heads = model.blocks[0].attn.num_heads if hasattr(model, "blocks") else None
     metadata = {"mean": list(told["mean"]), "std": list(told["std"]), "num_heads": heads}
