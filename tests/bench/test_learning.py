@@ -106,6 +106,16 @@ def test_longer_has_as_many_minutes_as_the_published_code(scenes: Path, tmp_path
     assert what.steps("longer") == 30
 
 
+def test_minutes_are_made_steps_by_a_trial(scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "trials" / "ours"
+    run.mkdir(parents=True)
+    times = [{"step": step, "processor_s": step / 4 + 1, "wall_s": 1.0} for step in learning.TRIAL]
+    (run / "times.json").write_text(json.dumps(times))
+    args = learning.parse(["--data", str(scenes), "--out", str(tmp_path), "--sides", "ours", "--minutes", "2"])
+    what = learning.Comparison(args, learning.read_samples("scene", scenes), learning.load_config("tiny"))
+    assert what.steps("ours") == 2 * 60 * 4
+
+
 def point(images: int, seconds: float, level: float) -> dict:
     probes = dict.fromkeys(PROBES, level)
     return {"step": images // 16, "images": images, "processor_s": seconds, "wall_s": 9 * seconds, **probes}
