@@ -11,6 +11,7 @@ from pathlib import Path
 
 from report_front import front
 from report_gpu import gpu_page, load_gpu
+from report_learning import learning_page
 from report_loaders import loaders_table
 from report_summary import summary
 from report_tables import Record, loader_lines, memory_table, op_tables, step_table
@@ -52,7 +53,7 @@ def page(folder: Path) -> str:
     on_gpu = gpu or any(record["machine"]["kind"] == "cuda" for record in records)
     lines = ["# What has been measured", "", *paragraph(HEAD), *([] if on_gpu else paragraph(NOTHING))]
     lines += ["## In short", "", summary(records, folder), ""]
-    lines += gpu_page(gpu) + step_table(records)
+    lines += gpu_page(gpu) + step_table(records) + learning_page(folder / "learning")
     lines += loader_lines(records) + loaders_table(folder / "loaders") + memory_table(folder)
     tables = [line for record in records for line in op_tables(record)]
     lines += ["## Ops and blocks", "", *paragraph(OPS), *tables] if tables else ["The ops have not been measured yet."]

@@ -7,6 +7,7 @@ from pathlib import Path
 from pera_bench.record import REFERENCE
 from pera_bench.work import COMPILED
 from report_gpu import gpu_summary, load_gpu
+from report_learning import learning_summary
 from report_loaders import load_loaders, ratio_range
 from report_tables import Record, Row, fastest, point, published, speed, when, where
 from report_text import heading, paragraph
@@ -58,7 +59,13 @@ def summary(records: list[Record], folder: Path) -> str:
     gpu = load_gpu(folder / "gpu")
     on_gpu = gpu or any(record["machine"]["kind"] == "cuda" for record in records)
     lines = gpu_summary(gpu) if on_gpu else paragraph(NO_GPU)
-    lines += steps(records) + ops(records) + loaders(folder / "loaders") + memory(folder / "memory")
+    lines += (
+        steps(records)
+        + learning_summary(folder / "learning")
+        + ops(records)
+        + loaders(folder / "loaders")
+        + memory(folder / "memory")
+    )
     return "\n".join(lines).strip()
 
 

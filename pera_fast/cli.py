@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from pera_fast import __version__
+from pera_fast import __version__, cli_finetune
 from pera_fast.cli_data import data_app
 from pera_fast.cli_embed import embed, points_as_arguments, similar
 from pera_fast.cli_eval import evaluate
+from pera_fast.cli_plot import plot
 from pera_fast.cli_profile import profile_app
 from pera_fast.cli_weights import convert, export
 from pera_fast.errors import UserError
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(profile_app, name="profile", help="Memory and speed against batch size; traces.")
+app.command()(plot)
 
 # What typer raises for wrong usage. Newer versions of typer carry their own click, so click cannot be asked for it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -90,22 +92,33 @@ def pretrain(
 app.command("eval")(evaluate)
 app.command()(embed)
 app.command()(similar)
+app.command()(cli_finetune.finetune)
+app.command()(cli_finetune.predict)
 
 
 @app.command()
 def config(
     recipe: Annotated[
-        str, typer.Option(help="vit_b16, vit_g16, vit_s16, vit_l16, tiny, or a YAML file such as RUN/config.yaml.")
+        str,
+        typer.Option(
+            help="vit_b16, vit_g16, vit_s16, vit_l16, tiny; of fine-tuning finetune, authors; or a YAML file such as"
+            " RUN/config.yaml."
+        ),
     ] = "vit_b16",
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings on top, such as train.epochs=20.")
     ] = None,
 ) -> None:
     """Every setting with its value, meaning and range. The output is a recipe file: `pera-fast config > my.yaml`."""
-    from pera_fast.config import load_config
+    from pera_fast.config import Config, load_config
+    from pera_fast.config.finetune import is_finetune_recipe, load_finetune
     from pera_fast.config.listing import listing
 
-    typer.echo(listing(load_config(recipe, overrides or [])), nl=False)
+    if is_finetune_recipe(recipe):
+        cfg = load_finetune(Config(), None, recipe, overrides or [])
+    else:
+        cfg = load_config(recipe, overrides or [])
+    typer.echo(listing(cfg), nl=False)
 
 
 @app.command()
@@ -254,8 +267,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+_RESUMED = ("pretrain", "finetune")  # commands whose --resume may be followed by auto
+
+
 def _with_resume(args: list[str]) -> list[str]:
     """Join ``--resume auto`` to one argument; a bare ``--resume`` takes no value, although settings may follow it."""
+    if args[:1] and args[0] not in _RESUMED:
+        return args
     joined: list[str] = []
     for arg in args:
         if arg == "auto" and joined and joined[-1] == "--resume=newest":

@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     MEASURE = 8  # files over which bands are measured
     LABELS = 9  # labelled samples of a share, in evaluations; counter: class
     BOOTSTRAP = 10  # test samples drawn with replacement
+    AUGMENT = 11  # crop, flips and turn of a labelled image; counter: epoch, sample
     ROADS = 20  # procedural pictures of roads; counter: index
     CHANGES = 21  # procedural pairs; counter: index, and 1 or 2 for the light before and after
 

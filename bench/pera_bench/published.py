@@ -52,13 +52,19 @@ def _attention(self: Any, x: Tensor, attn_bias: Blocks) -> Tensor:
     return self.proj_drop(self.proj(torch.cat(parts, dim=1)))
 
 
-def _import(checkout: Path) -> tuple[Any, Any]:
-    """(model class, loss class) of the checkout."""
+def find_modules(checkout: Path) -> None:
+    """Let the modules of PerA be imported from the checkout, as `Networks...` and `Utils...`; once a process."""
+    if PACKAGES[0] in sys.modules:
+        return
     sys.path.insert(0, str(checkout))
     for name in PACKAGES:  # namespaces without their __init__, which would import everything else
         package = types.ModuleType(name)
         package.__path__ = [str(checkout.joinpath(*name.split(".")))]
         sys.modules[name] = package
+
+
+def _classes() -> tuple[Any, Any]:
+    """(model class, loss class) of the checkout."""
     model = importlib.import_module("Networks.PerA.pera").PerA
     loss = importlib.import_module("Utils.loss.pera_loss.pera_loss").PerALoss
     return model, loss
@@ -86,7 +92,8 @@ class PublishedStep(nn.Module):
 
     def __init__(self, checkout: Path, cfg: Config, device: torch.device):
         super().__init__()
-        model_class, loss_class = _import(checkout)
+        find_modules(checkout)
+        model_class, loss_class = _classes()
         if xformers.available(device) is not None:
             _use_sdpa()
         m = cfg.model
@@ -108,6 +115,9 @@ class PublishedStep(nn.Module):
             PERA=space(S_RATIO=m.student_ratio, T_RATIO=m.teacher_ratio),
         )
         self.cfg = cfg
+        # Of the last step: the loss's parts, by the names that the authors log, and the norm before clipping.
+        self.parts: dict[str, Tensor] = {}
+        self.grad_norm = torch.zeros(())
         self.net = model_class(space(AUG=space(GLOBAL_CROP_SIZE=cfg.views.global_size), NET=net)).to(device).train()
         self.loss = loss_class(cfg.views.num_global, cfg.views.num_local, m.prototypes).to(device)
         trained = [p for p in self.net.parameters() if p.requires_grad]
@@ -126,9 +136,10 @@ class PublishedStep(nn.Module):
         device = next(iter(views.values())).device.type
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             student, teacher = self.net({name: view.to(dtype) for name, view in views.items()})
-            loss = self.loss(student, teacher, teacher_temp)[0]
+            loss, parts = self.loss(student, teacher, teacher_temp)
+        self.parts = {name: part.detach() for name, part in parts.items()}
         loss.backward()
-        nn.utils.clip_grad_norm_(self.net.parameters(), self.cfg.optim.clip)
+        self.grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.cfg.optim.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():

@@ -10,23 +10,35 @@ from pathlib import Path
 from typing import Any
 
 from pera_fast.config import tree
+from pera_fast.config.finetune import USED
 from pera_fast.config.keys import KEYS, SECTIONS, flatten, wants
+from pera_fast.config.load import finetune_recipe_names
 from pera_fast.config.tree import Config
 
 _WIDTH = 110
 
 
 def listing(cfg: Config) -> str:
-    """The configuration as a recipe file, with a comment above each key: what it is, and what it may be."""
-    values, told = flatten(cfg), meanings()
+    """The configuration as a recipe file, with a comment above each key: what it is, and what it may be.
+
+    Of a recipe of pretraining every key but those of fine-tuning; of one of fine-tuning the keys that it has.
+    """
+    values, told, keys = flatten(cfg), meanings(), listed(cfg.recipe)
     lines = [f"recipe: {cfg.recipe}"]
-    for section in SECTIONS:
+    for section in (name for name in SECTIONS if any(key.startswith(f"{name}.") for key in keys)):
         lines += ["", f"# {section_title(section)}", f"{section}:"]
-        for key in (key for key in KEYS if key.startswith(f"{section}.")):
+        for key in (key for key in keys if key.startswith(f"{section}.")):
             text = ". ".join(filter(None, (told[key].rstrip("."), f"Allowed: {wants(key)}")))
             lines += [f"  # {line}" for line in textwrap.wrap(text, _WIDTH)]
             lines.append(f"  {key.partition('.')[2]}: {_yaml(values[key])}")
     return "\n".join(lines) + "\n"
+
+
+def listed(recipe: str) -> list[str]:
+    """Keys that a recipe of this kind has, in the order of the tree."""
+    if recipe in finetune_recipe_names():
+        return [key for key in KEYS if key in USED]
+    return [key for key in KEYS if not key.startswith("finetune.")]
 
 
 def section_title(section: str) -> str:

@@ -14,6 +14,7 @@ from pera_fast.errors import UserError
 Differences = dict[str, tuple[Value, Value]]
 _MOST = 2**63  # of a whole number
 _RECIPES = Path(__file__).parent.parent / "recipes"
+FINETUNE_RECIPES = _RECIPES / "finetune"
 
 
 def recipe_names() -> list[str]:
@@ -38,47 +39,80 @@ def load_config(recipe: str | PathLike[str] = "vit_b16", overrides: Sequence[str
         UserError: one line that names the key, the value, what is allowed, and the nearest key if there is no such key.
     """
     name, defaults = _read_recipe(fspath(recipe))
-    given = dict(_parse(text) for text in overrides)
-    return _build(name, {**defaults, **_following(defaults, given), **given})
+    given = dict(parse(text) for text in overrides)
+    _refuse_finetune(given, "")
+    return build(name, {**defaults, **following(defaults, given), **given})
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
     """Checks settings that are given for a run which is not read yet: keys, types, ranges. Raises UserError."""
-    for text in overrides:
-        check_value(*_parse(text))
+    for key, value in (parse(text) for text in overrides):
+        check_value(key, value)
+        _refuse_finetune({key: value}, "")
+
+
+def finetune_recipe_names() -> list[str]:
+    """Names of recipes that `finetune.load_finetune` knows."""
+    return sorted(path.stem for path in FINETUNE_RECIPES.glob("*.yaml"))
+
+
+def _refuse_finetune(given: Mapping[str, Value], where: str) -> None:
+    """Raises UserError for a setting of fine-tuning, which pretraining would pass over."""
+    for key, value in given.items():
+        if key.startswith("finetune."):
+            raise UserError(f"{where}{key}={show(value)}: is of `pera-fast finetune` alone; leave it out")
+
+
+def _refuse_finetune_recipe(name: str, where: str) -> None:
+    if name in finetune_recipe_names():
+        known = ", ".join(recipe_names())
+        raise UserError(f"{where}{name}: is a recipe of `pera-fast finetune`; recipes of pretraining: {known}")
 
 
 def _read_recipe(recipe: str) -> tuple[str, dict[str, Value]]:
     """(recipe's name, value of every key) of a recipe or of a file, whose keys come on top of a recipe's."""
     if recipe in recipe_names():
         text = (_RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8")
-        return recipe, {**_values(Config()), **_leaves(_read_yaml(text, recipe), recipe)}
-    if Path(recipe).suffix not in (".yaml", ".yml") and not Path(recipe).exists():
-        hint = did_you_mean(recipe, recipe_names())
-        raise UserError(f"--recipe {show(recipe)}: no such recipe; known: {', '.join(recipe_names())}{hint}")
-    try:
-        tree = _read_yaml(Path(recipe).read_text(encoding="utf-8"), recipe)
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "no text"
-        raise UserError(f"--recipe {recipe}: cannot be read ({why}); give a recipe's name or a YAML file") from None
+        return recipe, {**values_of(Config()), **leaves(read_yaml(text, recipe), recipe)}
+    _refuse_finetune_recipe(recipe, "--recipe ")
+    tree = read_recipe_file(recipe, recipe_names())
     base = str(tree.pop("recipe", "vit_b16"))
+    _refuse_finetune_recipe(base, f"{recipe}: recipe: ")
     if base not in recipe_names():
         hint = did_you_mean(base, recipe_names())
         raise UserError(f"{recipe}: recipe: {show(base)}: no such recipe; known: {', '.join(recipe_names())}{hint}")
     name, defaults = _read_recipe(base)
+    own = recipe_leaves(tree, recipe)
+    _refuse_finetune({key: value for key, value in own.items() if value != defaults[key]}, f"{recipe}: ")
+    return name, {**defaults, **following(defaults, own), **own}
+
+
+def read_recipe_file(recipe: str, names: Sequence[str]) -> dict[str, Any]:
+    """The tree in a recipe file. Raises UserError if there is neither a file nor, by these names, a recipe."""
+    if Path(recipe).suffix not in (".yaml", ".yml") and not Path(recipe).exists():
+        hint = did_you_mean(recipe, names)
+        raise UserError(f"--recipe {show(recipe)}: no such recipe; known: {', '.join(names)}{hint}")
     try:
-        own = _leaves(tree, recipe)
+        return read_yaml(Path(recipe).read_text(encoding="utf-8"), recipe)
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no text"
+        raise UserError(f"--recipe {recipe}: cannot be read ({why}); give a recipe's name or a YAML file") from None
+
+
+def recipe_leaves(tree: Mapping[str, Any], recipe: str) -> dict[str, Value]:
+    """{dotted key: typed value} of a recipe file's sections. Raises UserError, which names the file."""
+    try:
+        return leaves(tree, recipe)
     except UserError as error:
         told = str(error)
         raise UserError(told if told.startswith(f"{recipe}:") else f"{recipe}: {told}") from None
-    return name, {**defaults, **_following(defaults, own), **own}
 
 
 def from_yaml(text: str) -> Config:
     """The Config that `to_yaml` wrote. Raises UserError for anything else."""
-    tree = _read_yaml(text, "config.yaml")
+    tree = read_yaml(text, "config.yaml")
     recipe = tree.pop("recipe", "vit_b16")
-    return _build(str(recipe), _leaves(tree, "config.yaml"))
+    return build(str(recipe), leaves(tree, "config.yaml"))
 
 
 def read_config(path: Path) -> Config:
@@ -90,10 +124,13 @@ def read_config(path: Path) -> Config:
 
 
 def to_yaml(cfg: Config) -> str:
-    """Every key with its value, as YAML in the order of the tree."""
+    """Every key with its value, as YAML in the order of the tree; those of fine-tuning only where it is one."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(cfg)))
+    tree = asdict(cfg)
+    if cfg.finetune.task is None:
+        del tree["finetune"]
+    return OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
 def differences(a: Config, b: Config) -> Differences:
@@ -102,7 +139,7 @@ def differences(a: Config, b: Config) -> Differences:
     return {key: (left[key], right[key]) for key in left if left[key] != right[key]}
 
 
-def _parse(text: str) -> tuple[str, Value]:
+def parse(text: str) -> tuple[str, Value]:
     """`section.key=value` as (key, value of the key's type)."""
     key, equals, raw = text.partition("=")
     key = show(key.strip())
@@ -155,7 +192,10 @@ def _typed(key: str, value: Any) -> Value:
         return "true" if value else "false"  # YAML reads the words as booleans
     if base is str and isinstance(value, int) and str(value) in KEYS[key].metadata.get("choices", ()):
         return str(value)  # and the digits as numbers
-    if base == list[float]:
+    if base == list[str]:
+        if isinstance(value, list) and all(isinstance(v, str) for v in value):
+            return value
+    elif base == list[float]:
         if isinstance(value, list) and value and all(_number(v) for v in value):
             return [float(v) for v in value]
     elif base == list[list[float]]:
@@ -192,7 +232,8 @@ def _is_band(value: object) -> bool:
     )
 
 
-def _read_yaml(text: str, name: str) -> dict[str, Any]:
+def read_yaml(text: str, name: str) -> dict[str, Any]:
+    """The tree in a text of YAML. Raises UserError, which names it, for anything else."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -208,7 +249,7 @@ def _read_yaml(text: str, name: str) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
-def _leaves(tree: Mapping[str, Any], name: str) -> dict[str, Value]:
+def leaves(tree: Mapping[str, Any], name: str) -> dict[str, Value]:
     """{dotted key: typed value} of sections read from YAML."""
     flat: dict[str, Value] = {}
     for section, values in tree.items():
@@ -221,7 +262,7 @@ def _leaves(tree: Mapping[str, Any], name: str) -> dict[str, Value]:
     return flat
 
 
-def _following(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Value]:
+def following(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Value]:
     """Keys that follow what was given, unless they were given themselves (their entries are then overwritten).
 
     Args:
@@ -236,7 +277,7 @@ def _following(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     if given.get("data.band_range") is not None:
         follow["data.band_scale"] = "given"
     if channels != before["model.in_chans"]:
-        rgb = _values(Config())
+        rgb = values_of(Config())
         follow["views.mean"] = rgb["views.mean"] if channels == 3 else [0.5] * channels
         follow["views.std"] = rgb["views.std"] if channels == 3 else [0.25] * channels
     if given.get("model.masking") == "none":
@@ -250,11 +291,13 @@ def _following(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     return follow
 
 
-def _values(cfg: Config) -> dict[str, Value]:
+def values_of(cfg: Config) -> dict[str, Value]:
+    """{dotted key: value} of a Config."""
     return {key: value for key, value in flatten(cfg).items() if key in KEYS}
 
 
-def _build(recipe: str, values: Mapping[str, Value]) -> Config:
+def build(recipe: str, values: Mapping[str, Value]) -> Config:
+    """The checked configuration of these values."""
     cfg = Config(recipe=recipe).with_values(values)
     check(cfg)
     return cfg

@@ -11,7 +11,7 @@ from typing import Any
 
 from pera_fast.errors import UserError
 
-Value = bool | int | float | str | list[float] | list[int | str] | list[list[float]] | None
+Value = bool | int | float | str | list[str] | list[float] | list[int | str] | list[list[float]] | None
 """What a key may hold."""
 
 
@@ -175,6 +175,8 @@ class TrainConfig:
     compile: bool = False  # compile the transformer's blocks with torch.compile
     # Replay forward and backward as one CUDA graph. auto: on a GPU, where shapes are the same in every step.
     cuda_graph: str = _key("auto", choices=("auto", "true", "false"))
+    # Loggers that get every step's numbers, beside metrics.jsonl. wandb and mlflow are extras of the package.
+    loggers: list[str] = _key(["tensorboard"], choices=("tensorboard", "wandb", "mlflow"))
     # Weights to start from: a run, an exported folder, a file (.safetensors, .params, .pt) or a timm model's name; not
     # read when a run is resumed. null: random ones.
     init_from: str | None = None
@@ -254,6 +256,35 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tuning on labelled images, of `pera-fast finetune` alone."""
+
+    task: str | None = _key(None, choices=("scene", "segmentation", "change"))  # kind of the labels, given by --task
+    # Head on the backbone. Scenes: linear or mlp. Masks: fpn sums the levels of a feature pyramid, uper pools and
+    # concatenates them. auto: linear, fpn.
+    head: str = _key("auto", choices=("auto", "linear", "mlp", "fpn", "uper"))
+    pooling: str = _key("both", choices=("cls", "mean", "both"))  # features of a scene: cls token, mean of the patches
+    width: int = _count(256)  # channels of the pyramid and its decoder; hidden width of an mlp head
+    # Features of a change: |before - after|, or before, after and that.
+    change_features: str = _key("difference", choices=("difference", "all"))
+    size: int | None = _count(None)  # pixels a side of the network's input; null: that of the weights
+    classes: list[int | str] | None = None  # names of the masks' classes 0, 1, ...; null: their numbers
+    ignore: int | None = _key(None, low=0, high=65535)  # value of masks that counts for nothing; null: none
+    labels: float = _key(1.0, above=0, high=1)  # fraction of the training labels to use
+    val_share: float = _key(0.1, low=0, below=1)  # fraction of split train to validate on where there is no split val
+    layer_decay: float = _key(0.75, above=0, high=1)  # factor of the learning rate from each block to the one before
+    head_lr: float = _key(1.0, above=0)  # factor of the head's learning rate
+    crop_scale: list[float] = _key([1.0, 1.0], above=0, high=1, rising=True)  # area of a scene's crop / of the image
+    crops: int = _count(1)  # crops of finetune.size from each image in an epoch, for masks
+    rotate: bool = True  # turn images and masks by 0, 90, 180 or 270 degrees
+    label_smoothing: float = _key(0.0, low=0, below=1)  # of the cross entropy
+    dice: float = _key(0.0, low=0)  # weight of the Dice loss beside the cross entropy, for masks
+    overlap: float = _key(0.25, low=0, high=0.75)  # of the tiles of images larger than the input, in validation
+    validate_every: int = _count(1)  # epochs between validations
+    patience: int | None = _count(None)  # validations without a better score after which the run ends; null: never
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that defines a run. Made by `load_config`; saved as config.yaml in the run folder. Never changed."""
 
@@ -265,6 +296,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
     def with_values(self, values: Mapping[str, Value]) -> "Config":
         """A configuration with other values for some dotted keys; `check` says whether it can be run."""

@@ -54,7 +54,7 @@ def layer_features(
     Returns:
         For each layer cls [N, D] and patches [N, L, D].
     """
-    tokens, groups = _embed(backbone, images, mean, std, dtype)
+    tokens, groups = embed_images(backbone, images, mean, std, dtype)
     depth, found, start = len(backbone.blocks), [], 0
     for layer in layers:
         stop = layer % depth + 1
@@ -69,15 +69,15 @@ def layer_features(
 def _features(
     backbone: VisionTransformer, images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    tokens, groups = _embed(backbone, images, mean, std, dtype)
+    tokens, groups = embed_images(backbone, images, mean, std, dtype)
     tokens = backbone.final_norm(backbone.forward_blocks(tokens, groups)).view(groups[0], groups[1], -1)
     return tokens[:, 0], tokens[:, 1:]
 
 
-def _embed(
+def embed_images(
     backbone: VisionTransformer, images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> tuple[Tensor, list[int]]:
-    """Packed tokens of whole images, and their groups: N sequences of 1 + L tokens."""
+    """Packed tokens of whole images, and their groups: N sequences of 1 + L tokens. Records gradients where wanted."""
     grid = images.shape[2] // backbone.patch_size  # a side, in both layouts
     count = images.shape[0]
     index = torch.arange(grid * grid, dtype=torch.int32, device=images.device).expand(count, -1).contiguous()

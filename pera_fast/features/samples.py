@@ -127,8 +127,8 @@ def read_samples(task: str, data: str | Path, root: str | Path | None = None) ->
 
 def _of_csv(task: str, path: Path, root: Path | None) -> Samples:
     columns = _COLUMNS[task]
-    rows = _read_csv(path, columns)
-    base = root or _base(path, rows[0][columns[0]])
+    rows = read_csv(path, columns)
+    base = root or csv_base(path, rows[0][columns[0]])
     if root is not None and not root.is_dir():
         raise UserError(f"--root {root}: no such folder")
     splits = []
@@ -148,7 +148,8 @@ def _of_csv(task: str, path: Path, root: Path | None) -> Samples:
     return Samples(task, images, (), masks, tuple(splits), (), str(path))
 
 
-def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of a CSV, each with a value in these columns. Raises UserError for anything else."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -156,7 +157,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         why = error.strerror if isinstance(error, OSError) else f"no CSV file in UTF-8: {error}"
         raise UserError(f"{path}: cannot be read ({why})") from None
-    wanted = ",".join([*columns, "split"])
+    wanted = ",".join([*columns, "split"] if "mask" in columns or "class" in columns else columns)
     missing = [name for name in columns if name not in known]
     if missing:
         raise UserError(f"{path}: has no column {missing[0]}; columns must be {wanted}")
@@ -169,7 +170,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
-def _base(path: Path, first: str) -> Path:
+def csv_base(path: Path, first: str) -> Path:
     """The CSV's folder, or else the folder of its name beside it, whichever holds the first file."""
     named = path.with_suffix("")
     return named if not os.path.exists(path.parent / first) and named.is_dir() else path.parent
@@ -209,22 +210,32 @@ def _class_folders(task: str, root: Path) -> list[tuple[tuple[Path, ...], str]]:
     return found
 
 
+def pair_folders(root: Path) -> list[tuple[Path, ...]]:
+    """Pairs (before, after) of files of the same stems in a folder. Raises UserError if it has another form."""
+    return _same_stems("change", root, _FOLDERS["change"][:2])
+
+
 def _stem_folders(task: str, root: Path) -> list[tuple[tuple[Path, ...], Path]]:
+    return [(paths[:-1], paths[-1]) for paths in _same_stems(task, root, _FOLDERS[task])]
+
+
+def _same_stems(task: str, root: Path, wanted_folders: Sequence[Sequence[str]]) -> list[tuple[Path, ...]]:
+    """Files of the same stems, one of each folder, of which one of its names must be there."""
     folders: list[dict[str, Path]] = []
-    for names in _FOLDERS[task]:
+    for names in wanted_folders:
         folder = next((root / name for name in names if (root / name).is_dir()), None)
         if folder is None:
-            wanted = ", ".join(known[0] for known in _FOLDERS[task])
+            wanted = ", ".join(known[0] for known in wanted_folders)
             raise UserError(f"{root}: has no folder {names[0]}; for --task {task} it wants {wanted}, or a CSV")
         folders.append({path.stem: path for path in sorted(folder.iterdir()) if is_image(path, root)})
     first = folders[0]
     if not first:
-        raise UserError(f"{root}: has no images in {_FOLDERS[task][0][0]}")
+        raise UserError(f"{root}: has no images in {wanted_folders[0][0]}")
     for stem, path in first.items():
-        for other, names in zip(folders[1:], _FOLDERS[task][1:], strict=True):
+        for other, names in zip(folders[1:], wanted_folders[1:], strict=True):
             if stem not in other:
                 raise UserError(f"{path}: has no file of the same stem in {names[0]}")
-    return [(tuple(files[stem] for files in folders[:-1]), folders[-1][stem]) for stem in first]
+    return [tuple(files[stem] for files in folders) for stem in first]
 
 
 def _checked(samples: Samples) -> Samples:

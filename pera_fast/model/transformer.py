@@ -143,9 +143,15 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
-        for other in set(other_grids) - {grid}:
-            self.register_buffer(f"_bicubic_{other}", bicubic_matrix(grid, other), persistent=False)
+        for other in other_grids:
+            self.keep_grid(other)
         self.reset_parameters()
+
+    def keep_grid(self, grid: int) -> None:
+        """Make the interpolation matrix of crops with ``grid`` patches a side once, rather than at each use."""
+        if grid != self.grid and not hasattr(self, f"_bicubic_{grid}"):
+            matrix = bicubic_matrix(self.grid, grid).to(self.pos_embed.device)
+            self.register_buffer(f"_bicubic_{grid}", matrix, persistent=False)
 
     def reset_parameters(self) -> None:
         """Initial weights of docs/method.md section 4.3."""

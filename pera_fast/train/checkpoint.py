@@ -42,6 +42,7 @@ class CheckpointState(_Required, total=False):
 
     position: int  # place in the data in steps; equals step unless the total batch changed
     devices: int  # processes of the run
+    finetune: dict[str, Any]  # of a fine-tuning: classes, best score, validations
 
 
 FIELDS: dict[str, type] = {  # those of every checkpoint

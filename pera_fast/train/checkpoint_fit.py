@@ -18,7 +18,9 @@ def misfit(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Mapp
     return (
         _weights_misfit(model.state_dict(), state["model"])
         or _groups_misfit(optimizer.state_dict()["param_groups"], state["optimizer"].get("param_groups"))
-        or _moments_misfit(optimizer.param_groups[0]["params"], state["optimizer"].get("state"))
+        or _moments_misfit(
+            [p for group in optimizer.param_groups for p in group["params"]], state["optimizer"].get("state")
+        )
     )
 
 

@@ -34,6 +34,12 @@ def saved_bytes(cfg: Config) -> SavedBytes:
     )  # fmt: skip
 
 
+def finetune_bytes(cfg: Config) -> SavedBytes:
+    """Bytes of a checkpoint of a fine-tuning, without its head, which is small beside the backbone."""
+    size = FLOAT * _backbone(cfg)
+    return SavedBytes(model=size, optimizer=2 * size, teacher=0, export=size)
+
+
 def _patch_values(cfg: Config) -> int:
     return cfg.model.patch_size**2 * (cfg.model.in_chans or 3)
 

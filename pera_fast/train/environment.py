@@ -19,6 +19,7 @@ from pera_fast.errors import UserError
 from pera_fast.train.checkpoint import find_checkpoints
 from pera_fast.train.checkpoint_size import SavedBytes, saved_bytes
 from pera_fast.train.distributed import choose_device
+from pera_fast.train.loggers import check_loggers
 from pera_fast.train.run_folder import RunFolder, Start
 from pera_kernels import backend
 
@@ -81,8 +82,14 @@ def _and(names: list[str], verb: bool = True) -> str:
     return text if not verb else f"{text} {'are' if len(names) > 1 else 'is'}"
 
 
-def check_environment(start: Start, folder: RunFolder, data: Path) -> None:
+def check_environment(start: Start, folder: RunFolder, data: Path | None, size: SavedBytes | None = None) -> None:
     """Check what the run will need of this machine. Creates nothing that stays.
+
+    Args:
+        start: of the run.
+        folder: of the run.
+        data: folder whose index the run will write, if there is none; None: it writes none.
+        size: of its files; None: those of a pretraining.
 
     Raises:
         UserError: the first thing that is missing.
@@ -92,13 +99,14 @@ def check_environment(start: Start, folder: RunFolder, data: Path) -> None:
     _check_compilers(cfg, device)
     if os.environ.get("RANK", "0") != "0":
         return  # rank 0 alone writes
+    check_loggers(cfg.train.loggers)
     if reason := _not_writable(folder.root):
         raise UserError(f"--out {folder.root}: cannot write there ({reason.strerror}); give another folder")
-    if not (start.resumed and folder.index.exists()):
+    if data is not None and not (start.resumed and folder.index.exists()):
         index = Path(cfg.data.index or default_index_path(data))
         if reason := _not_writable(index.parent):
             raise UserError(not_writable(index, reason))
-    _check_room(start, folder)
+    _check_room(start, folder, size)
 
 
 def _check_compilers(cfg: Config, device: torch.device) -> None:
@@ -168,7 +176,7 @@ def _not_writable(path: Path) -> OSError | None:
         return error
 
 
-def _check_room(start: Start, folder: RunFolder) -> None:
+def _check_room(start: Start, folder: RunFolder, size: SavedBytes | None = None) -> None:
     """Two checkpoints must fit: the last whole one, and the one that is being written.
 
     Raises:
@@ -176,7 +184,7 @@ def _check_room(start: Start, folder: RunFolder) -> None:
     """
     if start.cfg.train.steps is not None and start.step >= start.cfg.train.steps:
         return  # nothing is left to write
-    size, there = saved_bytes(start.cfg), find_checkpoints(folder.checkpoints)
+    size, there = size or saved_bytes(start.cfg), find_checkpoints(folder.checkpoints)
     try:
         usage = shutil.disk_usage(_there(folder.root))
         free = usage.free + sum(path.stat().st_size for path in there[:-1])  # which make room for new ones
@@ -188,10 +196,12 @@ def _check_room(start: Start, folder: RunFolder) -> None:
 
 
 def _no_room(folder: RunFolder, size: SavedBytes, wanted: int, free: int) -> str:
-    parts = f"model {_mib(size.model)}, optimizer {_mib(size.optimizer)}, teacher {_mib(size.teacher)}"
+    parts = f"model {_mib(size.model)}, optimizer {_mib(size.optimizer)}"
+    parts += f", teacher {_mib(size.teacher)}" if size.teacher else ""
     what = "another checkpoint" if wanted == 1 else "two checkpoints"
+    exported = "teacher" if size.teacher else "model"
     return (
-        f"--out {folder.root}: {_mib(free)} are free, {what} with the exported teacher take"
+        f"--out {folder.root}: {_mib(free)} are free, {what} with the exported {exported} take"
         f" {wanted} x {_mib(size.checkpoint + size.export)} ({parts}, exported {_mib(size.export)}); make room or give"
         " another folder"
     )

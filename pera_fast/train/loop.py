@@ -10,24 +10,28 @@ from typing import Protocol
 import torch
 
 from pera_fast.config import BatchPlan, Config, to_yaml
+from pera_fast.config.keys import flatten
 from pera_fast.errors import UserError
 from pera_fast.model.inputs import StepInputs
 from pera_fast.model.pera import PerA
 from pera_fast.storage import MachineError
 from pera_fast.train.checkpoint import FORMAT, CheckpointState, NotWrittenError, checkpoint_path, save_checkpoint
 from pera_fast.train.checkpoint_fit import misfit
+from pera_fast.train.clock import Clock
 from pera_fast.train.compute_copies import refresh_copies
 from pera_fast.train.console import Progress
 from pera_fast.train.distributed import World
 from pera_fast.train.flops import device_peak, flops_per_image
 from pera_fast.train.fused_update import FusedUpdate
 from pera_fast.train.graph import StepGraph
+from pera_fast.train.loggers.base import Ending
 from pera_fast.train.metrics import Metrics, MetricsWriter, memory_mib
+from pera_fast.train.nonfinite import note_nonfinite
 from pera_fast.train.probe import KEY, Probe
 from pera_fast.train.run_folder import RunFolder
 from pera_fast.train.schedules import Schedules
 from pera_fast.train.signals import StopRequest, exit_code
-from pera_fast.train.step import LaunchedStep, StepResult, launch_step
+from pera_fast.train.step import LaunchedStep, launch_step
 
 log = logging.getLogger(__name__)
 
@@ -121,8 +125,10 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
         MachineError: the images' storage did not answer in time; a checkpoint was written.
     """
     cfg, world, first = run.cfg, run.world, run.step
-    reader = _Reader(run, MetricsWriter(run.folder.metrics if world.main else None, run.step))
-    clock = _Clock(cfg.train.checkpoint_minutes)
+    path, settings = run.folder.metrics if world.main else None, flatten(cfg)
+    reader = _Reader(run, MetricsWriter(path, run.step, cfg.train.loggers, settings))
+    ending: Ending = "failed"
+    clock = Clock(cfg.train.checkpoint_minutes)
     if run.probe is not None and not run.step:
         run.probe.begin()
     try:
@@ -132,7 +138,9 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
                     launch = _launch(run, stop)
                 except MachineError as error:  # in the middle of a step, which has changed nothing yet
                     reader.finish(progress)
-                    return _leave(run, stop, error, first), reader.metrics
+                    code = _leave(run, stop, error, first)
+                    ending = "stopped"
+                    return code, reader.metrics
                 last = run.place == run.schedules.steps
                 probed = run.probe is not None and (last or run.probe.is_due(run.step))
                 if run.probe is not None and probed:
@@ -153,31 +161,15 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
                     _save(run, must=bool(stopped) or last)
                     clock.restart()
                 if stopped and not last:
+                    ending = "stopped"
                     log.info("stopped after step %d; continue with --resume", run.step)
                     return stopped, reader.metrics
+        ending = "finished"
     finally:
-        reader.writer.close()
+        reader.writer.close(ending)
     if not reader.metrics:
         _catch_up(run)
     return 0, reader.metrics
-
-
-class _Clock:
-    """Says when the last checkpoint is so many minutes old (`train.checkpoint_minutes`).
-
-    Only rank 0 asks. The others need not agree: rank 0 alone writes, between two of its steps, and they wait for it in
-    the next step's collective. So no step of a GPU costs an exchange or a wait.
-    """
-
-    def __init__(self, minutes: float | None):
-        self._seconds = None if minutes is None else 60 * minutes
-        self.restart()
-
-    def restart(self) -> None:
-        self._began = time.monotonic()
-
-    def is_due(self) -> bool:
-        return self._seconds is not None and time.monotonic() - self._began >= self._seconds
 
 
 def _leave(run: Run, stop: StopRequest, error: MachineError, first: int) -> int:
@@ -248,6 +240,7 @@ class _Reader:
             **result.losses,
             **{key: launch.metrics[key] for key in ("lr", "wd", "momentum", "teacher_temp")},
             "grad_norm": result.grad_norm,
+            "seconds": seconds,
             "images_per_s": rate,
             "data_wait": min(idle / seconds, 1.0),
             "mfu": None if peak is None else rate * flops_per_image(run.cfg) / (peak * run.world.size),
@@ -263,7 +256,7 @@ class _Reader:
             self._begun = True
         self.writer.write(self.metrics)
         progress.update(launch.place, self.metrics)
-        _note_nonfinite(run, launch.metrics["step"], result)
+        note_nonfinite(run.nonfinite, run.cfg.train.max_nonfinite, launch.metrics["step"], result)
         self.stopped = exit_code(result.stop) or self.stopped
 
     def _times(self, launch: _Launch) -> tuple[float, float]:
@@ -307,26 +300,6 @@ def _launch(run: Run, stop: StopRequest) -> _Launch:
         "teacher_temp": values.teacher_temp,
     }
     return _Launch(step, run.place, metrics, waited, seconds)
-
-
-def _note_nonfinite(run: Run, step: int, result: StepResult) -> None:
-    """Counts a skipped step and says what was not finite; raises UserError after too many in a row."""
-    if result.applied:
-        run.nonfinite["row"] = 0
-        return
-    if result.loss_scale is not None and result.nonfinite == ["gradients"] and result.loss_scale > 1:
-        log.info("step %d skipped: gradients overflow; loss scale now %g", step, result.loss_scale)
-        return  # how loss scaling finds its scale: no sign of trouble
-    run.nonfinite["total"] += 1
-    run.nonfinite["row"] += 1
-    row, limit = run.nonfinite["row"], run.cfg.train.max_nonfinite
-    names = ", ".join(result.nonfinite)
-    log.warning("step %d skipped: not finite: %s (%d in a row, %d in all)", step, names, row, run.nonfinite["total"])
-    if row >= limit:
-        raise UserError(
-            f"step {step}: {names} not finite in {row} steps in a row (train.max_nonfinite={limit}); these steps"
-            f" changed nothing; try a lower optim.lr, a longer optim.warmup_epochs or train.precision=fp32"
-        )
 
 
 def _save(run: Run, must: bool) -> None:

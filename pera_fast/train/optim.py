@@ -36,13 +36,16 @@ def apply_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Unscales, clips and applies the gradients; does nothing to the parameters if anything is not finite.
 
+    A group's learning rate and weight decay are the schedules', times its `lr_scale` and `decay_scale` if it has them.
+
     Returns:
         (norm, ok) on the device, f32 [] each: the gradient norm before clipping, and 1 if the update was made, else 0.
     """
     scaler.unscale_(optimizer)
-    group: dict[str, Any] = optimizer.param_groups[0]
-    group["lr"], group["weight_decay"] = values.lr, values.weight_decay
-    gradients = [p.grad for p in group["params"] if p.grad is not None]
+    for group in optimizer.param_groups:
+        group["lr"] = values.lr * group.get("lr_scale", 1.0)
+        group["weight_decay"] = values.weight_decay * group.get("decay_scale", 1.0)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     ok = torch.isfinite(losses).all() & torch.isfinite(norm)
     fused: Any = optimizer  # set here rather than by scaler.step(), which sees infinite gradients only, in fp16 only

@@ -7,7 +7,7 @@ keeps the run exact; a few that do not are noted in the log; the rest is refused
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from os import PathLike
@@ -33,14 +33,37 @@ log = logging.getLogger(__name__)
 BATCH = {"train.batch_size", "train.total_batch_size", "train.accumulate"}  # may be split anew if the total stays
 HARMLESS = {
     "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints", "train.max_nonfinite",
+    "train.loggers",
     "data.loader_threads", "data.prefetch", "data.verify", "data.index", "data.max_pixels", "model.recompute",
     "data.storage_timeout", "eval.data", "eval.root", "eval.every", "eval.images", "eval.size",
 }  # fmt: skip
 # These go on, but not bit for bit.
 NOTED = {
     "train.steps", "train.epochs", "train.precision", "train.device", "train.compile", "train.cuda_graph",
-    "data.reduced_decoding", "data.decode_on",
+    "data.reduced_decoding", "data.decode_on", "finetune.patience", "finetune.validate_every", "finetune.overlap",
 }  # fmt: skip
+
+
+def _load_pretraining(recipe: str | PathLike[str], overrides: Sequence[str], saved: Config | None) -> Config:
+    return load_config(recipe, overrides)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A kind of run: how its configuration is made.
+
+    Attributes:
+        default: recipe where none is given.
+        names: the recipes' names.
+        load: the configuration of a recipe and overrides, for a folder whose run has the saved one; None: a new run.
+    """
+
+    default: str = "vit_b16"
+    names: Callable[[], list[str]] = recipe_names
+    load: Callable[[str | PathLike[str], Sequence[str], Config | None], Config] = _load_pretraining
+
+
+PRETRAINING = Settings()
 
 
 @dataclass(frozen=True)
@@ -56,9 +79,11 @@ class RunFolder:
     log = property(lambda self: self.root / "train.log")
     checkpoints = property(lambda self: self.root / "checkpoints")
     teacher = property(lambda self: self.root / "exported" / "teacher.safetensors")
+    model = property(lambda self: self.root / "exported" / "model.safetensors")
     best = property(lambda self: self.root / "exported" / "best.safetensors")
     skipped = property(lambda self: self.root / "skipped.csv")
     finished = property(lambda self: self.root / "finished.json")
+    loggers = property(lambda self: self.root / "loggers.json")  # by which names loggers know the run
 
     def holds_run(self) -> bool:
         """Whether a run has taken a step here: with its first one it writes config.yaml, before it logs anything."""
@@ -162,9 +187,11 @@ class Start:
         return self.checkpoint["step"] if self.checkpoint else 0
 
 
-def start_new(folder: RunFolder, recipe: str | PathLike[str], overrides: Sequence[str]) -> Start:
+def start_new(
+    folder: RunFolder, recipe: str | PathLike[str], overrides: Sequence[str], kind: Settings = PRETRAINING
+) -> Start:
     """A run from scratch. Raises UserError if the folder holds one already or cannot be written."""
-    cfg = load_config(recipe, overrides)
+    cfg = kind.load(recipe, overrides, None)
     if folder.root.exists() and not folder.root.is_dir():
         raise UserError(f"--out {folder.root}: is a file; give a folder")
     if folder.holds_run():
@@ -172,7 +199,9 @@ def start_new(folder: RunFolder, recipe: str | PathLike[str], overrides: Sequenc
     return Start(cfg, cfg)
 
 
-def start_resumed(folder: RunFolder, recipe: str | PathLike[str] | None, overrides: Sequence[str]) -> Start:
+def start_resumed(
+    folder: RunFolder, recipe: str | PathLike[str] | None, overrides: Sequence[str], kind: Settings = PRETRAINING
+) -> Start:
     """The run of this folder, continued from its newest checkpoint, or from the start if it was ended before the first.
 
     Raises:
@@ -181,13 +210,15 @@ def start_resumed(folder: RunFolder, recipe: str | PathLike[str] | None, overrid
     if not folder.holds_run():
         raise UserError(f"--out {folder.root}: no run to resume there; leave --resume out to start one")
     saved, state, source = _newest(folder)
-    cfg, changed = continue_config(saved, recipe, overrides, source)
+    cfg, changed = continue_config(saved, recipe, overrides, source, kind)
     new = flatten(cfg)
     asked = (folder.read_asked() or saved).with_values({key: new[key] for key in differences(saved, cfg)})
     return Start(cfg, asked, state, True, [_resuming(folder, state, source)], changed)
 
 
-def start_auto(folder: RunFolder, recipe: str | PathLike[str], overrides: Sequence[str]) -> Start:
+def start_auto(
+    folder: RunFolder, recipe: str | PathLike[str], overrides: Sequence[str], kind: Settings = PRETRAINING
+) -> Start:
     """A new run where the folder holds none, else its run, continued: one command line for both.
 
     The settings are given in full each time. Compared is what was asked for, not what the data decided.
@@ -196,9 +227,9 @@ def start_auto(folder: RunFolder, recipe: str | PathLike[str], overrides: Sequen
         UserError: settings other than those of the run, apart from those that change nothing; lists the keys.
     """
     if not folder.holds_run():
-        return start_new(folder, recipe, overrides)
-    requested = load_config(recipe, overrides)
+        return start_new(folder, recipe, overrides, kind)
     saved, state, source = _newest(folder)
+    requested = kind.load(recipe, overrides, saved)
     new = flatten(requested)
     check_asked(folder, folder.read_asked() or saved, requested)
     # NOTED as well: they were asked for, perhaps on resuming, and no checkpoint has been written since.
@@ -234,17 +265,24 @@ def _resuming(folder: RunFolder, state: CheckpointState | None, source: str) -> 
 
 
 def continue_config(
-    saved: Config, recipe: str | PathLike[str] | None, overrides: Sequence[str], source: str
+    saved: Config,
+    recipe: str | PathLike[str] | None,
+    overrides: Sequence[str],
+    source: str,
+    kind: Settings = PRETRAINING,
 ) -> tuple[Config, Differences]:
     """The saved configuration with the overrides given on resuming, and those that may change the results.
 
     Raises:
         UserError: another recipe, or a change that would make it another run; lists the keys that differ.
     """
-    if recipe is not None and recipe not in recipe_names():
+    if (saved.finetune.task is not None) != (kind is not PRETRAINING):
+        command = "pretrain" if saved.finetune.task is None else "finetune"
+        raise UserError(f"{source}: is of `pera-fast {command}`; resume it with that command")
+    if recipe is not None and recipe not in kind.names():
         why = "a run goes on with its own settings; leave --recipe out, or give --resume auto"
         raise UserError(f"--resume with --recipe {recipe}: {why}")
-    requested = load_config(recipe or saved.recipe, overrides)
+    requested = kind.load(recipe or saved.recipe, overrides, saved)
     if requested.recipe != saved.recipe:
         changed = _refused(saved, requested)
         raise UserError(

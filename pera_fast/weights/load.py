@@ -95,6 +95,9 @@ def _of_folder(path: Path, heads: int | None, option: str) -> Backbone:
         cfg = read_config(path / "config.yaml")
     except OSError as error:
         raise UserError(f"{path / 'config.yaml'}: cannot be read ({error.strerror})") from None
+    tuned = path / "exported" / "model.safetensors"  # of a fine-tuning: the backbone with its head
+    if tuned.is_file():
+        return _of_file(tuned, heads)
     teacher = path / "exported" / "teacher.safetensors"
     if teacher.is_file():
         state, _ = load_safetensors(teacher)

@@ -8,13 +8,14 @@ for as colour is repeated; a colour image asked for as gray is weighted by ITU-R
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from pera_fast.data.decoding import png, with_gdal, with_pillow
 from pera_fast.data.decoding.band_numbers import Bands
-from pera_fast.data.decoding.declared import declared
+from pera_fast.data.decoding.declared import Declared, declared
 from pera_fast.data.decoding.formats import HEAD_BYTES, sniff
 from pera_fast.data.decoding.scaling import Raster, Scaling
 from pera_fast.data.decoding.upright import TURNED
@@ -137,6 +138,27 @@ def read(data: bytes | memoryview, decoder: str, channels: int, bands: Bands = (
         raster = with_gdal.read(data, kind, about, bands, convert)
     else:
         raster = with_pillow.read(data, bands, convert)
+    return _converted(raster, channels, convert)
+
+
+def read_window(raster: Any, about: Declared, channels: int, bands: Bands, window: Any) -> Raster:
+    """As `read`, of a window of an open rasterio dataset. The values are not turned upright.
+
+    Args:
+        raster: the dataset.
+        about: declared by the file's header; orientation 1.
+        channels, bands: as of `read`.
+        window: of rasterio.
+
+    Raises:
+        Exception: whatever GDAL raises; ValueError if the file has not these bands.
+    """
+    convert = channels in (1, 3) and not bands
+    return _converted(with_gdal.read_open(raster, about, bands, convert, window), channels, convert)
+
+
+def _converted(raster: Raster, channels: int, convert: bool) -> Raster:
+    """A file's bands as the channels that are wanted."""
     if np.iscomplexobj(raster.bands):
         raise ValueError("complex values")
     raster = _without_nan(raster)

@@ -28,24 +28,30 @@ def read(data: bytes | memoryview, kind: str | None, about: Declared, bands: Ban
             orientation = orientation_of(image)
         data = without_texts(data)
     with open_raster(data, kind) as raster:
-        _check_blocks(raster)
-        numbers = band_numbers(bands, raster.count, raster.descriptions) if bands else list(raster.indexes)
-        values = raster.read(numbers)
-        valid, opaque = _masks(raster, numbers, convert)
-        meaning = [interpretation.name for interpretation in raster.colorinterp]
-        if convert and meaning == ["palette"]:
-            values = _palette(raster, values)
-            valid = None if valid is None else np.repeat(valid, 3, axis=0)
-        elif convert and meaning[:4] == ["cyan", "magenta", "yellow", "black"]:
-            ink = by_type(values[:4]).astype(np.uint16)
-            values = ((255 - ink[:3]) * (255 - ink[3:]) // 255).astype(np.uint8)
-            valid = None if valid is None else valid[:3]
-        else:
-            values = _full_bytes(values, about, palette="palette" in meaning)
-        deep = values.dtype not in (np.uint8, np.bool_)
-        scale, shift = _scale_and_shift(raster, numbers) if deep else (None, None)
-    valid, opaque = (None if each is None else upright(each, orientation) for each in (valid, opaque))
-    return Raster(upright(values, orientation), valid, opaque, shift, scale)
+        found = read_open(raster, about, bands, convert)
+    valid, opaque = (None if each is None else upright(each, orientation) for each in (found.valid, found.opaque))
+    return Raster(upright(found.bands, orientation), valid, opaque, found.shift, found.scale)
+
+
+def read_open(raster: Any, about: Declared, bands: Bands, convert: bool, window: Any = None) -> Raster:
+    """Values of an open rasterio dataset, or of a window of it, as they lie there: not turned upright."""
+    _check_blocks(raster)
+    numbers = band_numbers(bands, raster.count, raster.descriptions) if bands else list(raster.indexes)
+    values = raster.read(numbers, window=window)
+    valid, opaque = _masks(raster, numbers, convert, window)
+    meaning = [interpretation.name for interpretation in raster.colorinterp]
+    if convert and meaning == ["palette"]:
+        values = _palette(raster, values)
+        valid = None if valid is None else np.repeat(valid, 3, axis=0)
+    elif convert and meaning[:4] == ["cyan", "magenta", "yellow", "black"]:
+        ink = by_type(values[:4]).astype(np.uint16)
+        values = ((255 - ink[:3]) * (255 - ink[3:]) // 255).astype(np.uint8)
+        valid = None if valid is None else valid[:3]
+    else:
+        values = _full_bytes(values, about, palette="palette" in meaning)
+    deep = values.dtype not in (np.uint8, np.bool_)
+    scale, shift = _scale_and_shift(raster, numbers) if deep else (None, None)
+    return Raster(values, valid, opaque, shift, scale)
 
 
 def _check_blocks(raster: Any) -> None:
@@ -57,7 +63,7 @@ def _check_blocks(raster: Any) -> None:
 
 @contextlib.contextmanager
 def open_raster(data: bytes | memoryview, kind: str | None) -> Iterator[Any]:  # a rasterio dataset
-    rasterio = _rasterio()
+    rasterio = load()
     # Threads of JPEG 2000 swallow the errors of damaged tiles. One driver: no other may find something in the bytes.
     with (
         rasterio.Env(GDAL_NUM_THREADS="1"),
@@ -68,7 +74,8 @@ def open_raster(data: bytes | memoryview, kind: str | None) -> Iterator[Any]:  #
 
 
 @functools.cache
-def _rasterio():  # the module, imported late: it loads GDAL
+def load() -> Any:
+    """The module rasterio, imported late: it loads GDAL."""
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning
 
@@ -77,17 +84,19 @@ def _rasterio():  # the module, imported late: it loads GDAL
     return rasterio
 
 
-def _masks(raster: Any, numbers: list[int], convert: bool) -> tuple[np.ndarray | None, np.ndarray | None]:
+def _masks(
+    raster: Any, numbers: list[int], convert: bool, window: Any = None
+) -> tuple[np.ndarray | None, np.ndarray | None]:
     """`valid` and `opaque` of a Raster. An alpha band that is asked for as a band hides nothing."""
     kinds = [{flag.name for flag in raster.mask_flag_enums[number - 1]} for number in numbers]
     valid = opaque = None
     if any(not kind & {"all_valid", "alpha"} for kind in kinds):
-        valid = np.asarray(raster.read_masks(numbers) != 0)
+        valid = np.asarray(raster.read_masks(numbers, window=window) != 0)
         for place, kind in enumerate(kinds):
             valid[place] |= "alpha" in kind
     alpha = [place for place, kind in enumerate(raster.colorinterp, 1) if kind.name == "alpha"]
     if alpha and (convert or alpha[0] not in numbers):
-        opaque = raster.read(alpha[0]) != 0
+        opaque = raster.read(alpha[0], window=window) != 0
     return (None if valid is None or valid.all() else valid), (None if opaque is None or opaque.all() else opaque)
 
 
