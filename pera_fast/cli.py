@@ -12,7 +12,9 @@ import typer
 
 from pera_fast import __version__, cli_finetune
 from pera_fast.cli_data import data_app
+from pera_fast.cli_embed import embed, points_as_arguments, similar
 from pera_fast.cli_eval import evaluate
+from pera_fast.cli_plot import plot
 from pera_fast.cli_profile import profile_app
 from pera_fast.cli_weights import convert, export
 from pera_fast.errors import UserError
@@ -29,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(profile_app, name="profile", help="Memory and speed against batch size; traces.")
+app.command()(plot)
 
 # What typer raises for wrong usage. Newer versions of typer carry their own click, so click cannot be asked for it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -87,6 +90,8 @@ def pretrain(
 
 
 app.command("eval")(evaluate)
+app.command()(embed)
+app.command()(similar)
 app.command()(cli_finetune.finetune)
 app.command()(cli_finetune.predict)
 
@@ -235,7 +240,7 @@ def demo(
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status; wrong usage, settings or data give one line on stderr."""
-    args = _with_resume(list(sys.argv[1:] if arguments is None else arguments))
+    args = points_as_arguments(_with_resume(list(sys.argv[1:] if arguments is None else arguments)))
     try:
         refuse_urls(args)
         _refuse_empty(args)
@@ -262,13 +267,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-_RESUMED = ("pretrain", "finetune")  # commands whose --resume may be followed by auto
-
-
 def _with_resume(args: list[str]) -> list[str]:
     """Join ``--resume auto`` to one argument; a bare ``--resume`` takes no value, although settings may follow it."""
-    if args[:1] and args[0] not in _RESUMED:
-        return args
     joined: list[str] = []
     for arg in args:
         if arg == "auto" and joined and joined[-1] == "--resume=newest":

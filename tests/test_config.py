@@ -441,7 +441,7 @@ def test_every_key_has_a_type_rule():
         rule = KEYS[key].metadata
         if base in (int, float, list[float]):
             assert rule or key == "views.mean", f"{key} may be anything"
-        elif base is str:
+        elif base in (str, list[str]):
             assert "choices" in rule or key in (*PATHS, "data.band_scale")
     assert all(is_dataclass(getattr(Config(), f.name)) for f in fields(Config) if f.name != "recipe")
 
@@ -455,6 +455,7 @@ def _values(key: str) -> st.SearchStrategy:
         strategy = text.filter(lambda t: t not in ("null", "~"))
     elif "choices" in rule:
         strategy = st.sampled_from(rule["choices"])
+        strategy = st.lists(strategy, unique=True) if base == list[str] else strategy
     elif base is bool:
         strategy = st.booleans()
     elif base is int:
@@ -514,3 +515,30 @@ def test_any_text_gives_a_configuration_or_one_line(key, text):
         v = value(cfg, key)
         assert not isinstance(v, float) or math.isfinite(v)
         assert from_yaml(to_yaml(cfg)) == cfg
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            "[wanb]",
+            "[wanb]: wanb is none of them; allowed: a list of tensorboard | wandb | mlflow, such as"
+            " [tensorboard,wandb]; did you mean wandb?",
+        ),
+        ("[wandb,wandb]", "[wandb,wandb]: names wandb 2 times"),
+        ("wandb", "wandb: wants a list of tensorboard | wandb | mlflow, such as [tensorboard,wandb]"),
+        ("[1]", "[1]: wants a list of tensorboard | wandb | mlflow, such as [tensorboard,wandb]"),
+    ],
+)
+def test_loggers_that_cannot_be(given: str, told: str):
+    with pytest.raises(UserError) as caught:
+        load_config("tiny", [f"train.loggers={given}"])
+    assert str(caught.value) == f"train.loggers={told}"
+
+
+def test_loggers():
+    assert load_config("tiny").train.loggers == ["tensorboard"]
+    cfg = load_config("tiny", ["train.loggers=[mlflow,wandb]"])
+    assert cfg.train.loggers == ["mlflow", "wandb"]
+    assert load_config("tiny", ["train.loggers=[]"]).train.loggers == []
+    assert from_yaml(to_yaml(cfg)) == cfg

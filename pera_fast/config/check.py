@@ -42,9 +42,14 @@ def check_value(key: str, value: Any) -> None:
     rule = KEYS[key].metadata
     if value is None:
         return  # whether null is allowed is a matter of type
-    if "choices" in rule and value not in rule["choices"]:
-        raise fail(key, value, f"allowed: {wants(key)}{did_you_mean(value, rule['choices'])}")
-    for v in value if isinstance(value, list) else [value]:
+    items = value if isinstance(value, list) else [value]
+    for item in items if "choices" in rule else ():
+        if item not in rule["choices"]:
+            named = f"{show(item)} is none of them; " if isinstance(value, list) else ""
+            raise fail(key, value, f"{named}allowed: {wants(key)}{did_you_mean(item, rule['choices'])}")
+        if items.count(item) > 1:
+            raise fail(key, value, f"names {item} {items.count(item)} times")
+    for v in items:
         if isinstance(v, float) and not math.isfinite(v):
             raise fail(key, value, f"wants {wants(key)}, and finite")
         if isinstance(v, (int, float)) and not _within(v, rule):

@@ -16,6 +16,7 @@ _WANTS = {
     float: "a number",
     bool: "true or false",
     str: "a text",
+    list[str]: "a list of names such as [a,b]",
     list[float]: "a list of numbers such as [0.5,0.5]",
     list[int | str]: "a list of band numbers from 1 and names such as [4,3,red]",
     list[list[float]]: "a list of pairs [low,high] such as [[0,3000],[0,4000]]",
@@ -38,6 +39,8 @@ def wants(key: str) -> str:
     base, optional = kind(key)
     rule = KEYS[key].metadata
     text = " | ".join(rule["choices"]) if "choices" in rule else _WANTS[base]
+    if "choices" in rule and base == list[str]:
+        text = f"a list of {text}, such as {show(rule['choices'][:2])}"
     ends = [
         f"{word} {show(rule[name])}"
         for name, word in (("low", "at least"), ("above", "above"), ("high", "at most"), ("below", "below"))

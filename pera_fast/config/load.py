@@ -192,7 +192,10 @@ def _typed(key: str, value: Any) -> Value:
         return "true" if value else "false"  # YAML reads the words as booleans
     if base is str and isinstance(value, int) and str(value) in KEYS[key].metadata.get("choices", ()):
         return str(value)  # and the digits as numbers
-    if base == list[float]:
+    if base == list[str]:
+        if isinstance(value, list) and all(isinstance(v, str) for v in value):
+            return value
+    elif base == list[float]:
         if isinstance(value, list) and value and all(_number(v) for v in value):
             return [float(v) for v in value]
     elif base == list[list[float]]:

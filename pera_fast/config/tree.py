@@ -11,7 +11,7 @@ from typing import Any
 
 from pera_fast.errors import UserError
 
-Value = bool | int | float | str | list[float] | list[int | str] | list[list[float]] | None
+Value = bool | int | float | str | list[str] | list[float] | list[int | str] | list[list[float]] | None
 """What a key may hold."""
 
 
@@ -175,6 +175,8 @@ class TrainConfig:
     compile: bool = False  # compile the transformer's blocks with torch.compile
     # Replay forward and backward as one CUDA graph. auto: on a GPU, where shapes are the same in every step.
     cuda_graph: str = _key("auto", choices=("auto", "true", "false"))
+    # Loggers that get every step's numbers, beside metrics.jsonl. wandb and mlflow are extras of the package.
+    loggers: list[str] = _key(["tensorboard"], choices=("tensorboard", "wandb", "mlflow"))
     # Weights to start from: a run, an exported folder, a file (.safetensors, .params, .pt) or a timm model's name; not
     # read when a run is resumed. null: random ones.
     init_from: str | None = None

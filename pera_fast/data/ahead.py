@@ -1,7 +1,7 @@
 """Works on a few items ahead in threads, and yields results in the order of the items."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ def map_ahead(
     ahead: int,
     name: str,
     stop: Callable[[], None] = lambda: None,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Apply a function to items in threads; unlike ``Executor.map`` it holds a bounded number of results.
 
     Args:

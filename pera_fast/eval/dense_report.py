@@ -58,17 +58,17 @@ def pictures(dense: Dense, masks: Mapping[int, np.ndarray]) -> Section:
     figure, axes = plt.subplots(
         len(masks), len(titles), figsize=(2.5 * len(titles), 2.5 * len(masks)), squeeze=False, layout="constrained"
     )
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=9)
     for line, (row, predicted) in zip(axes, masks.items(), strict=True):
         images = dense.pieces.images(row)
         truth = dense.pieces.masks.read(dense.pieces.samples.masks[row])
         step = max(-(-max(truth.shape) // _SIDE), 1)
         shown = [picture(pixels_[::step, ::step], dense.rgb) for pixels_ in images]
         shown += [colours[mask[::step, ::step]] for mask in (truth, predicted)]
-        for axis, array, title in zip(line, shown, titles, strict=True):
+        for axis, array in zip(line, shown, strict=True):
             axis.imshow(array, interpolation="nearest")
             axis.set_axis_off()
-            if line is axes[0]:
-                axis.set_title(title, fontsize=9)
     if len(dense.classes) <= _LEGEND:
         patches = [Patch(color=colours[n] / 255, label=name) for n, name in enumerate(dense.classes)]
         patches.append(Patch(color=colours[IGNORED] / 255, label="ignored"))

@@ -61,16 +61,17 @@ def fit(
     variance, axes = _principal(rows)
     data = torch.cat([rows @ axes.t(), rows.new_ones(len(rows), 1)], 1)
     penalty = (1 / (strengths * len(rows))).to(data)
+    # Classes that exclude each other are one problem; else each class is a problem of its own.
+    groups, width = (1, classes) if targets.ndim == 1 else (classes, 1)
     size = max(_BUDGET[data.device.type] // (classes * max(len(rows), 20 * data.shape[1])), 1)
-    found, done, start = [], [], data.new_zeros(data.shape[1], 1, classes)
+    found, done, start = [], [], data.new_zeros(data.shape[1], groups, width)
     for part in penalty.split(size):
-        problem = _Problem(data, targets, part)
-        scale = problem.scale(variance, classes)
-        best, converged = minimise(problem, start.expand(-1, len(part), -1), scale, tolerance)
-        start = best[:, -1:]
+        problem = _Problem(data, targets, part.repeat_interleave(groups))
+        best, converged = minimise(problem, start.repeat(1, len(part), 1), problem.scale(variance, classes), tolerance)
+        start = best[:, -groups:]
         found.append(best)
         done.append(converged)
-    best = torch.cat(found, 1)
+    best = torch.cat(found, 1).view(data.shape[1], len(penalty), classes)
     weight = (axes.t() @ best[:-1].flatten(1)).view(-1, *best.shape[1:])
     return Linear(mean, std, weight, best[-1], torch.cat(done).float().mean().item())
 
@@ -92,7 +93,7 @@ class _Problem:
     Args:
         data: [N, d], the last column ones.
         targets: as of `fit`.
-        penalty: [k], factors of |w|^2 / 2.
+        penalty: [k], factors of |w|^2 / 2. Where scenes have several labels, of each class in turn for each strength.
     """
 
     def __init__(self, data: Tensor, targets: Tensor, penalty: Tensor):
@@ -110,7 +111,7 @@ class _Problem:
             loss = -logs.gather(2, index).sum((0, 2))
             slope = logs.exp_().scatter_add_(2, index, -torch.ones_like(index, dtype=logs.dtype))
         else:
-            wanted = self.targets.to(logits)[:, None]
+            wanted = self.targets[:, rows % self.targets.shape[1], None].to(logits)
             loss = (F.softplus(logits) - logits * wanted).sum((0, 2))
             slope = logits.sigmoid() - wanted
         weight = point * self.free

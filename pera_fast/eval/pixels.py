@@ -61,7 +61,7 @@ def spread(tables: np.ndarray, counts: np.ndarray, score: Callable[[np.ndarray],
         counts: int64 [R, N], from `scores.resamples`.
         score: of confusion matrices [R, K, K] -> [R].
     """
-    return interval(score(np.tensordot(counts, tables, axes=1)))
+    return interval(score(np.tensordot(counts, tables, axes=1)), float(score(tables.sum(0)[None])[0]))
 
 
 def histogram(truth: np.ndarray, margin: Tensor) -> np.ndarray:

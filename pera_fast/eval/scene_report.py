@@ -117,9 +117,10 @@ def _by_class(found: np.ndarray, truth: Tensor, classes: Sequence[str], probe: s
     share = truth.mean(0).numpy()
     figure, axes = plt.subplots(figsize=(6.4, 0.24 * len(shown) + 1))
     axes.barh(range(len(shown)), [100 * found[row] for row in shown], color="#0f766e", height=0.7)
-    axes.plot([100 * share[row] for row in shown], range(len(shown)), "|", color="#1c2733", markersize=9)
+    axes.plot([100 * share[row] for row in shown], range(len(shown)), "|", color="#f59e0b", markersize=9, mew=2)
     axes.set_yticks(range(len(shown)), [str(classes[row]) for row in shown], fontsize=8)
     axes.set_xlim(0, 100)
+    axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.set_xlabel("average precision, %")
     axes.spines[["top", "right"]].set_visible(False)
     less = f" The {len(shown)} worst of {len(order)} classes." if len(shown) < len(order) else ""

@@ -10,5 +10,5 @@ def percent(value: float) -> str:
 
 def words(metric: str) -> str:
     """The name of a metric as a reader says it: `macro_f1` -> `macro F1`."""
-    text = metric.replace("_", " ").replace(".", ", ").replace("knn", "kNN k=")
+    text = metric.replace("mean_average_precision", "mAP").replace("_", " ").replace(".", ", ").replace("knn", "kNN k=")
     return re.sub(r"\bf1\b", "F1", re.sub(r"\b(m?)iou\b", r"\1IoU", text))

@@ -210,4 +210,6 @@ def with_masks(samples: Samples, options: Options) -> Parts:
             f"{samples.source}: its masks have {len(masks.classes)} classes ({', '.join(masks.classes[:6])}); --task"
             " change wants two: 0 unchanged, 1 changed; leave another value out with --ignore"
         )
+    if samples.task == "change" and not options.classes:
+        masks = replace(masks, classes=("unchanged", "changed"))
     return replace(given, masks=masks)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pera_fast.config import Config
 from pera_fast.data.bands.sensor import probe_settings, scaling_of
-from pera_fast.data.decoding import decode, formats
+from pera_fast.data.decoding import decode, formats, with_gdal
 from pera_fast.data.decoding.probe import read_file
 from pera_fast.data.files.companions import path_companion
 from pera_fast.errors import UserError, one_line
@@ -68,10 +68,14 @@ class ImageReader:
             return
         name = os.fspath(file)
         data, _ = self._storage(lambda: read_file(name), name, 0)
-        header = decode.read_header(data, formats.sniff(bytes(data[: formats.HEAD_BYTES])), codec=False)
-        if header is not None and header.channels > _ALPHA:
+        kind = formats.sniff(bytes(data[: formats.HEAD_BYTES]))
+        if kind not in ("tiff", "jpeg2000"):  # other formats have at most four
+            return
+        with with_gdal.open_raster(data, kind) as raster:
+            bands = raster.count
+        if bands > _ALPHA:
             raise UserError(
-                f"{file}: has {header.channels} bands, and the weights are of {self.settings.channels} channels without"
+                f"{file}: has {bands} bands, and the weights are of {self.settings.channels} channels without"
                 " data.bands, which would say which; take weights trained on these bands, or files of"
                 f" {self.settings.channels}"
             )

@@ -153,12 +153,12 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            rows = list(reader)
+            rows, known = list(reader), reader.fieldnames or ()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         why = error.strerror if isinstance(error, OSError) else f"no CSV file in UTF-8: {error}"
         raise UserError(f"{path}: cannot be read ({why})") from None
     wanted = ",".join([*columns, "split"] if "mask" in columns or "class" in columns else columns)
-    missing = [name for name in columns if name not in (reader.fieldnames or ())]
+    missing = [name for name in columns if name not in known]
     if missing:
         raise UserError(f"{path}: has no column {missing[0]}; columns must be {wanted}")
     if not rows:

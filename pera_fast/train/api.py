@@ -142,6 +142,8 @@ def _pretrain(data: Path, folder: RunFolder, start: Start, here: World) -> RunRe
             run.probe = here.on_main(lambda: None if probed is None else Probe(cfg, run.pera, probed, folder.best))
             if here.main:
                 folder.finished.unlink(missing_ok=True)
+                if not start.resumed:
+                    folder.loggers.unlink(missing_ok=True)  # of a run whose other files were deleted
                 folder.cut_metrics(run.step)
             _announce(run)
             log.info("%s", decoding)

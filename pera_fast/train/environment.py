@@ -19,6 +19,7 @@ from pera_fast.errors import UserError
 from pera_fast.train.checkpoint import find_checkpoints
 from pera_fast.train.checkpoint_size import SavedBytes, saved_bytes
 from pera_fast.train.distributed import choose_device
+from pera_fast.train.loggers import check_loggers
 from pera_fast.train.run_folder import RunFolder, Start
 from pera_kernels import backend
 
@@ -98,6 +99,7 @@ def check_environment(start: Start, folder: RunFolder, data: Path | None, size: 
     _check_compilers(cfg, device)
     if os.environ.get("RANK", "0") != "0":
         return  # rank 0 alone writes
+    check_loggers(cfg.train.loggers)
     if reason := _not_writable(folder.root):
         raise UserError(f"--out {folder.root}: cannot write there ({reason.strerror}); give another folder")
     if data is not None and not (start.resumed and folder.index.exists()):

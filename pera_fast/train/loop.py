@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from pera_fast.config import BatchPlan, Config, to_yaml
+from pera_fast.config.keys import flatten
 from pera_fast.errors import UserError
 from pera_fast.model.inputs import StepInputs
 from pera_fast.model.pera import PerA
@@ -23,6 +24,7 @@ from pera_fast.train.distributed import World
 from pera_fast.train.flops import device_peak, flops_per_image
 from pera_fast.train.fused_update import FusedUpdate
 from pera_fast.train.graph import StepGraph
+from pera_fast.train.loggers.base import Ending
 from pera_fast.train.metrics import Metrics, MetricsWriter, memory_mib
 from pera_fast.train.nonfinite import note_nonfinite
 from pera_fast.train.probe import KEY, Probe
@@ -123,7 +125,9 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
         MachineError: the images' storage did not answer in time; a checkpoint was written.
     """
     cfg, world, first = run.cfg, run.world, run.step
-    reader = _Reader(run, MetricsWriter(run.folder.metrics if world.main else None, run.step))
+    path, settings = run.folder.metrics if world.main else None, flatten(cfg)
+    reader = _Reader(run, MetricsWriter(path, run.step, cfg.train.loggers, settings))
+    ending: Ending = "failed"
     clock = Clock(cfg.train.checkpoint_minutes)
     if run.probe is not None and not run.step:
         run.probe.begin()
@@ -134,7 +138,9 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
                     launch = _launch(run, stop)
                 except MachineError as error:  # in the middle of a step, which has changed nothing yet
                     reader.finish(progress)
-                    return _leave(run, stop, error, first), reader.metrics
+                    code = _leave(run, stop, error, first)
+                    ending = "stopped"
+                    return code, reader.metrics
                 last = run.place == run.schedules.steps
                 probed = run.probe is not None and (last or run.probe.is_due(run.step))
                 if run.probe is not None and probed:
@@ -155,10 +161,12 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
                     _save(run, must=bool(stopped) or last)
                     clock.restart()
                 if stopped and not last:
+                    ending = "stopped"
                     log.info("stopped after step %d; continue with --resume", run.step)
                     return stopped, reader.metrics
+        ending = "finished"
     finally:
-        reader.writer.close()
+        reader.writer.close(ending)
     if not reader.metrics:
         _catch_up(run)
     return 0, reader.metrics
@@ -232,6 +240,7 @@ class _Reader:
             **result.losses,
             **{key: launch.metrics[key] for key in ("lr", "wd", "momentum", "teacher_temp")},
             "grad_norm": result.grad_norm,
+            "seconds": seconds,
             "images_per_s": rate,
             "data_wait": min(idle / seconds, 1.0),
             "mfu": None if peak is None else rate * flops_per_image(run.cfg) / (peak * run.world.size),

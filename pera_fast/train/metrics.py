@@ -1,27 +1,29 @@
-"""Metrics of every step: metrics.jsonl and TensorBoard."""
+"""Metrics of every step: metrics.jsonl and the loggers."""
 
 import json
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from pera_fast.train.loggers import make_loggers
+from pera_fast.train.loggers.background import Background, finish
+from pera_fast.train.loggers.base import About, Ending
 
 log = logging.getLogger(__name__)
 
 # One object per step. step counts the optimiser steps done (the first is 1); epoch is the pass over the data that the
-# step belongs to, from 0; data_wait is the fraction of the step's time spent waiting for data; mem is in MiB: the peak
-# that tensors took on the GPU, or this process's resident memory on a CPU; mfu is null where the peak is unknown.
-# A value that is not finite is null, and `nonfinite` then names what was not. Steps that were probed (eval.data) have
-# `probe_knn` too, the teacher's kNN accuracy.
+# step belongs to, from 0; seconds is the step's time, without probes and checkpoints; data_wait is the fraction of it
+# spent waiting for data; mem is in MiB: the peak that tensors took on the GPU, or this process's resident memory on a
+# CPU; mfu is null where the peak is unknown. A value that is not finite is null, and `nonfinite` then names what was
+# not. Steps that were probed (eval.data) have `probe_knn` too, the teacher's kNN accuracy.
 KEYS = (
     "step", "epoch", "loss", "global_cls_loss", "local_cls_loss", "koleo_loss", "pixel_loss", "lr", "wd", "momentum",
-    "teacher_temp", "grad_norm", "images_per_s", "data_wait", "mfu", "mem",
+    "teacher_temp", "grad_norm", "seconds", "images_per_s", "data_wait", "mfu", "mem",
 )  # fmt: skip
 Metrics = dict[str, Any]  # one such object: numbers, None, and the list of names `nonfinite`
 
@@ -40,23 +42,32 @@ def memory_mib(device: torch.device) -> float:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and TensorBoard's events. A full disk, or a TensorBoard that fails, never costs the run.
+    """Appends to metrics.jsonl and hands on to the loggers. A full disk, or a logger that fails, never costs the run.
 
     Args:
-        path: metrics.jsonl; TensorBoard's events lie beside it. None: nothing is written (ranks other than 0).
-        done: steps done before this process; TensorBoard hides what an earlier process logged after them.
+        path: metrics.jsonl; loggers keep their files beside it. None: nothing is written (ranks other than 0).
+        done: steps done before this process.
+        loggers: names, as in `train.loggers`.
+        settings: {dotted key: value} of the configuration, for the loggers.
     """
 
-    def __init__(self, path: Path | None, done: int = 0):
+    def __init__(
+        self,
+        path: Path | None,
+        done: int = 0,
+        loggers: Sequence[str] = ("tensorboard",),
+        settings: Mapping[str, Any] | None = None,
+    ):
         self._file: TextIOWrapper | None = None
-        self._board: SummaryWriter | None = None
+        self._loggers: list[Background] = []
+        self._last: Metrics = {}  # of every key
         if path is None:
             return
         try:
             self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed in close()
         except OSError as error:
             log.warning("%s: cannot be written (%s); going on without", path, error.strerror)
-        self._board = _board(path.parent, done)
+        self._loggers = make_loggers(loggers, About(path.parent, done, settings or {}))
 
     def write(self, metrics: Metrics) -> None:
         """Appends one step's numbers."""
@@ -67,14 +78,9 @@ class MetricsWriter:
             except OSError as error:
                 log.warning("metrics.jsonl: cannot be written (%s); going on without", error.strerror)
                 self._drop_file()
-        if self._board is not None:
-            try:
-                for key, value in clean.items():
-                    if isinstance(value, (int, float)) and key != "step":
-                        self._board.add_scalar(key, value, metrics["step"])
-            except Exception as error:
-                log.warning("TensorBoard events cannot be written (%s); going on without", _reason(error))
-                self._board = None
+        self._last.update(clean)
+        for logger in self._loggers:
+            logger.log(clean)
 
     def _drop_file(self) -> None:
         file, self._file = self._file, None
@@ -84,29 +90,8 @@ class MetricsWriter:
         except OSError:
             pass  # what could not be written stays unwritten
 
-    def close(self) -> None:
-        """Flushes and closes both."""
+    def close(self, ending: Ending = "finished") -> None:
+        """Closes the file and the loggers, which get a bounded time to send the rest and how the run ended."""
         self._drop_file()
-        board, self._board = self._board, None
-        try:
-            if board is not None:
-                board.close()
-        except Exception as error:
-            log.warning("TensorBoard events cannot be written (%s)", _reason(error))
-
-
-def _board(folder: Path, done: int) -> "SummaryWriter | None":
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(folder), purge_step=done + 1 if done else None)
-    except Exception as error:  # also TypeError (protobuf), AttributeError (a leftover folder called tensorflow), ...
-        log.warning("no TensorBoard events, training goes on without: %s", _reason(error))
-        return None
-
-
-def _reason(error: Exception) -> str:
-    """An error in one line; with its kind where its own words may not say it."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        loggers, self._loggers = self._loggers, []
+        finish(loggers, ending, self._last)

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 BATCH = {"train.batch_size", "train.total_batch_size", "train.accumulate"}  # may be split anew if the total stays
 HARMLESS = {
     "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints", "train.max_nonfinite",
+    "train.loggers",
     "data.loader_threads", "data.prefetch", "data.verify", "data.index", "data.max_pixels", "model.recompute",
     "data.storage_timeout", "eval.data", "eval.root", "eval.every", "eval.images", "eval.size",
 }  # fmt: skip
@@ -82,6 +83,7 @@ class RunFolder:
     best = property(lambda self: self.root / "exported" / "best.safetensors")
     skipped = property(lambda self: self.root / "skipped.csv")
     finished = property(lambda self: self.root / "finished.json")
+    loggers = property(lambda self: self.root / "loggers.json")  # by which names loggers know the run
 
     def holds_run(self) -> bool:
         """Whether a run has taken a step here: with its first one it writes config.yaml, before it logs anything."""

@@ -161,7 +161,9 @@ def test_data_that_cannot_be(data: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert line.partition(": ")[2] in MESSAGES
 
 
-def test_images_that_cannot_be(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_that_cannot_be(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     write_scenes(tmp_path / "broken", {"field": 3, "town": 3})
     bad = tmp_path / "broken" / "town" / "1.png"
     bad.write_bytes(b"no image at all")
@@ -177,6 +179,7 @@ def test_images_that_cannot_be(data: Path, tmp_path: Path, capsys: pytest.Captur
     line = told(capsys, *WEIGHTS, "--data", tmp_path / "bands", "--out", tmp_path / "out2")
     assert line.startswith(f"--weights random:tiny: {first}: has 6 bands, and the weights are of 3 channels without")
     assert line.partition("0.tif: ")[2] in MESSAGES
+    assert not caplog.records, "Pillow complains of bands"
     with pytest.raises(UserError, match=r"--weights small: .*0\.png: .*has 3 band\(s\), model\.in_chans is 4"):
         evaluate("scene", data, network(0, "small", "model.in_chans=4"), progress=False)
 

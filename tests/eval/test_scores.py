@@ -68,3 +68,15 @@ def test_interval_holds_the_value_and_narrows_with_samples() -> None:
     assert wide[0] < 0.7 < wide[1]
     assert narrow[0] < 0.7 < narrow[1]
     assert narrow[1] - narrow[0] < 0.2 * (wide[1] - wide[0])
+
+
+def test_interval_lies_around_the_value_although_resamples_lie_beside_it() -> None:
+    rng = np.random.default_rng(1)
+    truth, ranked = rng.random((60, 20)) < 0.05, rng.random((60, 20))
+    counts = scores.resamples(60, seed=0)
+    values = scores.mean_average_precisions(truth, ranked, counts)
+    value = float(scores.mean_average_precisions(truth, ranked, np.ones_like(counts[:1]))[0])
+    assert values.mean() > value + 0.01, "a sample that is drawn twice is ranked beside itself"
+    low, high = scores.spread(lambda drawn: scores.mean_average_precisions(truth, ranked, drawn), counts)
+    assert (low + high) / 2 == pytest.approx(value, abs=0.02)
+    assert high - low == pytest.approx(np.subtract(*np.percentile(values, [97.5, 2.5])))

@@ -88,6 +88,7 @@ def test_dividing_keeps_every_class_on_both_sides(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
+        ("", "has no column file"),
         ("file,class\n", "has no rows below its header"),
         ("path,class\na.png,x\n", "has no column file; columns must be file,class,split"),
         ("file,class\na.png,\nb.png,y\n", "line 2 has no class"),

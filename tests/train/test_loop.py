@@ -20,7 +20,7 @@ from pera_fast.train.loop import Run, fit
 from pera_fast.train.metrics import KEYS
 from pera_fast.train.signals import StopRequest
 
-MEASURED = {"images_per_s", "data_wait", "mem", "mfu"}  # of the machine, not of the method
+MEASURED = {"seconds", "images_per_s", "data_wait", "mem", "mfu"}  # of the machine, not of the method
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:

@@ -121,7 +121,7 @@ def test_tensorboard_that_fails_costs_its_events_only(
     writer.write({"step": 2, "loss": 1.0})
     writer.close()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-    assert caplog.text.count("TensorBoard events") == 1
+    assert caplog.text.count("tensorboard: failed, training goes on without it") == 1
     assert "TypeError: Descriptors cannot be created directly. If this call" in caplog.text
 
 

@@ -142,7 +142,9 @@ def test_resume_of_a_run_that_ended_before_its_first_checkpoint(held: RunFolder)
 
 
 def test_resume_with_harmless_changes(held: RunFolder):
-    start = start_resumed(held, "tiny", ["data.loader_threads=1", "train.checkpoint_every=3", "train.accumulate=2"])
+    given = ["data.loader_threads=1", "train.checkpoint_every=3", "train.accumulate=2", "train.loggers=[wandb]"]
+    start = start_resumed(held, "tiny", given)
+    assert start.cfg.train.loggers == ["wandb"]
     assert (start.cfg.data.loader_threads, start.cfg.train.checkpoint_every, start.cfg.train.accumulate) == (1, 3, 2)
     assert len(start.notes) == 1
 

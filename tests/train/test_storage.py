@@ -89,7 +89,9 @@ def pretrain(images: Path, out: Path, *more: str) -> int:
 
 def rows(out: Path) -> list[dict]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in row if key not in ("images_per_s", "data_wait", "mem")} for row in lines]
+    return [
+        {key: row[key] for key in row if key not in ("seconds", "images_per_s", "data_wait", "mem")} for row in lines
+    ]
 
 
 def fails(monkeypatch: pytest.MonkeyPatch, times: int, after: int = 0, before=lambda: None) -> None:

@@ -1,6 +1,7 @@
 """Finds files whose bands or depth the configuration would not read as their owner expects."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -46,6 +47,21 @@ def bands_left_out(cfg: Config, manifest: Manifest) -> str:
         f"{files} of {sum(stored.values())} file(s) have {have}, and model.in_chans={cfg.model.in_chans} would take"
         f" {taken}; {every} some data.bands={some} with model.in_chans to match (numbers or names)"
     )
+
+
+def refused(cfg: Config, manifest: Manifest) -> Manifest:
+    """The manifest with the files that `bands_left_out` counts as unreadable ones, each with its reason."""
+    if not bands_left_out(cfg, manifest):
+        return manifest
+    table, bands = manifest.table, manifest.table["channels"]
+    shallow = pc.is_in(table["dtype"], value_set=pa.array(SHALLOW))
+    many = pc.or_(pc.greater(bands, _ALPHA), pc.and_(pc.equal(bands, 2), pc.invert(shallow)))
+    many = pc.and_(table["ok"], many)
+    told = pc.binary_join_element_wise("has", bands.cast(pa.string()), f"bands, not {cfg.model.in_chans}", " ")
+    changed = {"ok": pc.and_(table["ok"], pc.invert(many)), "reason": pc.if_else(many, told, table["reason"])}
+    for name, column in changed.items():
+        table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
+    return replace(manifest, table=table)
 
 
 def single_bands(cfg: Config, manifest: Manifest) -> str:

@@ -151,11 +151,15 @@ class CropPipeline:
         finally:
             self._pipe.release_outputs()
 
-    def try_out(self) -> None:
-        """Crops an image of one pixel: raises where the pipeline or its device is at fault, not a file."""
+    def submit_blank(self) -> None:
+        """Starts a batch of one image of one pixel, in place of a batch of which no image is left."""
         image = _ANY if self._encoded else np.zeros((1, 1, self.channels), self._numpy_type)
         corners = np.zeros((len(self._sides), 1, 2), np.float32)
         self.submit([image], corners, corners + 1)
+
+    def try_out(self) -> None:
+        """Crops an image of one pixel: raises where the pipeline or its device is at fault, not a file."""
+        self.submit_blank()
         self.collect()
 
     def _host_crops(self, decoded: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -117,6 +117,20 @@ class SampleSource:
                 _log.warning("%s: %s: another image takes its place this time", self._path(row), error)
         raise UserError(f"no readable image is left in {self._root}: all {len(self._files)} have become unreadable")
 
+    def fetch_only(self, sample: int) -> Image | None:
+        """The sample's image, for which no other stands in; None if it cannot be used, which is reported.
+
+        Raises:
+            MachineError: the storage did not answer in time.
+        """
+        if sample in self._unusable:
+            return None
+        try:
+            return self._image(0, sample, *self._load(sample))
+        except (_UnusableError, _OutOfReachError) as error:
+            self._reject(sample, str(error))
+            return None
+
     def distrust(self, image: Image, reason: str) -> None:
         """The pipeline failed on this in spite of the check: from now on another decoder reads it, or nothing does.
 

@@ -66,6 +66,24 @@ class Place:
                 about["bounds_wgs84"] = _around(*way.xy(*_edges(box), offset="ul"))
         return about
 
+    def center(self, box: Box) -> tuple[float, float] | None:
+        """(longitude, latitude) of a box's centre, degrees; None where it has no place on the ground."""
+        from rasterio.transform import AffineTransformer, GCPTransformer, RPCTransformer
+        from rasterio.warp import transform
+
+        row, column = (box[1] + box[3]) / 2, (box[0] + box[2]) / 2
+        if self._crs is not None and (self._points or not self._transform.is_identity):
+            with GCPTransformer(self._points) if self._points else AffineTransformer(self._transform) as way:
+                x, y = way.xy(row, column, offset="ul")
+            found = transform(self._crs, "EPSG:4326", [x], [y])
+        elif self._rpcs is not None:  # these lead to longitude and latitude
+            with RPCTransformer(self._rpcs, rpc_height=self._rpcs.height_off) as way:
+                found = way.xy([row], [column], offset="ul")
+        else:
+            return None
+        lon, lat = float(found[0][0]), float(found[1][0])
+        return (lon, lat) if np.isfinite([lon, lat]).all() else None
+
     def _bounds(self, box: Box) -> dict[str, Any]:
         from rasterio.transform import AffineTransformer, GCPTransformer
         from rasterio.warp import transform_bounds

@@ -9,10 +9,11 @@ from fake_cuda import CUDA
 from loader_support import index, same, skipped_rows, take
 
 from pera_fast.data.files.skipped import SkippedFiles
-from pera_fast.data.loading import producer
+from pera_fast.data.loading import producer, whole
 from pera_fast.data.loading.decode_on import Decoding
 from pera_fast.data.loading.loader import Loader
 from pera_fast.data.loading.pipeline import CropPipeline
+from pera_fast.data.loading.whole import WholeImages
 
 CPU = torch.device("cpu")
 FILES = 8
@@ -86,3 +87,43 @@ def test_a_gpu_that_fails_on_every_image_is_not_held_against_the_files(batches_o
         batches_of(1, broken=True)
     assert skipped_rows(tmp_path) == {}
     assert "refuses" not in caplog.text
+
+
+def test_whole_images_that_the_gpu_refuses_keep_their_places(tmp_path, fake_cuda, monkeypatch):
+    """In an in-order pass; the image is the same whoever decodes it."""
+    pytest.importorskip("nvidia.dali")
+    folder = tmp_path / "images"
+    names = write_scenes(folder, FILES - 1, suffix=".jpg")
+    manifest = index(folder, tmp_path)
+    monkeypatch.setattr(whole, "CropPipeline", RefusingPipeline)
+    monkeypatch.setattr(RefusingPipeline, "broken", False)
+
+    def batches(refused):
+        content = frozenset((folder / name).read_bytes() for name in refused)
+        monkeypatch.setattr(RefusingPipeline, "refused", content)
+        images = WholeImages(
+            small_config("data.depth=8"), manifest, size=32, batch_size=2, device=CUDA,
+            skipped=SkippedFiles(tmp_path / "skipped.csv"), decoding=Decoding("gpu", 2, ""),
+        )  # fmt: skip
+        return list(images.batches())
+
+    expected = batches([])
+    found = batches([names[1], names[2], names[6]])
+    assert [batch.rows.tolist() for batch in found] == [[0, 1], [2, 3], [4, 5], [6]]
+    assert torch.equal(*(torch.cat([batch.pixels for batch in made]) for made in (expected, found)))
+    assert skipped_rows(tmp_path) == {}
+
+
+def test_whole_images_for_a_gpu_are_those_for_the_cpu(tmp_path, fake_cuda):
+    """The CPU decodes for a GPU: pinned, and the consumer's stream waits on the device."""
+    pytest.importorskip("nvidia.dali")
+    write_scenes(tmp_path / "images", 5)
+    manifest, found = index(tmp_path / "images", tmp_path), {}
+    for device in (CPU, CUDA):
+        images = WholeImages(
+            small_config("data.depth=8"), manifest, size=32, batch_size=2, device=device,
+            skipped=SkippedFiles(tmp_path / "skipped.csv"), decoding=Decoding("cpu", 2, ""),
+        )  # fmt: skip
+        found[device] = torch.cat([batch.pixels for batch in images.batches()])
+    assert torch.equal(found[CPU], found[CUDA])
+    assert [what for what, _ in fake_cuda.log].count("waits on the device") == 3

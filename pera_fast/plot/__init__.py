@@ -1,0 +1,1 @@
+"""Curves of runs, from metrics.jsonl: read in chunks, thinned, drawn."""
