@@ -53,6 +53,10 @@ Losses over the last tenth of the steps, as both log them: median (least to most
 MINUTES = """
 With `--minutes` each side has a schedule of as many steps as it makes in that time.
 """
+CUT = """
+By the time that ours ends, the published code is in the middle of its schedule: `--sides` with `longer` gives ours as
+many minutes as the published code takes instead.
+"""
 PICTURE = """
 ![kNN accuracy against images seen and against minutes](images/learning.svg)
 """
@@ -93,6 +97,7 @@ def learning_page(folder: Path) -> list[str]:
         lines += paragraph(TEXT.format(**_facts(record)))
         lines += paragraph(MINUTES) if record["minutes"] else []
         lines += [*_table(record), ""]
+        lines += paragraph(CUT) if _by_the_end_of_ours(record) else []
         if {"published", "ours"} <= set(sides(record)):
             lines += [*paragraph(DIFFERENCE.format(differences=_differences(record))), *_losses(record), ""]
         lines += paragraph(PICTURE) if not number else []
@@ -138,11 +143,33 @@ def _facts(record: Record) -> Record:
 def _table(record: Record) -> list[str]:
     lines = heading("teacher of", "images seen", CLOCKS[record["clock"]], *PROBES.values())
     for side in sides(record):
-        seen = statistics.median(last_values(record, side, lambda point: point["images"]))
-        time = "" if side == "random" else _spread(last_values(record, side, minutes_of(record)), "{:.2f}")
-        cells = [_spread(_percent(record, side, probe), "{:.1f}") for probe in PROBES]
-        lines.append(f"| {NAMES[side]} | {seen:.0f} | {time} | {' | '.join(cells)} |")
+        points = [run["points"][-1] for run in record["runs"] if run["side"] == side]
+        lines.append(_line(record, NAMES[side], points))
+        if side == "published" and (early := _by_the_end_of_ours(record)):
+            lines.append(_line(record, "published code, by the time that ours ends", early))
     return lines
+
+
+def _line(record: Record, name: str, points: list[Record]) -> str:
+    """A row of the table, of one checkpoint a seed; cells are empty where a probe was not made."""
+    seen = statistics.median(point["images"] for point in points)
+    minutes = _spread([minutes_of(record)(point) for point in points], "{:.2f}") if seen else ""
+    cells = []
+    for probe in PROBES:
+        there = all(probe in point for point in points)
+        cells.append(_spread([100 * point[probe] for point in points], "{:.1f}") if there else "")
+    return f"| {name} | {seen:.0f} | {minutes} | {' | '.join(cells)} |"
+
+
+def _by_the_end_of_ours(record: Record) -> list[Record]:
+    """Published checkpoints of equal steps, the last ones within the minutes of our whole run; none if all are."""
+    if record["minutes"] or not {"published", "ours"} <= set(sides(record)):
+        return []
+    minutes = minutes_of(record)
+    end = statistics.median(last_values(record, "ours", minutes))
+    runs = [run["points"] for run in record["runs"] if run["side"] == "published"]
+    reached = min(len([point for point in points if minutes(point) <= end]) for points in runs)
+    return [points[reached - 1] for points in runs] if 0 < reached < min(map(len, runs)) else []
 
 
 def _percent(record: Record, side: str, probe: str) -> list[float]:

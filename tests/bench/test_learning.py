@@ -142,6 +142,8 @@ def test_page_has_medians_spreads_and_differences(tmp_path: Path) -> None:
     lines = report_learning.learning_page(tmp_path)
     cells = " | ".join(["53.0 (52.0 to 54.0)"] * 4)
     assert f"| ours | 1600 | 1.00 (1.00 to 1.00) | {cells} |" in lines
+    cut = " | ".join(["40.0 (40.0 to 40.0)"] * 4)
+    assert f"| published code, by the time that ours ends | 800 | 1.00 (1.00 to 1.00) | {cut} |" in lines
     assert "| random weights | 0 |  | " + " | ".join(["30.0 (30.0 to 30.0)"] * 4) + " |" in lines
     text = " ".join(lines)
     assert "kNN, cls +2.0 (2.0)" in text
