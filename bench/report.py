@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from report_downstream import downstream_page
 from report_front import front
 from report_gpu import gpu_page, load_gpu
 from report_learning import learning_page
@@ -54,6 +55,7 @@ def page(folder: Path) -> str:
     lines = ["# What has been measured", "", *paragraph(HEAD), *([] if on_gpu else paragraph(NOTHING))]
     lines += ["## In short", "", summary(records, folder), ""]
     lines += gpu_page(gpu) + step_table(records) + learning_page(folder / "learning")
+    lines += downstream_page(folder / "downstream")
     lines += loader_lines(records) + loaders_table(folder / "loaders") + memory_table(folder)
     tables = [line for record in records for line in op_tables(record)]
     lines += ["## Ops and blocks", "", *paragraph(OPS), *tables] if tables else ["The ops have not been measured yet."]
