@@ -163,7 +163,7 @@ def test_curves_are_drawn_from_the_first_checkpoint_to_the_last() -> None:
     import runpy
 
     draw = runpy.run_path(str(learning.ROOT / "docs" / "images" / "learning.py"))["draw"]
-    left, right = draw(record()).axes
+    _, _, left, right = draw(record()).axes
     assert [line.get_label() for line in left.get_lines()] == ["published code", "ours"]
     assert left.get_lines()[1].get_xdata().tolist() == [0, 0.8, 1.6]
     assert right.get_lines()[1].get_xdata().tolist() == [0, 0.5, 1]
