@@ -267,13 +267,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-_RESUMED = ("pretrain", "finetune")  # commands whose --resume may be followed by auto
-
-
 def _with_resume(args: list[str]) -> list[str]:
     """Join ``--resume auto`` to one argument; a bare ``--resume`` takes no value, although settings may follow it."""
-    if args[:1] and args[0] not in _RESUMED:
-        return args
     joined: list[str] = []
     for arg in args:
         if arg == "auto" and joined and joined[-1] == "--resume=newest":

@@ -103,8 +103,14 @@ def predict(
         str | None, typer.Option(help="bf16, fp16 or fp32.", show_default="fp32, on a GPU bf16")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on in a folder that holds predictions; leave out what is done.")
-    ] = False,
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="[auto]",
+            help="Go on in a folder that holds predictions, without what is done; auto: the same, or begin.",
+            show_default="off",
+        ),
+    ] = None,
 ) -> None:
     """Run a fine-tuned network on new images: classes to a CSV, masks to GeoTIFF with the image's place, or PNG.
 
@@ -114,5 +120,5 @@ def predict(
 
     run(
         weights, data, out, root=root, size=size, overlap=overlap, batch_size=batch_size, device=device,
-        precision=precision, resume=resume,
+        precision=precision, resume=resume is not None,
     )  # fmt: skip

@@ -50,7 +50,7 @@ def test_features(drawn, capsys) -> None:
     found = run("features", SMALL["features"])
     out = capsys.readouterr().out
     assert "exit code 0" in out
-    assert "<All keys matched successfully>" in out
+    assert "width 128" in out
     assert found["patches"].shape[::2] == (3, found["cfg"].model.embed_dim)
     assert 0 <= found["maps"].min() < found["maps"].max() <= 1
     assert drawn == [6]

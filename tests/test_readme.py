@@ -10,7 +10,8 @@ from typing import Any
 import typer
 
 from pera_fast import cli
-from pera_fast.config import load_config
+from pera_fast.config import Config, load_config
+from pera_fast.config.finetune import load_finetune
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted((ROOT / "kernels" / "pera_kernels").glob("*/README.md"))
@@ -81,7 +82,11 @@ def test_commands_have_the_options_that_pages_give_them() -> None:
             assert option in known, f"{page}: pera-fast {' '.join(words)}: no {option}"
         settings = [word for word in rest if re.match(r"[a-z]+\.[a-z_]+=", word)]
         if not {"train.batchsize=8"} & set(settings):  # the one that is shown because it is wrong
-            load_config("vit_b16", [s for s in settings if "total_batch_size" not in s])
+            settings = [s for s in settings if "total_batch_size" not in s]
+            if command.name == "finetune":
+                load_finetune(Config(), "segmentation", overrides=settings)
+            else:
+                load_config("vit_b16", settings)
         seen.add(command.name)
     assert {"pretrain", "bench", "batches", "trace", "pack", "tile", "dedupe", "stats", "show", "index"} <= seen
 

@@ -34,7 +34,7 @@ USED = (
     "optim.final_weight_decay", "optim.betas", "optim.eps", "optim.clip",
     "train.epochs", "train.steps", "train.batch_size", "train.accumulate", "train.precision", "train.seed",
     "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints", "train.max_nonfinite",
-    "train.device",
+    "train.device", "train.loggers",
     "data.loader_threads", "data.prefetch", "data.storage_timeout",
     *(key for key in KEYS if key.startswith("finetune.") and key != "finetune.task"),
 )  # fmt: skip

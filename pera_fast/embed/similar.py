@@ -103,8 +103,9 @@ def picture(location: str | Member | None, cfg: Config) -> Image.Image | None:
         return None
     rgb = cfg.rgb_channels() or ([0, 1, 2] if pixels.shape[2] >= 3 else [0, 0, 0])
     shown = Image.fromarray(np.ascontiguousarray(by_type(pixels[..., rgb])))
-    shown.thumbnail((CELL, CELL), Image.Resampling.BICUBIC)
-    return shown
+    scale = CELL / max(shown.size)
+    width, height = (max(1, round(side * scale)) for side in shown.size)
+    return shown.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _query_cells(query: Query, table: Embeddings, root: Path, cfg: Config) -> list[Cell]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pera_fast.config import Config
+from pera_fast.cores import default_workers
 from pera_fast.data.decoding.tar import Member
 from pera_fast.data.files.manifest import Manifest
 from pera_fast.data.files.shards import locate
@@ -26,6 +27,7 @@ from pera_fast.progress import progress_bar
 from pera_fast.storage import MachineError
 
 _PART_BYTES, _PART_SECONDS = 2**25, 30.0  # of a part, before it is written
+_MOST_PLACES, _CORES_PLACES = 8, 4  # processes that look up places, one for so many cores: a file takes 1 to 2 ms
 Features = tuple[WholeBatch, np.ndarray, np.ndarray | None]  # images, vectors [n, D], patches [n, L, D]; float16
 
 
@@ -87,9 +89,10 @@ class Writer:
             device=self._extractor.device, skipped=self._skipped,
         )  # fmt: skip
         count, before, began = 0, done, time.monotonic()
+        workers = default_workers(_MOST_PLACES * _CORES_PLACES) // _CORES_PLACES or 1
         with (
-            FilePlaces() as places,
-            ThreadPoolExecutor(1, thread_name_prefix="pera-places") as looking,
+            FilePlaces(workers) as places,
+            ThreadPoolExecutor(workers, thread_name_prefix="pera-places") as looking,
             progress_bar("embed", len(files), done, progress) as advance,
             closing(self._features(images.batches(done))) as made,
         ):

@@ -119,7 +119,8 @@ class LabelledData:
         except MachineError:
             raise
         except UserError as error:
-            self._skipped.add(self.samples.images[row][0], str(error))
+            path = self.samples.images[row][0]
+            self._skipped.add(path, str(error).removeprefix(f"{path}: "))
             return None
 
     def training(self, epoch: int, crop: int) -> Sample:

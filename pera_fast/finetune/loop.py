@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pera_fast.config import Config, to_yaml
+from pera_fast.config.keys import flatten
 from pera_fast.errors import UserError
 from pera_fast.finetune.data import Batch, LabelledData, Length, micro_batches
 from pera_fast.finetune.losses import loss_of
@@ -22,6 +23,7 @@ from pera_fast.train.checkpoint_fit import misfit
 from pera_fast.train.clock import Clock
 from pera_fast.train.console import Progress
 from pera_fast.train.inputs import kept_sequences
+from pera_fast.train.loggers.base import Ending
 from pera_fast.train.metrics import Metrics, MetricsWriter, memory_mib
 from pera_fast.train.nonfinite import note_nonfinite
 from pera_fast.train.optim import apply_gradients
@@ -132,7 +134,9 @@ def fit(run: Tuning, stop: StopRequest) -> tuple[int, Metrics]:
         UserError: too many steps in a row that were not finite, or the last checkpoint could not be written.
         MachineError: the storage did not answer in time; a checkpoint was written.
     """
-    first, writer = run.step, MetricsWriter(run.folder.metrics, run.step)
+    first = run.step
+    ending: Ending = "failed"
+    writer = MetricsWriter(run.folder.metrics, run.step, run.cfg.train.loggers, flatten(run.cfg))
     metrics: Metrics = {}
     clock, accumulate = Clock(run.cfg.train.checkpoint_minutes), run.length.accumulate
     batches = micro_batches(run.train, run.length, run.step * accumulate, run.schedules.steps * accumulate)
@@ -154,7 +158,9 @@ def fit(run: Tuning, stop: StopRequest) -> tuple[int, Metrics]:
                     clock.restart()
                 if stop.exit_code and not run.ended:
                     log.info("stopped after step %d; continue with --resume", run.step)
+                    ending = "stopped"
                     return stop.exit_code, metrics
+        ending = "finished"
     except MachineError as error:
         if run.step == first:
             raise
@@ -162,7 +168,7 @@ def fit(run: Tuning, stop: StopRequest) -> tuple[int, Metrics]:
         told = f"{error}; stopped after step {run.step} with a checkpoint; continue with --resume"
         raise MachineError(told) from error
     finally:
-        writer.close()
+        writer.close(ending)
     return 0, metrics
 
 
@@ -198,6 +204,7 @@ def _step(run: Tuning, batches: Iterator[Batch]) -> Metrics:
         "lr": values.lr,
         "wd": values.weight_decay,
         "grad_norm": norm_value,
+        "seconds": seconds,
         "images_per_s": run.length.total / seconds,
         "data_wait": min(waited / seconds, 1.0),
         "mem": memory_mib(run.device),

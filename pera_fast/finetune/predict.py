@@ -137,7 +137,7 @@ class _Job:
 
     def _skip(self, one: Input, error: UserError) -> None:
         self.failed += 1
-        self.skipped.add(one.paths[0], str(error))
+        self.skipped.add(one.paths[0], str(error).removeprefix(f"{one.paths[0]}: "))
 
     # Scenes
 

@@ -115,7 +115,7 @@ def test_a_resumed_run_is_equal_to_the_bit(
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name]), name
     assert first["finetune"] == second["finetune"]
-    drop = ("images_per_s", "data_wait", "mem", "val_seconds")
+    drop = ("seconds", "images_per_s", "data_wait", "mem", "val_seconds")
     rows = [[{k: v for k, v in row.items() if k not in drop} for row in _rows(tmp_path / n)] for n in ("whole", "cut")]
     assert rows[0] == rows[1]
     exported = [(tmp_path / name / "exported" / "model.safetensors").read_bytes() for name in ("whole", "cut")]

@@ -7,9 +7,9 @@ import contextlib
 import json
 import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 from pera_fast.data.decoding.formats import HEAD_BYTES, sniff
@@ -40,36 +40,50 @@ class FilePlace:
 
 
 class FilePlaces:
-    """Looks places up in a worker process. Thread-safe; a context manager, leaving it ends the worker."""
+    """Looks places up in worker processes. Thread-safe; a context manager, leaving it ends the workers.
 
-    def __init__(self) -> None:
-        self._worker, self._lock = WorkerProcess(_MODULE, _SECONDS), threading.Lock()
+    Args:
+        workers: processes; as many calls are answered at a time. They are started when they are needed.
+    """
+
+    def __init__(self, workers: int = 1) -> None:
+        self._workers = [WorkerProcess(_MODULE, _SECONDS) for _ in range(workers)]
+        self._idle: SimpleQueue[WorkerProcess] = SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
 
     def __enter__(self) -> "FilePlaces":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._worker.end()
-        with self._lock:
-            self._worker.close()
+    def __exit__(self, *error: object) -> None:
+        for worker in self._workers:  # a call that is under way ends
+            worker.end()
+        for _ in range(len(self._workers)):
+            self._idle.get().close()
 
     def __call__(self, files: Sequence[str | Member]) -> list[FilePlace | None]:
         """Place of each file or member; None where it has none, or none that can be read."""
         asked = [number for number, file in enumerate(files) if _may_have(file)]
         found: list[FilePlace | None] = [None] * len(files)
-        if asked:  # the process is started where there is something to look at
-            with self._lock:
-                for number, place in zip(asked, self._look([files[number] for number in asked]), strict=True):
-                    found[number] = place
+        if not asked:
+            return found
+        worker = self._idle.get()
+        try:
+            places = _look_in(worker, [files[number] for number in asked])
+        finally:
+            self._idle.put(worker)
+        for number, place in zip(asked, places, strict=True):
+            found[number] = place
         return found
 
-    def _look(self, files: list[str | Member]) -> list[FilePlace | None]:
-        try:
-            return self._worker.call((files,))
-        except DiedError:
-            if len(files) == 1:
-                return [None]
-            return [place for file in files for place in self._look([file])]  # which of them was it?
+
+def _look_in(worker: WorkerProcess, files: list[str | Member]) -> list[FilePlace | None]:
+    try:
+        return worker.call((files,))
+    except DiedError:
+        if len(files) == 1:
+            return [None]
+        return [place for file in files for place in _look_in(worker, [file])]  # which of them was it?
 
 
 def _may_have(file: str | Member) -> bool:
@@ -80,7 +94,11 @@ def _may_have(file: str | Member) -> bool:
 
 def look(files: Sequence[str | Member], say: Callable[[str], None]) -> list[FilePlace | None]:
     """The worker's part of `FilePlaces`."""
-    return [_place(file) for file in files]
+    import rasterio
+
+    # Once: entering it takes as long as opening a file. Files beside the image are asked for by name, not listed.
+    with rasterio.Env(GDAL_NUM_THREADS="1", GDAL_DISABLE_READDIR_ON_OPEN="TRUE"):
+        return [_place(file) for file in files]
 
 
 def _place(file: str | Member) -> FilePlace | None:
@@ -104,7 +122,7 @@ def _tagged(file: str | Member, driver: str) -> FilePlace | None:
     import rasterio
 
     path = f"/vsisubfile/{file.offset}_{file.size},{file.tar}" if isinstance(file, Member) else file
-    with rasterio.Env(GDAL_NUM_THREADS="1"), rasterio.open(path, driver=driver) as scene:
+    with rasterio.open(path, driver=driver) as scene:
         return _of_scene(scene)
 
 
@@ -113,10 +131,7 @@ def _of_scene(scene: Any) -> FilePlace | None:
 
     place, box = Place(scene), (0, 0, scene.width, scene.height)
     center = place.center(box)
-    if center is None:
-        return None
-    told = place.told(box)
-    return FilePlace(*center, told["crs"] or "", told["bounds"])
+    return None if center is None else FilePlace(*center, place.crs() or "", place.bounds(box))
 
 
 def _of_tile(path: str) -> FilePlace | None:

@@ -54,12 +54,13 @@ class Place:
             about["transform"] = list(self._moved_transform(box))[:6]
         if self._rpcs is not None:
             about["rpcs"] = self._moved_rpcs(box).to_gdal()
-        about |= {"bounds": None, "bounds_wgs84": None}
-        if self._crs is not None:
-            code = self._crs.to_epsg()
-            about["crs"] = f"EPSG:{code}" if code else self._crs.to_wkt()
-            about |= self._bounds(box)
-        elif self._rpcs is not None:  # these lead to longitude and latitude
+        about |= {"crs": self.crs(), "bounds": self.bounds(box), "bounds_wgs84": None}
+        if about["bounds"] is not None:
+            from rasterio.warp import transform_bounds
+
+            with contextlib.suppress(Exception):  # no way to longitude and latitude
+                about["bounds_wgs84"] = transform_bounds(self._crs, "EPSG:4326", *about["bounds"])
+        elif self._crs is None and self._rpcs is not None:  # these lead to longitude and latitude
             from rasterio.transform import RPCTransformer
 
             with contextlib.suppress(Exception), RPCTransformer(self._rpcs, rpc_height=self._rpcs.height_off) as way:
@@ -84,17 +85,24 @@ class Place:
         lon, lat = float(found[0][0]), float(found[1][0])
         return (lon, lat) if np.isfinite([lon, lat]).all() else None
 
-    def _bounds(self, box: Box) -> dict[str, Any]:
-        from rasterio.transform import AffineTransformer, GCPTransformer
-        from rasterio.warp import transform_bounds
+    def crs(self) -> str | None:
+        """EPSG:CODE, or WKT; None where there is none."""
+        if self._crs is None:
+            return None
+        code = self._crs.to_epsg()
+        return f"EPSG:{code}" if code else self._crs.to_wkt()
 
-        found: dict[str, Any] = {}
-        with contextlib.suppress(Exception):  # points of which no map can be made; no way to longitude and latitude
+    def bounds(self, box: Box) -> tuple[float, float, float, float] | None:
+        """(left, bottom, right, top) of a box in the scene's CRS; None where it has none."""
+        from rasterio.transform import AffineTransformer, GCPTransformer
+
+        if self._crs is None:
+            return None
+        try:
             with GCPTransformer(self._points) if self._points else AffineTransformer(self._transform) as way:
-                found["bounds"] = bounds = _around(*way.xy(*_edges(box), offset="ul"))
-            if bounds is not None:
-                found["bounds_wgs84"] = transform_bounds(self._crs, "EPSG:4326", *bounds)
-        return found
+                return _around(*way.xy(*_edges(box), offset="ul"))
+        except Exception:  # points of which no map can be made
+            return None
 
     def _moved_transform(self, box: Box) -> Any:
         return self._transform * self._transform.translation(box[0], box[1])
