@@ -54,9 +54,9 @@ def page(folder: Path) -> str:
     on_gpu = gpu or any(record["machine"]["kind"] == "cuda" for record in records)
     lines = ["# What has been measured", "", *paragraph(HEAD), *([] if on_gpu else paragraph(NOTHING))]
     lines += ["## In short", "", summary(records, folder), ""]
-    lines += gpu_page(gpu) + step_table(records) + learning_page(folder / "learning")
-    lines += downstream_page(folder / "downstream")
+    lines += gpu_page(gpu) + step_table(records)
     lines += loader_lines(records) + loaders_table(folder / "loaders") + memory_table(folder)
+    lines += learning_page(folder / "learning") + downstream_page(folder / "downstream")
     tables = [line for record in records for line in op_tables(record)]
     lines += ["## Ops and blocks", "", *paragraph(OPS), *tables] if tables else ["The ops have not been measured yet."]
     return "\n".join(lines).strip() + "\n"

@@ -41,7 +41,8 @@ Time is {clock}{threads}, from the end of the first step on. {device}, torch {to
 """
 SHORT = """
 **What it learns**, beside the published code from the same {train} images ({data}, {recipe}, {length}, {seeds} seeds):
-{probes}. The same images cost {share:.0f} % of its {clock} ({device}; {commit}, {date}).
+{probes}. {verdict} The same images cost {share:.0f} % of its {clock} ({device}; {commit}, {date};
+[more](#learning)).
 """
 DIFFERENCE = """
 Ours minus published after as many images, in points, and in parentheses the larger of the two sides' spreads over
@@ -118,7 +119,9 @@ def learning_summary(folder: Path) -> list[str]:
             ours, theirs = (_middle(record, side, probe) for side in ("ours", "published"))
             found.append(f"{PROBES[probe]} {ours} against {theirs}")
         share = 100 * both["ours"] / both["published"]
-        lines += paragraph(SHORT.format(**_facts(record), probes="; ".join(found), share=share))
+        lines += paragraph(
+            SHORT.format(**_facts(record), probes="; ".join(found), share=share, verdict=_verdict(record))
+        )
     return lines
 
 
@@ -185,14 +188,27 @@ def _spread(values: list[float], form: str) -> str:
     return form.format(statistics.median(values)) + ends
 
 
-def _differences(record: Record) -> str:
-    found = []
-    for probe, name in PROBES.items():
+def _compared(record: Record) -> dict[str, tuple[float, float]]:
+    """Points of ours above the published code by probe, and the larger of the two spreads over the seeds."""
+    found = {}
+    for probe in PROBES:
         ours, theirs = (_percent(record, side, probe) for side in ("ours", "published"))
         spread = max(max(values) - min(values) for values in (ours, theirs))
-        difference = statistics.median(ours) - statistics.median(theirs)
-        found.append(f"{name} {difference:+.1f} ({spread:.1f})")
-    return "; ".join(found)
+        found[probe] = statistics.median(ours) - statistics.median(theirs), spread
+    return found
+
+
+def _differences(record: Record) -> str:
+    return "; ".join(
+        f"{PROBES[probe]} {above:+.1f} ({spread:.1f})" for probe, (above, spread) in _compared(record).items()
+    )
+
+
+def _verdict(record: Record) -> str:
+    beyond = [PROBES[probe] for probe, (above, spread) in _compared(record).items() if abs(above) > spread]
+    if beyond:
+        return f"Beyond the spread over seeds: {'; '.join(beyond)}."
+    return "None of these differences is larger than the spread over seeds."
 
 
 def _losses(record: Record) -> list[str]:

@@ -21,6 +21,7 @@ LOOKS = {  # side -> name, colour, marker
     "pixels": ("ours, pixel loss alone", "#7a4fa3", "D"),
     "dense": ("ours, without masks", "#3f7d4e", "v"),
 }
+POOLINGS = {"knn_cls": "cls token", "knn_mean": "mean of patches"}
 CLOCKS = {"processor": "minutes of processor time", "wall": "minutes"}
 
 
@@ -40,22 +41,22 @@ def curve(axes: Axes, record: dict, side: str, horizontal: str, scale: float, pr
 
 
 def draw(record: dict) -> Figure:
-    """Two panels: against images and against minutes."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    """A row for each pooling of the features: against images and against minutes."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasSVG(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
     there = [side for side in LOOKS if any(run["side"] == side for run in record["runs"])]
-    for side in there:
-        if side != "longer":
-            curve(left, record, side, "images", 1000, "knn_mean")
-        curve(right, record, side, f"{record['clock']}_s", 60, "knn_mean")
-    left.set_xlabel("thousand images seen")
-    right.set_xlabel(CLOCKS[record["clock"]])
-    left.set_ylabel("kNN accuracy, mean of patches, %")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-        axes.set_xlim(0)
+    for (left, right), (probe, name) in zip(figure.subplots(2, 2, sharey="row"), POOLINGS.items(), strict=True):
+        for side in there:
+            if side != "longer":
+                curve(left, record, side, "images", 1000, probe)
+            curve(right, record, side, f"{record['clock']}_s", 60, probe)
+        left.set_xlabel("thousand images seen")
+        right.set_xlabel(CLOCKS[record["clock"]])
+        left.set_ylabel(f"kNN accuracy, {name}, %")
+        for axes in (left, right):
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.3)
+            axes.set_xlim(0)
     right.legend(frameon=False, fontsize=8)
     return figure
 

@@ -151,13 +151,19 @@ def test_page_has_medians_spreads_and_differences(tmp_path: Path) -> None:
     short = " ".join(report_learning.learning_summary(tmp_path))
     assert "kNN, cls 53.0 % against 51.0 %" in short
     assert "50 % of its processor time" in short
+    assert "None of these differences is larger" in short
+    apart = record()
+    for run in apart["runs"][6:]:
+        run["points"][-1]["knn_mean"] = 0.9
+    (tmp_path / "a.json").write_text(json.dumps(apart))
+    assert "Beyond the spread over seeds: kNN, mean." in " ".join(report_learning.learning_summary(tmp_path))
 
 
 def test_curves_are_drawn_from_the_first_checkpoint_to_the_last() -> None:
     import runpy
 
     draw = runpy.run_path(str(learning.ROOT / "docs" / "images" / "learning.py"))["draw"]
-    left, right = draw(record()).axes
+    _, _, left, right = draw(record()).axes
     assert [line.get_label() for line in left.get_lines()] == ["published code", "ours"]
     assert left.get_lines()[1].get_xdata().tolist() == [0, 0.8, 1.6]
     assert right.get_lines()[1].get_xdata().tolist() == [0, 0.5, 1]
