@@ -182,6 +182,8 @@ def _finetune(
 
     train = data(parts.train)
     assert train is not None
+    if start.checkpoint is None:
+        train.check_some()
     run = _build(parts, backbone, folder, start, device, train, data(parts.val))
     _announce(run, start, parts, backbone)
     with StopRequest() as stop:  # from here on a signal waits for the step's end

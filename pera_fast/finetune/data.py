@@ -28,6 +28,8 @@ Result = TypeVar("Result")
 _TRIES = 16  # samples that may stand in for one that cannot be read
 _ASPECT = 4 / 3  # of a scene's crop, at most
 
+_LOOKED_AT = 8  # samples, before something is taken to be the matter with all of them
+
 
 class Sample(NamedTuple):
     """One sample as the network takes it.
@@ -105,6 +107,25 @@ class LabelledData:
             return WholeSample(images, self._labels(row))
         mask = self.masks.read(self.samples.masks[row], shape, paths[0])
         return WholeSample(images, torch.from_numpy(mask.astype(np.int64)))
+
+    def check_some(self) -> None:
+        """Look at some samples before a run begins.
+
+        Raises:
+            UserError: none of them can be used, so that something is the matter with all: other bands than the weights
+                are of, masks of another size than their images.
+            MachineError: the storage did not answer in time.
+        """
+        first, rows = None, range(min(len(self), _LOOKED_AT))
+        for row in rows:
+            try:
+                self.whole(row)
+                return
+            except MachineError:
+                raise
+            except UserError as error:
+                first = first or error
+        raise UserError(f"{first}; none of the first {len(rows)} sample(s) of {self.samples.source} can be used")
 
     def _labels(self, row: int) -> Tensor:
         labels = self.samples.labels[row]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from finetune_support import small_config
+from finetune_support import masks, small_config
 from PIL import Image
 
 from pera_fast.config import Config
@@ -13,7 +13,7 @@ from pera_fast.config.finetune import load_finetune
 from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.errors import UserError
 from pera_fast.features.masks import IGNORED, Masks
-from pera_fast.features.samples import Samples
+from pera_fast.features.samples import Samples, read_samples
 from pera_fast.finetune.data import LabelledData, Length, length_of, micro_batches
 
 
@@ -133,3 +133,22 @@ def test_pairs_of_two_sizes_and_masks_of_another_get_one_line(tmp_path: Path) ->
     Image.new("L", (20, 20)).save(tmp_path / "mask.png")
     with pytest.raises(UserError, match=r"mask\.png: is 20 x 20 px, and its image .* is 31 x 23 px"):
         data.whole(0)
+
+
+def test_what_is_wrong_with_all_samples_is_said_before_the_run(tmp_path: Path) -> None:
+    root = masks(tmp_path / "set", count=6)
+    samples = read_samples("segmentation", root)
+
+    def data() -> LabelledData:
+        return LabelledData(
+            small_config(), samples, 2, False, Masks(("0", "1")), SkippedFiles(tmp_path / "skipped.csv")
+        )
+
+    data().check_some()
+    for number in range(6):
+        Image.fromarray(np.zeros((9, 8), np.uint8)).save(root / "masks" / f"{number}.png")
+    with pytest.raises(UserError, match=r"0\.png: is 8 x 9 px, and its image .* none of the first 6 sample"):
+        data().check_some()
+    Image.fromarray(np.zeros((28, 24), np.uint8)).save(root / "masks" / "5.png")
+    data().check_some()  # one that can be used: the others are left out one by one
+    assert not (tmp_path / "skipped.csv").exists()
