@@ -39,6 +39,7 @@ class SimpleFeaturePyramid(nn.Module):
         in: [N, D, h, w], float, h and w patches of the image.
         out: a list of float [N, width, 4 h, 4 w], [.., 2 h, 2 w], [.., h, w] and [.., ceil(h / 2), ceil(w / 2)].
 
+    Examples:
         >>> maps = SimpleFeaturePyramid(768, 256)(torch.zeros(2, 768, 14, 14))
         >>> [tuple(m.shape[2:]) for m in maps]
         [(56, 56), (28, 28), (14, 14), (7, 7)]
