@@ -124,7 +124,9 @@ def test_a_pass_that_is_left_early_ends_its_threads(tmp_path):
     folder = tmp_path / "images"
     write_scenes(folder, 20)
     manifest = index(folder, tmp_path)
+    before = set(threading.enumerate())  # of other tests of this process, which may still be ending theirs
     batches = whole(small_config("data.depth=8"), manifest, tmp_path, batch_size=2).batches()
     next(batches)
+    assert any(thread.name.startswith("pera-") for thread in set(threading.enumerate()) - before)
     batches.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pera-")]
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("pera-")]
