@@ -10,7 +10,7 @@ from pera_kernels.attention.reference import attention as reference
 
 CPU = torch.device("cpu")
 EPS = {torch.float64: 2**-53, torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
-NAMES = ["sdpa", "reference", "triton"]
+NAMES = ["sdpa", "reference", "triton", "amx", "avx512_bf16"]
 # (heads, head_dim), groups: lengths around the tile's and the kernels' limits, one token, an empty group, three groups
 CASES = [
     ((2, 16), [9, 8, 3, 23]),

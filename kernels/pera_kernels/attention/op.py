@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import backend, cost
 from ..packing import check, num_tokens, pairs
-from . import cudnn, sdpa, varlen, xformers
+from . import cudnn, native, sdpa, varlen, xformers
 from .arguments import Attended, Packed
 
 # Groups of at most this many tokens a sequence go to the Triton kernels, which take up to 32; 0: none. Set it by what
@@ -23,7 +23,15 @@ TRITON_LENGTH = 32
 
 # Fastest first; reference takes everything. cudnn runs where it was measured to be the fastest (``measured``), or is
 # asked for.
-_WHOLE = {"cudnn": cudnn, "xformers": xformers, "varlen": varlen, "sdpa": sdpa.fused, "reference": sdpa.formula}
+_WHOLE = {
+    "amx": native.amx,
+    "avx512_bf16": native.avx512_bf16,
+    "cudnn": cudnn,
+    "xformers": xformers,
+    "varlen": varlen,
+    "sdpa": sdpa.fused,
+    "reference": sdpa.formula,
+}
 
 
 def _short_sequence() -> int:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import backend, cost
-from ..attention import cudnn, sdpa
+from ..attention import cudnn, native, sdpa
 from ..packing import num_tokens, pairs, split
 
+backend.register("query_attention", "amx", available=native.amx.available)
 backend.register("query_attention", "cudnn", available=cudnn.available)
 backend.register("query_attention", "sdpa", available=sdpa.available)
 
@@ -29,6 +30,8 @@ def _implementation(q: Tensor, num_heads: int, queries: int, length: int):
     name = backend.choose("query_attention", q.device)
     # The checks read the width of packed projections, three times that of q.
     wide = q.new_empty(0, 3 * q.shape[1])
+    if name == "amx" and native.amx.why_not(wide, num_heads) is None:
+        return native.amx
     if name == "cudnn" and queries > SHORT and cudnn.why_not(wide, num_heads) is None:
         return cudnn
     if q.is_cuda and queries <= SHORT and length <= SHORT:
