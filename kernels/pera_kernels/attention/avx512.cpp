@@ -323,7 +323,7 @@ void forward(
   }
 }
 
-// Of each query: the sum of grad * out, and the log-sum-exp times log2(e), far beyond the last query.
+// Of each query: the sum of grad * out, and the log-sum-exp times log2(e). Both are 0 for the rows of zeros that fill up.
 void query_sums(
     AttentionShape shape, HeadRows grad, HeadRows out, HeadSums lse, float* products, float* log_sums) {
   for (int64_t i = 0; i < round_up(shape.queries, kBlock); ++i) {
@@ -333,7 +333,7 @@ void query_sums(
       sum = _mm512_fmadd_ps(g, to_floats(load_16(out.data + i * out.stride + j)), sum);
     }
     products[i] = _mm512_reduce_add_ps(sum);
-    log_sums[i] = i < shape.queries ? lse.data[i * lse.stride] * kLog2E : kFar;
+    log_sums[i] = i < shape.queries ? lse.data[i * lse.stride] * kLog2E : 0.0f;
   }
 }
 
@@ -368,7 +368,7 @@ void score_gradients(
       const int64_t row = (key + j) * kBlock;
       for (int half = 0; half < 2; ++half) {
         probability[half] = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(block.scores + row + 16 * half), factor, logs[half]));
-        if (key + j >= keys) {
+        if (key + j >= keys) { // its score is 0, which may be far above the log-sum-exp
           probability[half] = _mm512_setzero_ps();
         }
         const __m512 difference = _mm512_sub_ps(_mm512_load_ps(block.grads + row + 16 * half), deltas[half]);
