@@ -104,7 +104,7 @@ def test_list_of_suites_is_the_folder():
 
 def test_every_implementation_of_an_op_has_a_row():
     assert chosen_implementations("attention", CPU, "all") == [
-        "reference", "compiled", "triton", "cudnn", "xformers", "varlen", "sdpa",
+        "reference", "compiled", "triton", "amx", "avx512_bf16", "cudnn", "xformers", "varlen", "sdpa",
     ]  # fmt: skip
     assert chosen_implementations("koleo", CPU) == ["reference", "chosen"]
     assert chosen_implementations("koleo", CPU, "triton,native") == ["native"]
