@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WRONG = {
     "bench atention": "atention: no such bench; known: contrast_mean, visible_patches, embed_tokens, sequence_norm,"
     " attention, sequence_add, add_norm, gelu, linear_gelu, query_attention, cls_attention, add_norm_fp8,"
-    " gelu_fp8, quantize_rows, mask_tokens, column_sums, unit_rows, distillation_loss,"
+    " gelu_fp8, quantize_rows, mask_tokens, column_sums, transposed, unit_rows, distillation_loss,"
     " koleo, prototype_losses, pixel_loss, block, update,"
     " step, crop_resize, data; did you mean attention?",
     "bench step/all": "step/all: no such case; step has none, cheap, block",

@@ -78,6 +78,7 @@ def test_what_cannot_run_is_left_out_with_the_reason(measured):
         "koleo",
         "query_attention",
         "cls_attention",
+        "transposed",
     }
     assert {entry["reason"] for entry in triton} == {"Triton kernels run on a GPU, not on cpu"}
     assert len(measured.rows) + len(measured.skipped) == measured.benches

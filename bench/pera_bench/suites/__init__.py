@@ -22,6 +22,7 @@ OPS = (
     "quantize_rows",
     "mask_tokens",
     "column_sums",
+    "transposed",
     "unit_rows",
     "distillation_loss",
     "koleo",
