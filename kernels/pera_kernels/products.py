@@ -10,7 +10,7 @@ from .isa import Isa, isa
 from .transposed import transposed
 
 _always_half = False
-# Rows of a gradient from which a transposed copy of it pays for itself; measured with `pera-fast bench transposed --all`.
+# Rows of a gradient from which a transposed copy of it pays for itself: see the README of transposed.
 TRANSPOSED_ROWS = 768
 
 

@@ -1,4 +1,4 @@
-"""pera::transposed: schema and shapes; the native kernel for 16-bit values on CPUs with AVX-512, else the definition."""
+"""pera::transposed: schema and shapes; a native kernel for 16-bit values on CPUs with AVX-512, else the definition."""
 
 import torch
 from torch import Tensor
