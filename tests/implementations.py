@@ -1,6 +1,6 @@
 """The implementations of an op that run on this CPU, and a fixture that forces each of them in turn."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
@@ -20,6 +20,15 @@ def why_not(op: str, name: str) -> str | None:
 
 def runs(op: str, name: str) -> bool:
     return why_not(op, name) is None
+
+
+def with_threads(call: Callable[[], object], *counts: int) -> list[object]:
+    """The results of a call with each of these numbers of PyTorch's threads."""
+    before = torch.get_num_threads()
+    try:
+        return [(torch.set_num_threads(count), call())[1] for count in counts]
+    finally:
+        torch.set_num_threads(before)
 
 
 def each_on_cpu(op: str, names: Iterable[str], autouse: bool = False):

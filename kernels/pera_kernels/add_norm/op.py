@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backend, cost
+from ..column_sums import column_sums
 from ..packing import kept_groups, num_tokens
 from ..sequence_add.op import sequence_add, sequence_add_backward
 from ..sequence_norm.op import sequence_norm_backward, sequence_norm_with_stats
@@ -111,7 +112,7 @@ def _backward(
     if has_add and keep is not None:
         grad_y = sequence_add_backward(grad_x, keep, groups, add_counts)
     if has_bias:
-        torch.sum(grad_x if keep is None else grad_y, 0, dtype=sums.dtype, out=sums[2])
+        sums[2] = column_sums(grad_x if keep is None else grad_y)
     return [grad_x, grad_y, sums]
 
 
