@@ -68,7 +68,13 @@ inline void store(BFloat16* to, Floats value) {
   const Words bits = std::bit_cast<Words>(value);
   const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Words is_nan = std::bit_cast<Words>(value != value); // all ones or zero; rounding could make it infinite
-  const Shorts shorts = __builtin_convertvector(rounded | (is_nan >> 17), Shorts);
+  const Words halves = rounded | (is_nan >> 17);
+#ifdef __AVX2__
+  const auto both = std::bit_cast<__m256i>(halves);
+  const __m128i shorts = _mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+#else
+  const Shorts shorts = __builtin_convertvector(halves, Shorts);
+#endif
   std::memcpy(to, &shorts, sizeof(shorts));
 }
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from implementations import each_on_cpu
+from implementations import each_on_cpu, why_not, with_threads
 from packed_support import compare, outputs_and_grads, randn, subset
 from torch import Tensor
 from torch.library import opcheck
 
-from pera_kernels import packing
+from pera_kernels import backend, packing
 from pera_kernels.add_norm import add_norm, add_norm_, add_norm_backward, op
 from pera_kernels.add_norm.reference import add_norm as definition
 
@@ -15,7 +15,7 @@ GROUPS = [[3, 5, 7, 2], [1, 1], [4, 9, 0, 3], [2, 17, 5, 8, 1, 1]]
 NAMES = ("x", "y", "y_bias", "weight", "bias")
 
 
-implementation = each_on_cpu("add_norm", ["reference", "triton"])
+implementation = each_on_cpu("add_norm", ["reference", "native", "triton"])
 
 
 def case(groups: list[int], subsets: bool, dim: int = 8, norm: bool = True):
@@ -103,6 +103,46 @@ def test_every_value_is_written_and_repeats_give_equal_bits() -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(first[name], second[name]) and not first[name].isnan().any() for name in first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("subsets", [False, True])
+def test_equal_bits_for_any_number_of_threads(subsets: bool, dtype: torch.dtype) -> None:
+    if reason := why_not("add_norm", "native"):
+        pytest.skip(reason)
+    fast, _, tensors, takes = case([11, 50, 30, 7], subsets, 70)
+    tensors = {name: t.to(dtype if name in "xy" else torch.float32) for name, t in tensors.items()}
+    with backend.use("native"):
+        one, *others = with_threads(lambda: outputs_and_grads(fast, tensors, takes), 1, 2, 16)
+    assert all(torch.equal(other[name], one[name]) for other in others for name in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("implementation")
+def test_rows_that_lie_apart(dtype: torch.dtype) -> None:
+    groups, dim = [5, 4, 3, 2], 12
+    wide = [randn(26, 3 * dim, seed=seed).to(dtype) for seed in range(4)]
+    x, y, grad, grad_normed = (t[:, dim : 2 * dim] for t in wide)
+    weight, bias = randn(dim, seed=5).float(), randn(dim, seed=6).float()
+    close = [t.contiguous() for t in (x, y, grad, grad_normed)]
+    for given in ((x, y), close[:2]):
+        stream, normed, mean, rstd = add_norm(*given, None, weight, bias, 1e-6, groups)
+        in_place = given[0].clone(memory_format=torch.preserve_format)
+        again = add_norm_(in_place, given[1], None, weight, bias, 1e-6, groups)
+        torch.testing.assert_close((in_place, again), (stream, normed))
+    apart = add_norm_backward(grad, grad_normed, stream, weight, mean, rstd, groups)
+    for got, want in zip(apart, add_norm_backward(*close[2:], stream, weight, mean, rstd, groups), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.usefixtures("implementation")
+def test_no_sequences() -> None:
+    x, w = torch.zeros(0, 5), torch.ones(5)
+    stream, normed, mean, rstd = add_norm(x, x, w, w, w, 1e-6, [0, 3])
+    assert stream.shape == normed.shape == (0, 5)
+    grad_x, _, sums = add_norm_backward(x, x, x, w, mean, rstd, [0, 3])
+    assert grad_x.shape == (0, 5)
+    assert not sums.any()
 
 
 def test_not_finite_values_stay_in_their_rows(implementation: str) -> None:

@@ -1,4 +1,4 @@
-"""Named tuples of the arguments of `add_norm`, for code below the op."""
+"""Arguments of `add_norm`, for code below the op."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,6 +14,11 @@ class Subsets(NamedTuple):
     add_counts: Sequence[int] = ()
     norm_subset: Tensor | None = None  # likewise
     norm_counts: Sequence[int] = ()
+
+
+def kept(subset: Tensor | None, kept_counts: Sequence[int]) -> Tensor | None:
+    """The kept sequence numbers of a subset with places."""
+    return None if subset is None else subset[: sum(kept_counts)]
 
 
 class Norm(NamedTuple):

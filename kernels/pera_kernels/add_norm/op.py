@@ -6,18 +6,21 @@ import torch
 from torch import Tensor
 
 from .. import backend, cost
+from ..column_sums import column_sums
 from ..packing import kept_groups, num_tokens
 from ..sequence_add.op import sequence_add, sequence_add_backward
 from ..sequence_norm.op import sequence_norm_backward, sequence_norm_with_stats
-from .arguments import Norm, Subsets
+from . import native
+from .arguments import Norm, Subsets, kept
 
 backend.register("add_norm", "triton", available=backend.needs_triton)
+backend.register("add_norm", "native", available=backend.needs_native("add_norm", "add_norm_backward"))
 backend.register("add_norm", "composed")  # of sequence_add and sequence_norm
 
 
-def _keep(subset: Tensor | None, kept_counts: Sequence[int]) -> Tensor | None:
-    """The kept sequence numbers of a subset with places."""
-    return None if subset is None else subset[: sum(kept_counts)]
+def _kernels(x: Tensor):
+    kernels = backend.kernels("add_norm", x)
+    return native if kernels is torch.ops.pera_native else kernels
 
 
 def _stats_dtype(x: Tensor) -> torch.dtype:
@@ -38,17 +41,17 @@ def _add_norm(
     norm_subset: Tensor | None,
     norm_counts: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if (kernels := backend.kernels("add_norm", x)) is not None:
+    if (kernels := _kernels(x)) is not None:
         subsets = Subsets(groups, add_subset, add_counts, norm_subset, norm_counts)
         return kernels.add_norm(x, y, y_bias, Norm(weight, bias, eps), subsets)
     if y_bias is not None:
         y = y + y_bias.to(y.dtype)
-    keep = _keep(add_subset, add_counts)
+    keep = kept(add_subset, add_counts)
     out = sequence_add(x, y, groups, keep, add_counts)
     if weight is None or bias is None:
         none = x.new_empty(0, dtype=_stats_dtype(x))
         return out, x.new_empty(0, x.shape[1]), none, none.clone()
-    norm_keep = _keep(norm_subset, norm_counts)
+    norm_keep = kept(norm_subset, norm_counts)
     return out, *sequence_norm_with_stats(out, weight, bias, eps, groups, norm_keep, norm_counts)
 
 
@@ -63,7 +66,7 @@ def _(x, y, y_bias, weight, bias, eps, groups, add_subset, add_counts, norm_subs
 def _add_norm_inplace(
     x: Tensor, y: Tensor, y_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float, groups: Sequence[int]
 ) -> Tensor:
-    if (kernels := backend.kernels("add_norm", x)) is not None and x.is_contiguous():
+    if (kernels := _kernels(x)) is not None and x.is_contiguous():
         return kernels.add_norm(x, y, y_bias, Norm(weight, bias, eps), Subsets(groups), inplace=True)[1]
     x.add_(y)
     if y_bias is not None:
@@ -92,7 +95,7 @@ def _backward(
     has_add: bool,
     has_bias: bool,
 ) -> list[Tensor]:
-    if (kernels := backend.kernels("add_norm", x)) is not None:
+    if (kernels := _kernels(x)) is not None:
         subsets = Subsets(groups, add_subset, add_counts, norm_subset, norm_counts)
         return kernels.add_norm_backward(grad, grad_normed, x, weight, mean, rstd, subsets, has_add, has_bias)
     sums = x.new_zeros(3, x.shape[1], dtype=_stats_dtype(x))
@@ -100,18 +103,18 @@ def _backward(
         assert grad is not None
         grad_x = grad.clone()
     else:
-        keep = _keep(norm_subset, norm_counts)
+        keep = kept(norm_subset, norm_counts)
         grad_x, sums[0], sums[1] = sequence_norm_backward(
             grad_normed.contiguous(), x, weight, mean, rstd, keep, groups, norm_counts
         )
         if grad is not None:
             grad_x.add_(grad)
-    keep = _keep(add_subset, add_counts)
+    keep = kept(add_subset, add_counts)
     grad_y = grad_x.new_empty(0, x.shape[1])
     if has_add and keep is not None:
         grad_y = sequence_add_backward(grad_x, keep, groups, add_counts)
     if has_bias:
-        torch.sum(grad_x if keep is None else grad_y, 0, dtype=sums.dtype, out=sums[2])
+        sums[2] = column_sums(grad_x if keep is None else grad_y)
     return [grad_x, grad_y, sums]
 
 

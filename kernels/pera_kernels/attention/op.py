@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import backend, cost
+from ..column_sums import column_sums
 from ..packing import check, num_tokens, pairs
 from . import cudnn, native, sdpa, varlen, xformers
 from .arguments import Attended, Packed
@@ -202,7 +203,7 @@ def _backward_with_sums(
         module.backward(*given)
         if sums is not None:
             sums.add(grad_qkv[rows])
-    return grad_qkv, grad_qkv.sum(0, dtype=_wide(qkv)) if sums is None else sums.total()
+    return grad_qkv, column_sums(grad_qkv) if sums is None else sums.total()
 
 
 @_backward_with_sums.register_fake

@@ -1,4 +1,4 @@
-"""pera::column_sums: schema and shapes; without a GPU the definition runs."""
+"""pera::column_sums: schema, shapes, implementations."""
 
 import torch
 from torch import Tensor
@@ -8,14 +8,14 @@ from ..packing import HALF_OR_SINGLE
 from .reference import column_sums as definition
 
 backend.register("column_sums", "triton", available=backend.needs_triton)
+backend.register("column_sums", "native", available=backend.needs_native("column_sums"))
 backend.register("column_sums", "pytorch")
 
 
 @torch.library.custom_op("pera::column_sums", mutates_args=())
 def _column_sums(x: Tensor) -> Tensor:
-    from . import triton
-
-    return triton.column_sums(x)
+    kernels = backend.kernels("column_sums", x) if x.numel() else None
+    return definition(x) if kernels is None else kernels.column_sums(x)
 
 
 @_column_sums.register_fake
@@ -30,6 +30,4 @@ def _(result, x):
 
 def column_sums(x: Tensor) -> Tensor:
     """Sums over the rows of x [R, C]: float32 [C] (float64 for float64). Not differentiable."""
-    if backend.choose("column_sums", x.device) == "triton" and x.dtype in HALF_OR_SINGLE and x.ndim == 2:
-        return _column_sums(x)
-    return definition(x)
+    return _column_sums(x) if x.dtype in HALF_OR_SINGLE and x.ndim == 2 else definition(x)

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from ..aot import Variant
 from ..launching import on_their_device
+from ..packed_triton import why_not
 from ..partial_sums.triton import add_up
 
 BLOCK_R, BLOCK_C = 16, 256  # of a tile: 32 values a thread
 PROGRAMS = 4  # per multiprocessor
 NUM_WARPS = 4
 
-__all__ = ["VARIANTS", "column_sums", "sum_shares"]
+__all__ = ["VARIANTS", "column_sums", "sum_shares", "why_not"]
 
 
 @triton.jit

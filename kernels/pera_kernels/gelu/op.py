@@ -4,15 +4,18 @@ import torch
 from torch import Tensor
 
 from .. import backend, cost
+from ..column_sums import column_sums
+from . import native
 
 aten = torch.ops.aten
 backend.register("gelu", "triton", available=backend.needs_triton)
+backend.register("gelu", "native", available=backend.needs_native("gelu", "gelu_backward_"))
 backend.register("gelu", "pytorch")
 
 
 def _kernels(x: Tensor):
-    kernels = backend.kernels("gelu", x)
-    return kernels if x.is_contiguous() else None
+    kernels = backend.kernels("gelu", x) if x.is_contiguous() else None
+    return native if kernels is torch.ops.pera_native else kernels
 
 
 def _sums_dtype(x: Tensor) -> torch.dtype:
@@ -45,7 +48,7 @@ def _backward(grad: Tensor, x: Tensor, with_out: bool) -> tuple[Tensor, Tensor]:
         return kernels.gelu_backward_(grad, x, with_out)
     out = aten.gelu(x) if with_out else x.new_empty(0, x.shape[1])
     aten.gelu_backward.grad_input(grad, x, grad_input=grad)
-    return out, grad.sum(0, dtype=_sums_dtype(x))
+    return out, column_sums(grad)
 
 
 @_backward.register_fake

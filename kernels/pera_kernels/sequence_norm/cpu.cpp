@@ -1,73 +1,16 @@
 // Native CPU kernels of `sequence_norm`; arguments and results are those of op.py.
 //
-// A row is read once from memory and twice from the L1 cache. Column sums for weight and bias are kept per task of rows
+// Column sums for weight and bias are kept per task of rows
 // and added in the order of the tasks, whose size does not depend on the number of threads: equal bits for any.
 
 #include <algorithm>
-#include <cmath>
 #include <tuple>
 
+#include "layer_norm.h"
 #include "packed.h"
 
 namespace pera {
 namespace {
-
-struct Stats {
-  float mean, rstd;
-};
-
-template <typename T>
-Stats normalise(
-    const T* __restrict__ x, // [D]
-    const float* __restrict__ weight, // [D]
-    const float* __restrict__ bias, // [D]
-    int64_t dim,
-    float eps,
-    T* __restrict__ y) { // [D]
-  Sums sums;
-  for_lanes(dim, [&](int64_t i, auto lanes, auto slot) { sums.slots[slot] += lanes.load(x + i); });
-  const float mean = sums.total() / static_cast<float>(dim);
-  Sums squares; // around the mean: no cancellation
-  for_lanes(dim, [&](int64_t i, auto lanes, auto slot) {
-    const Floats centered = lanes.zero_beyond(lanes.load(x + i) - mean);
-    squares.slots[slot] += centered * centered;
-  });
-  const float rstd = 1.0f / std::sqrt(squares.total() / static_cast<float>(dim) + eps);
-  for_lanes(dim, [&](int64_t i, auto lanes, auto) {
-    const Floats xhat = (lanes.load(x + i) - mean) * rstd;
-    lanes.store(y + i, xhat * lanes.load(weight + i) + lanes.load(bias + i));
-  });
-  return {mean, rstd};
-}
-
-template <typename T>
-void normalise_backward(
-    const T* __restrict__ grad, // [D]
-    const T* __restrict__ x, // [D]
-    const float* __restrict__ weight, // [D]
-    Stats stats,
-    int64_t dim,
-    T* __restrict__ grad_x, // [D]
-    float* __restrict__ grad_weight, // [D], added to
-    float* __restrict__ grad_bias) { // [D], added to
-  const float mean = stats.mean, rstd = stats.rstd;
-  Sums scaled, products;
-  for_lanes(dim, [&](int64_t i, auto lanes, auto slot) {
-    const Floats g = lanes.load(grad + i), xhat = (lanes.load(x + i) - mean) * rstd;
-    const Floats s = g * lanes.load(weight + i);
-    scaled.slots[slot] += s;
-    products.slots[slot] += s * xhat; // s is zero beyond the row
-    lanes.store(grad_weight + i, lanes.load(grad_weight + i) + g * xhat);
-    lanes.store(grad_bias + i, lanes.load(grad_bias + i) + g);
-  });
-  const float mean_scaled = scaled.total() / static_cast<float>(dim);
-  const float mean_product = products.total() / static_cast<float>(dim);
-  for_lanes(dim, [&](int64_t i, auto lanes, auto) {
-    const Floats xhat = (lanes.load(x + i) - mean) * rstd;
-    const Floats s = lanes.load(grad + i) * lanes.load(weight + i);
-    lanes.store(grad_x + i, (s - mean_scaled - xhat * mean_product) * rstd);
-  });
-}
 
 std::tuple<Tensor, Tensor, Tensor> sequence_norm(
     const Tensor& x_,
@@ -143,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> sequence_norm_backward(
           for (int64_t r = 0; r < span.rows; ++r) {
             const int64_t row = span.packed + r, first = (span.stream + r) * dim;
             normalise_backward(
-                g + row * dim, from + first, w, {m[row], s[row]}, dim, to + first, columns, columns + dim);
+                g + row * dim, from + first, w, {m[row], s[row]}, dim, NoGradient{}, to + first, columns, columns + dim);
           }
         });
       }
