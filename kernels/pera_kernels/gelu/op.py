@@ -14,7 +14,7 @@ backend.register("gelu", "pytorch")
 
 
 def _kernels(x: Tensor):
-    kernels = backend.kernels("gelu", x) if x.is_contiguous() else None
+    kernels = backend.kernels("gelu", x) if x.numel() and x.is_contiguous() else None
     return native if kernels is torch.ops.pera_native else kernels
 
 
