@@ -30,7 +30,7 @@ ON_CPU = """
 Theirs has PyTorch's attention in place of xFormers' on a CPU.
 """
 HALF_ON_CPU = """
-Much of the ratio in bf16 is bf16 itself: on a CPU without instructions for it, such as Ice Lake, theirs emulates bf16
+Much of the ratio in bf16 is bf16 itself on a CPU without instructions for it, such as Ice Lake: theirs emulates bf16
 products and ours makes them in float32.
 """
 FULL = " In fp32 both make them in float32."
@@ -87,15 +87,16 @@ def steps(records: list[Record]) -> list[str]:
     lines = [*paragraph(STEPS), *head, *(_step_line(*sides) for sides in found.values()), ""]
     places = dict.fromkeys(f"{where(machine)}; {when(machine)}" for machine, *_ in found.values())
     lines += paragraph(". ".join(places) + ".")
-    on_cpu = {row["precision"] for machine, row, _ in found.values() if machine["kind"] == "cpu"}
+    on_cpu = [(row["precision"], machine) for machine, row, _ in found.values() if machine["kind"] == "cpu"]
     notes = ON_CPU if on_cpu else ""
-    notes += HALF_ON_CPU + (FULL if "fp32" in on_cpu else NO_FULL) if "bf16" in on_cpu else ""
+    if any(precision == "bf16" and " with " not in machine["cpu_capability"] for precision, machine in on_cpu):
+        notes += HALF_ON_CPU + (FULL if "fp32" in [precision for precision, _ in on_cpu] else NO_FULL)
     return lines + (paragraph(notes) if notes else [])
 
 
 def _step_line(machine: Record, row: Row, other: Row) -> str:
     threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
-    device = f", {machine['device']}" if machine["kind"] == "cuda" else f", {threads}"
+    device = f", {machine['device']}" if machine["kind"] == "cuda" else f", {machine['cpu_capability']}, {threads}"
     step = f"{row['recipe']}, batch {row['images']}, {row['precision']}{device}"
     memory = " | | "
     if row["peak_mib"] and other["peak_mib"]:

@@ -12,6 +12,7 @@ import torch
 
 from pera_fast import __version__
 from pera_fast.profile.machine import commit, device_name
+from pera_kernels.isa import Isa, isa
 
 
 def describe(device: torch.device, processor: bool = False) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def describe(device: torch.device, processor: bool = False) -> dict[str, Any]:
         "clock": "processor" if processor else "wall",
         "pinned": os.environ.get("OMP_PROC_BIND", "false").lower() not in ("", "false"),
         "cpu": device_name("cpu"),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_capability": _capability(),
         "load_before": os.getloadavg()[0],
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -38,6 +39,12 @@ def describe(device: torch.device, processor: bool = False) -> dict[str, Any]:
         facts["memory_gib"] = properties.total_memory / 2**30
         facts["arch"] = f"sm_{properties.major}{properties.minor}"
     return facts
+
+
+def _capability() -> str:
+    """PyTorch's name of the instruction set, and the products in bf16 that this processor has."""
+    half = {Isa.AVX512_BF16: " with BF16", Isa.AMX: " with AMX"}.get(isa(), "")
+    return torch.backends.cpu.get_cpu_capability() + half
 
 
 def _version(distribution: str) -> str | None:
