@@ -159,6 +159,7 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
                         reader.finish(progress)
                 if stopped or due:
                     _save(run, must=bool(stopped) or last)
+                    reader.pause()
                     clock.restart()
                 if stopped and not last:
                     ending = "stopped"
