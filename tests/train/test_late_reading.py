@@ -9,6 +9,7 @@ import pytest
 import torch
 from train_support import make_run, small_config
 
+from pera_fast.errors import UserError
 from pera_fast.train import loop
 from pera_fast.train.distributed import World
 from pera_fast.train.signals import STOPPING, StopRequest
@@ -22,7 +23,9 @@ class Device:
 
     Args:
         rank, size: of the run.
-        due: steps after which rank 0's clock wants a checkpoint.
+        settings: beside those of ``small_config``.
+        due: steps after which the clock wants a checkpoint.
+        probed: step after which rank 0 probes.
         stop_in: the step in which all ranks agree that SIGTERM came to one of them.
         nonfinite: steps whose loss is not finite.
 
@@ -33,8 +36,9 @@ class Device:
     """
 
     def __init__(
-        self, out: Path, patch: pytest.MonkeyPatch, *settings: str, rank: int = 0, size: int = 1,
-        due: tuple[int, ...] = (), stop_in: int | None = None, nonfinite: tuple[int, ...] = (),
+        self, out: Path, patch: pytest.MonkeyPatch, settings: tuple[str, ...] = (), *, rank: int = 0, size: int = 1,
+        due: tuple[int, ...] = (), probed: int | None = None, stop_in: int | None = None,
+        nonfinite: tuple[int, ...] = (),
     ):  # fmt: skip
         self.now, self.stop_in, self.nonfinite = 0.0, stop_in, nonfinite
         self.launched: list[int] = []
@@ -43,6 +47,10 @@ class Device:
         cfg = small_config("train.steps=8", "train.checkpoint_every=100", "train.loggers=[]", *settings)
         self.run: Any = make_run(cfg, out)
         self.run.update, self.run.world = object(), World(rank, size, torch.device("cpu"))
+        if probed is not None and rank == 0:
+            self.run.probe = SimpleNamespace(
+                is_due=lambda step: step == probed, run=lambda step: 0.5, begin=lambda: None
+            )
         clock = SimpleNamespace(is_due=lambda: self.run.step in due, restart=lambda: None)
         patch.setattr(loop, "Clock", lambda minutes: clock)
         patch.setattr(loop, "launch_step", self._launch)
@@ -77,9 +85,62 @@ class Device:
 
 
 def test_a_checkpoint_is_no_time_of_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = Device(tmp_path, monkeypatch, "train.checkpoint_every=3", due=(5,))
+    device = Device(tmp_path, monkeypatch, ("train.checkpoint_every=3",), due=(5,))
     assert device.fit() == 0
     assert device.saved == [3, 5, 6, 8]
     assert [row["step"] for row in device.rows] == list(range(1, 9))
     assert [row["seconds"] for row in device.rows] == [STEP_SECONDS] * 8
     assert [row["data_wait"] for row in device.rows] == [0.0] * 8
+
+
+def ranks(out: Path, patch: pytest.MonkeyPatch, **told: Any) -> tuple[Device, Device, list[int | str]]:
+    """Ranks 0 and 1 of a run, one after the other, and how each ended: its exit code or its error."""
+    found: list[Device] = []
+    ends: list[int | str] = []
+    for rank in range(2):
+        with patch.context() as own:
+            device = Device(out / str(rank), own, rank=rank, size=2, **told)
+            try:
+                ends.append(device.fit())
+            except UserError as error:
+                ends.append(str(error))
+            found.append(device)
+    return found[0], found[1], ends
+
+
+@pytest.mark.parametrize("due", range(9))
+def test_ranks_stop_after_the_same_step_when_rank_0_reads_sooner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, due: int
+) -> None:
+    """By its clock's checkpoint: a rank that goes on alone waits for the others for ever."""
+    main, other, ends = ranks(tmp_path, monkeypatch, due=(due,), stop_in=4)
+    assert ends == [143, 143]
+    assert main.launched == other.launched == [1, 2, 3, 4, 5]
+    assert main.saved == ([due] if due in (1, 2, 3, 4) else []) + [5]
+    assert [row["step"] for row in main.rows] == main.launched
+
+
+@pytest.mark.parametrize("probed", [4, 5])
+def test_ranks_stop_after_the_same_step_when_rank_0_probes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probed: int
+) -> None:
+    main, other, ends = ranks(tmp_path, monkeypatch, probed=probed, stop_in=4)
+    assert ends == [143, 143]
+    assert main.launched == other.launched == [1, 2, 3, 4, 5]
+
+
+def test_ranks_stop_at_once_where_all_read_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main, other, ends = ranks(tmp_path, monkeypatch, settings=("train.checkpoint_every=4",), stop_in=4)
+    assert ends == [143, 143]
+    assert main.launched == other.launched == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("due", [3, 4, 5])
+def test_ranks_fail_after_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, due: int) -> None:
+    """And no checkpoint is written of a run that has failed."""
+    settings = ("train.max_nonfinite=2",)
+    main, other, (one, two) = ranks(tmp_path, monkeypatch, settings=settings, due=(due,), nonfinite=(3, 4))
+    assert one == two
+    assert "step 4: loss" in str(one)
+    assert main.launched == other.launched == [1, 2, 3, 4, 5]
+    assert main.saved == [3] * (due == 3)
