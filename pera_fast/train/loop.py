@@ -114,9 +114,9 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
     """Trains to the last step, or until it is asked to stop.
 
     On a GPU a step's numbers are read after the next step was launched, so that the device never waits for the host;
-    before a checkpoint, the last step and the end all that was launched is read. Of several ranks, 0 alone probes and
-    looks at the clock, so it may read a step sooner than the others. What a step asks for, to stop or to give up, is
-    therefore done only where all ranks have read it.
+    before a checkpoint, at the end and when the loader fails, all that was launched is read. Of several ranks, 0 alone
+    probes and looks at the clock, so it may read a step sooner than the others. What a step asks for, to stop or to
+    give up, is therefore done only where all ranks have read it.
 
     Returns:
         (exit code, metrics of the last step): 0 done, 129, 130, 138 or 143 stopped by a signal, with a
@@ -125,6 +125,7 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
     Raises:
         UserError: too many steps in a row that were not finite, or the last checkpoint could not be written.
         MachineError: the images' storage did not answer in time; a checkpoint was written.
+        Exception: any other of the loader; the steps before it are in the metrics, and no checkpoint was written.
     """
     cfg, world, first = run.cfg, run.world, run.step
     path, settings = run.folder.metrics if world.main else None, flatten(cfg)
@@ -138,9 +139,9 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
             while run.place < run.schedules.steps:
                 try:
                     launch = _launch(run, stop)
-                except MachineError as error:  # in the middle of a step, which has changed nothing yet
+                except _NoBatchError as failed:  # in the middle of a step, which has changed nothing yet
                     reader.finish(progress)
-                    code = _leave(run, stop, error, first)
+                    code = _leave(run, reader.verdict() or stop.exit_code, failed.error, first)
                     ending = "stopped"
                     return code, reader.metrics
                 last = run.place == run.schedules.steps
@@ -181,16 +182,26 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
     return 0, reader.metrics
 
 
-def _leave(run: Run, stop: StopRequest, error: MachineError, first: int) -> int:
-    """Saves because no batch comes any more. Returns the exit code of a stop that was asked for, else raises."""
+class _NoBatchError(Exception):
+    """The loader failed, with ``error``."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error
+
+
+def _leave(run: Run, stopped: int, error: Exception, first: int) -> int:
+    """Saves because the storage gives no batch any more. Returns the exit code of a stop, else raises the error."""
+    if not isinstance(error, MachineError):
+        raise error from None
     if run.step == first:
-        if stop.exit_code:
-            return stop.exit_code
-        raise error
+        if stopped:
+            return stopped
+        raise error from None
     _save(run, must=True)
-    if stop.exit_code:
+    if stopped:
         log.info("stopped after step %d; continue with --resume", run.step)
-        return stop.exit_code
+        return stopped
     raise MachineError(f"{error}; stopped after step {run.step} with a checkpoint; continue with --resume") from error
 
 
@@ -296,13 +307,16 @@ class _Reader:
 
 
 def _launch(run: Run, stop: StopRequest) -> _Launch:
-    """Launch one optimiser step."""
+    """Launch one optimiser step. Raises _NoBatchError if the loader fails."""
     began, waited = time.perf_counter(), 0.0
 
     def batches() -> Iterator[StepInputs]:
         nonlocal waited
         while True:
-            batch = next(run.batches)
+            try:
+                batch = next(run.batches)
+            except Exception as error:
+                raise _NoBatchError(error) from error
             waited += run.batches.wait_seconds
             yield batch
 

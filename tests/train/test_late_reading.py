@@ -10,6 +10,7 @@ import torch
 from train_support import make_run, small_config
 
 from pera_fast.errors import UserError
+from pera_fast.storage import MachineError
 from pera_fast.train import loop
 from pera_fast.train.distributed import World
 from pera_fast.train.signals import STOPPING, StopRequest
@@ -144,3 +145,49 @@ def test_ranks_fail_after_the_same_step(tmp_path: Path, monkeypatch: pytest.Monk
     assert "step 4: loss" in str(one)
     assert main.launched == other.launched == [1, 2, 3, 4, 5]
     assert main.saved == [3] * (due == 3)
+
+
+class Broken:
+    """A loader that gives so many batches and then fails."""
+
+    def __init__(self, batches: Any, good: int, error: Exception):
+        self._batches, self._left, self._error = batches, good, error
+        self.wait_seconds, self.steps_per_epoch = 0.0, batches.steps_per_epoch
+
+    def __next__(self) -> Any:
+        if not self._left:
+            raise self._error
+        self._left -= 1
+        return next(self._batches)
+
+
+ERRORS = [RuntimeError("DALI failed"), UserError("no image is left"), MachineError("the storage is away")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_loader_that_fails_loses_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    device = Device(tmp_path, monkeypatch, nonfinite=(3,))
+    device.run.batches = Broken(device.run.batches, 3, error)
+    with pytest.raises(type(error), match=str(error)):
+        device.fit()
+    assert [row["step"] for row in device.rows] == device.launched == [1, 2, 3]
+    assert device.run.nonfinite == {"total": 1, "row": 1}
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_the_last_step_before_a_loader_fails_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It was one step too many that was not finite: that is what ends the run."""
+    device = Device(tmp_path, monkeypatch, ("train.max_nonfinite=2",), nonfinite=(2, 3))
+    device.run.batches = Broken(device.run.batches, 3, error)
+    with pytest.raises(UserError, match=r"step 3: .* not finite in 2 steps in a row"):
+        device.fit()
+    assert device.saved == []
+
+
+def test_a_stop_that_was_agreed_before_the_loader_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(tmp_path, monkeypatch, size=2, stop_in=3)
+    device.run.batches = Broken(device.run.batches, 3, MachineError("the storage is away"))
+    assert device.fit() == 143
+    assert device.saved == [3]
