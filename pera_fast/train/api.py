@@ -182,9 +182,12 @@ def _build(
     graph = choose_graph(cfg, here.device)
     log.info("CUDA graph: %s (%s)", "yes" if graph.use else "no", graph.reason)
     log.info("attention: %s", describe_attention(cfg, here.device))
+    model: torch.nn.Module = pera
     if graph.use:
         here.share_parameters(pera)
-    make_copies(pera)
+    else:
+        model = here.wrap(pera, unused=_tokens(cfg)["global"][1] == 0)
+    make_copies(pera)  # after rank 0's weights were sent to all: writing to a weight makes its copy stale
     optimizer = make_optimizer(pera.parameters(), cfg)
     run = Run(
         cfg=cfg,
@@ -193,7 +196,7 @@ def _build(
         plan=plan,
         schedules=make_schedules(cfg, loader.steps_per_epoch),
         pera=pera,
-        model=pera if graph.use else here.wrap(pera, unused=_tokens(cfg)["global"][1] == 0),
+        model=model,
         optimizer=optimizer,
         scaler=scaler,
         batches=loader,

@@ -93,6 +93,14 @@ def test_clock_of_rank_0_decides_on_checkpoints(two):
     assert saved == [f"step_{step:08d}.pt" for step in (1, 2, 3)]
 
 
+def test_copies_of_the_weights_are_up_to_date_when_a_run_begins(two):
+    """DDP has sent rank 0's weights to all by then, which makes copies stale that were made before."""
+    for result in two[1]:
+        assert result["set_up"]["parallel"]
+        assert result["set_up"]["copies"] > 20
+        assert (result["set_up"]["stale"], result["set_up"]["wrong"]) == (0, 0)
+
+
 def test_rank_0_speaks_for_all(two):
     assert [r["agreed"]["value"] for r in two[1]] == [0, None]
     assert [r["agreed"]["error"] for r in two[1]] == ["only rank 0 looked"] * 2
