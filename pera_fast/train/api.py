@@ -30,7 +30,7 @@ from pera_fast.storage import Storage, mode
 from pera_fast.train.attention import describe_attention, prefer_attention
 from pera_fast.train.compute_copies import make_copies
 from pera_fast.train.console import RunLog
-from pera_fast.train.distributed import World, world
+from pera_fast.train.distributed import World, collective_timeout, world
 from pera_fast.train.early import let_main_speak, write_finished
 from pera_fast.train.environment import check_environment, check_launcher
 from pera_fast.train.flops import fastest_rate
@@ -97,7 +97,8 @@ def pretrain(
         else:
             start = start_new(folder, recipe or "vit_b16", overrides)
         check_environment(start, folder, Path(data))
-        with exit_on_termination(), world(start.cfg.train.device) as here, ExitStack() as stack:
+        joined = world(start.cfg.train.device, collective_timeout(start.cfg))
+        with exit_on_termination(), joined as here, ExitStack() as stack:
             here.barrier()  # all ranks have looked at the folder before rank 0 writes there
             here.on_main(lambda: stack.enter_context(folder.opened()))
             stack.enter_context(RunLog(folder.log if here.main else None))
