@@ -18,6 +18,7 @@ from pera_fast.data.files.manifest import Manifest
 from pera_fast.data.files.shards import file_of
 from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.index.build import open_or_build
+from pera_fast.data.loading.decode_on import pixels
 from pera_fast.data.loading.decode_on import plan as plan_decoding
 from pera_fast.data.loading.loader import Loader
 from pera_fast.data.loading.streams import step_stream
@@ -41,7 +42,7 @@ from pera_fast.train.host_threads import hold_to_quota
 from pera_fast.train.init_from import Initial, initialise, read_initial
 from pera_fast.train.inputs import make_inputs
 from pera_fast.train.loop import Run, fit
-from pera_fast.train.memory_plan import choose_recompute
+from pera_fast.train.memory_plan import choose_recompute, loader_bytes
 from pera_fast.train.optim import make_optimizer, make_scaler
 from pera_fast.train.probe import Probe, labelled
 from pera_fast.train.run_folder import (
@@ -176,7 +177,10 @@ def _build(
     if initial is not None:
         initialise(pera, initial)
     plan, scaler = cfg.train.resolve_batch(here.size), make_scaler(cfg, here.device)
-    choice = choose_recompute(cfg, pera, here.device, plan.per_device)
+    beside = 0.0
+    if here.device.type == "cuda":  # what the loader has taken by now counts twice, to be safe
+        beside = loader_bytes(cfg, plan.per_device, loader.decoding, sum(pixels(manifest)))
+    choice = choose_recompute(cfg, pera, here.device, plan.per_device, beside)
     pera.recompute = choice.policy
     if cfg.model.recompute == "auto":
         log.info("recompute: %s (%s)", choice.policy, choice.reason)

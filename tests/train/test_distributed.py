@@ -128,15 +128,15 @@ def test_a_collective_outlasts_the_wait_for_the_storage(
 
 
 def test_pretrain_gives_its_settings_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Seen(Exception):
+    class SeenError(Exception):
         """Ends the run where it joins the others."""
 
     def joined(device: str, timeout: timedelta) -> None:
-        raise Seen(device, timeout)
+        raise SeenError(device, timeout)
 
     monkeypatch.setattr("pera_fast.train.api.world", joined)
     (tmp_path / "images").mkdir()
-    with pytest.raises(Seen) as seen:
+    with pytest.raises(SeenError) as seen:
         pretrain(tmp_path / "images", tmp_path / "run", "tiny", overrides=["data.storage_timeout=3000"])
     assert seen.value.args[1] == timedelta(minutes=70)
 
