@@ -130,6 +130,23 @@ def test_ranks_stop_after_the_same_step_when_rank_0_probes(
     assert main.launched == other.launched == [1, 2, 3, 4, 5]
 
 
+def test_one_process_stops_after_the_step_in_which_the_signal_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although that step had asked for signals before, and is read late otherwise."""
+    device, stop = Device(tmp_path, monkeypatch), StopRequest()
+    monkeypatch.setattr(device, "_event", lambda event=device._event: came(event()))
+
+    def came(event: Any) -> Any:
+        if device.launched[-1] == 3:
+            stop.signal = signal.SIGTERM
+        return event
+
+    assert loop.fit(device.run, stop)[0] == 143
+    assert device.launched == [row["step"] for row in device.rows] == [1, 2, 3]
+    assert device.saved == [3]
+
+
 def test_ranks_stop_at_once_where_all_read_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main, other, ends = ranks(tmp_path, monkeypatch, settings=("train.checkpoint_every=4",), stop_in=4)
     assert ends == [143, 143]
