@@ -56,7 +56,7 @@ class ModelConfig:
     bottleneck: int = _count(384)  # width of the L2-normalised rows that meet the prototypes
     prototypes: int = _count(131072, low=2)  # number of prototypes
     # Activations to recompute in the backward pass: none, cheap ones (norms, GELU), or whole blocks. auto: the first
-    # of these that leaves a tenth of the GPU's memory free; cheap on a CPU.
+    # of these that leaves a tenth of the GPU's free memory; cheap on a CPU.
     recompute: str = _key("auto", choices=("auto", "none", "cheap", "block"))
     # Attention implementation on a GPU. auto: the fastest that was measured for the card and the sequence lengths, else
     # xformers.

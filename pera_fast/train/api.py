@@ -18,6 +18,7 @@ from pera_fast.data.files.manifest import Manifest
 from pera_fast.data.files.shards import file_of
 from pera_fast.data.files.skipped import SkippedFiles
 from pera_fast.data.index.build import open_or_build
+from pera_fast.data.loading.decode_on import pixels
 from pera_fast.data.loading.decode_on import plan as plan_decoding
 from pera_fast.data.loading.loader import Loader
 from pera_fast.data.loading.streams import step_stream
@@ -30,7 +31,7 @@ from pera_fast.storage import Storage, mode
 from pera_fast.train.attention import describe_attention, prefer_attention
 from pera_fast.train.compute_copies import make_copies
 from pera_fast.train.console import RunLog
-from pera_fast.train.distributed import World, world
+from pera_fast.train.distributed import World, collective_timeout, world
 from pera_fast.train.early import let_main_speak, write_finished
 from pera_fast.train.environment import check_environment, check_launcher
 from pera_fast.train.flops import fastest_rate
@@ -41,7 +42,7 @@ from pera_fast.train.host_threads import hold_to_quota
 from pera_fast.train.init_from import Initial, initialise, read_initial
 from pera_fast.train.inputs import make_inputs
 from pera_fast.train.loop import Run, fit
-from pera_fast.train.memory_plan import choose_recompute
+from pera_fast.train.memory_plan import choose_recompute, loader_bytes
 from pera_fast.train.optim import make_optimizer, make_scaler
 from pera_fast.train.probe import Probe, labelled
 from pera_fast.train.run_folder import (
@@ -97,7 +98,8 @@ def pretrain(
         else:
             start = start_new(folder, recipe or "vit_b16", overrides)
         check_environment(start, folder, Path(data))
-        with exit_on_termination(), world(start.cfg.train.device) as here, ExitStack() as stack:
+        joined = world(start.cfg.train.device, collective_timeout(start.cfg))
+        with exit_on_termination(), joined as here, ExitStack() as stack:
             here.barrier()  # all ranks have looked at the folder before rank 0 writes there
             here.on_main(lambda: stack.enter_context(folder.opened()))
             stack.enter_context(RunLog(folder.log if here.main else None))
@@ -175,16 +177,22 @@ def _build(
     if initial is not None:
         initialise(pera, initial)
     plan, scaler = cfg.train.resolve_batch(here.size), make_scaler(cfg, here.device)
-    choice = choose_recompute(cfg, pera, here.device, plan.per_device)
+    beside = 0.0
+    if here.device.type == "cuda":  # what the loader has taken by now counts twice, to be safe
+        beside = loader_bytes(cfg, plan.per_device, loader.decoding, sum(pixels(manifest)))
+    choice = choose_recompute(cfg, pera, here.device, plan.per_device, beside)
     pera.recompute = choice.policy
     if cfg.model.recompute == "auto":
         log.info("recompute: %s (%s)", choice.policy, choice.reason)
     graph = choose_graph(cfg, here.device)
     log.info("CUDA graph: %s (%s)", "yes" if graph.use else "no", graph.reason)
     log.info("attention: %s", describe_attention(cfg, here.device))
+    model: torch.nn.Module = pera
     if graph.use:
         here.share_parameters(pera)
-    make_copies(pera)
+    else:
+        model = here.wrap(pera, unused=_tokens(cfg)["global"][1] == 0)
+    make_copies(pera)  # after rank 0's weights were sent to all: writing to a weight makes its copy stale
     optimizer = make_optimizer(pera.parameters(), cfg)
     run = Run(
         cfg=cfg,
@@ -193,7 +201,7 @@ def _build(
         plan=plan,
         schedules=make_schedules(cfg, loader.steps_per_epoch),
         pera=pera,
-        model=pera if graph.use else here.wrap(pera, unused=_tokens(cfg)["global"][1] == 0),
+        model=model,
         optimizer=optimizer,
         scaler=scaler,
         batches=loader,

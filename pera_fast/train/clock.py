@@ -7,7 +7,8 @@ class Clock:
     """Says when the last checkpoint is so many minutes old (`train.checkpoint_minutes`).
 
     Only rank 0 asks. The others need not agree: rank 0 alone writes, between two of its steps, and they wait for it in
-    the next step's collective. So no step of a GPU costs an exchange or a wait.
+    the next step's collective. So no step of a GPU costs an exchange or a wait. Nothing that all ranks must do at the
+    same step, such as stopping, may depend on this clock.
     """
 
     def __init__(self, minutes: float | None):

@@ -22,8 +22,7 @@ def make_copies(model: PerA) -> None:
         return
     for network in (model.student, model.teacher, model.pred_head):
         layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
-        parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.is_cuda]
-        parameters = [p for p in parameters if not hasattr(p, "fp8_copy")]
+        parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and _wants_copy(p)]
         if not parameters:
             continue
         sizes = [-(-p.numel() // 64) * 64 for p in parameters]  # whole cache lines: every copy is aligned
@@ -31,6 +30,10 @@ def make_copies(model: PerA) -> None:
         for parameter, part in zip(parameters, buffer.split(sizes), strict=True):
             _set(parameter, part[: parameter.numel()].view(parameter.shape))
     refresh_copies(model)
+
+
+def _wants_copy(parameter: Tensor) -> bool:
+    return parameter.is_cuda and not hasattr(parameter, "fp8_copy")
 
 
 def _set(parameter: Tensor, copy: Tensor) -> None:

@@ -12,12 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pera_fast.config import Config
 from pera_fast.errors import UserError
 from pera_fast.train.meeting import meet
 
 T = TypeVar("T")
 MAIN_SPEAKS_SECONDS = 5.0
 BUCKET_BYTES = 64 << 20  # of gradients in one all-reduce
+# A step's collective waits for the slowest rank. One may wait for its storage, and rank 0 write a checkpoint and probe.
+# NCCL's own limit, 10 minutes, is the whole of data.storage_timeout's default.
+LEAST_TIMEOUT, BESIDE_STORAGE = timedelta(minutes=30), timedelta(minutes=20)
+LONGEST_WAIT = timedelta(days=365)  # for the storage: "for ever" may be asked for by any number
 HOST_TIMEOUT = timedelta(days=1)  # rank 0 may index millions of images while the others wait
 
 
@@ -145,9 +150,23 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def collective_timeout(cfg: Config) -> timedelta:
+    """Time after which a step's collective fails: `data.storage_timeout` and 20 minutes, at least 30 in all.
+
+    Then the ranks that wait are ended, without a checkpoint: it must be longer than any rank takes rightly.
+    """
+    storage = timedelta(seconds=min(cfg.data.storage_timeout, LONGEST_WAIT.total_seconds()))
+    return max(LEAST_TIMEOUT, storage + BESIDE_STORAGE)
+
+
 @contextmanager
-def world(device_name: str) -> Iterator[World]:
-    """The processes that torchrun started (its environment says so), joined inside the block; else just this one."""
+def world(device_name: str, timeout: timedelta = LEAST_TIMEOUT) -> Iterator[World]:
+    """The processes that torchrun started (its environment says so), joined inside the block; else just this one.
+
+    Args:
+        device_name: `train.device`.
+        timeout: see `collective_timeout`.
+    """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         device = choose_device(device_name)
         if device.type == "cuda":
@@ -162,7 +181,7 @@ def world(device_name: str) -> Iterator[World]:
         os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")  # as the step's stream: not to wait behind it
         store, rank, size = meet()
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
         assert not isinstance(host_group, int), "this process is in the group"

@@ -114,7 +114,9 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
     """Trains to the last step, or until it is asked to stop.
 
     On a GPU a step's numbers are read after the next step was launched, so that the device never waits for the host;
-    before a checkpoint, the last step and the end all that was launched is read.
+    before a checkpoint, at the end and when the loader fails, all that was launched is read. Of several ranks, 0 alone
+    probes and looks at the clock, so it may read a step sooner than the others. What a step asks for, to stop or to
+    give up, is therefore done only where all ranks have read it.
 
     Returns:
         (exit code, metrics of the last step): 0 done, 129, 130, 138 or 143 stopped by a signal, with a
@@ -123,6 +125,7 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
     Raises:
         UserError: too many steps in a row that were not finite, or the last checkpoint could not be written.
         MachineError: the images' storage did not answer in time; a checkpoint was written.
+        Exception: any other of the loader; the steps before it are in the metrics, and no checkpoint was written.
     """
     cfg, world, first = run.cfg, run.world, run.step
     path, settings = run.folder.metrics if world.main else None, flatten(cfg)
@@ -136,9 +139,9 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
             while run.place < run.schedules.steps:
                 try:
                     launch = _launch(run, stop)
-                except MachineError as error:  # in the middle of a step, which has changed nothing yet
+                except _NoBatchError as failed:  # in the middle of a step, which has changed nothing yet
                     reader.finish(progress)
-                    code = _leave(run, stop, error, first)
+                    code = _leave(run, reader.verdict() or stop.exit_code, failed.error, first)
                     ending = "stopped"
                     return code, reader.metrics
                 last = run.place == run.schedules.steps
@@ -146,19 +149,26 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
                 if run.probe is not None and probed:
                     launch.metrics[KEY] = run.probe.run(run.step)
                 reader.take(launch, progress)
+                stopped = reader.verdict()
                 if probed:
                     reader.finish(progress)
                     reader.pause()
-                due = last or run.step % cfg.train.checkpoint_every == 0 or (world.main and clock.is_due())
-                if due or reader.stopped or (world.size == 1 and stop.exit_code) or run.update is None:
+                all_save = last or run.step % cfg.train.checkpoint_every == 0
+                due = all_save or (world.main and clock.is_due())
+                all_read = all_save or bool(stopped) or run.update is None
+                if due or all_read:
                     reader.finish(progress)
-                stopped = reader.stopped
                 if world.size == 1:
-                    stopped = stop.exit_code  # also if it came after the step had asked
+                    stopped = stop.exit_code or stopped  # also if it came after the step had asked
                     if stopped:
                         reader.finish(progress)
-                if stopped or due:
+                # Where rank 0 alone has read this step, for its probe or its clock, the others are about to launch the
+                # next one, whose collective would wait for rank 0 for ever if it left here.
+                if all_read or world.size == 1:
+                    stopped = reader.verdict() or stopped
+                if stopped or (due and reader.failure is None):
                     _save(run, must=bool(stopped) or last)
+                    reader.pause()
                     clock.restart()
                 if stopped and not last:
                     ending = "stopped"
@@ -172,16 +182,26 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
     return 0, reader.metrics
 
 
-def _leave(run: Run, stop: StopRequest, error: MachineError, first: int) -> int:
-    """Saves because no batch comes any more. Returns the exit code of a stop that was asked for, else raises."""
+class _NoBatchError(Exception):
+    """The loader failed, with ``error``."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error
+
+
+def _leave(run: Run, stopped: int, error: Exception, first: int) -> int:
+    """Saves because the storage gives no batch any more. Returns the exit code of a stop, else raises the error."""
+    if not isinstance(error, MachineError):
+        raise error from None
     if run.step == first:
-        if stop.exit_code:
-            return stop.exit_code
-        raise error
+        if stopped:
+            return stopped
+        raise error from None
     _save(run, must=True)
-    if stop.exit_code:
+    if stopped:
         log.info("stopped after step %d; continue with --resume", run.step)
-        return stop.exit_code
+        return stopped
     raise MachineError(f"{error}; stopped after step {run.step} with a checkpoint; continue with --resume") from error
 
 
@@ -202,13 +222,14 @@ class _Reader:
 
     Attributes:
         metrics: of the last step that was read.
-        stopped: exit code that a read step asks for on several ranks; 0: go on.
+        failure: too many steps that were not finite; see ``verdict``.
     """
 
     run: Run
     writer: MetricsWriter
     metrics: Metrics = field(default_factory=dict)
-    stopped: int = 0
+    failure: UserError | None = None
+    _stopped: int = 0
     _pending: _Launch | None = None
     _before: LaunchedStep | None = None  # the one read last
     _begun: bool = False
@@ -224,6 +245,16 @@ class _Reader:
         if self._pending is not None:
             launch, self._pending = self._pending, None
             self._read(launch, progress)
+
+    def verdict(self) -> int:
+        """Exit code that the steps read so far ask for, 0: go on. Ask where every rank has read the same steps.
+
+        Raises:
+            UserError: too many of them in a row were not finite.
+        """
+        if self.failure is not None:
+            raise self.failure
+        return self._stopped
 
     def pause(self) -> None:
         """Do not count the time since the last step that was read towards the next one."""
@@ -256,8 +287,11 @@ class _Reader:
             self._begun = True
         self.writer.write(self.metrics)
         progress.update(launch.place, self.metrics)
-        note_nonfinite(run.nonfinite, run.cfg.train.max_nonfinite, launch.metrics["step"], result)
-        self.stopped = exit_code(result.stop) or self.stopped
+        self._stopped = exit_code(result.stop) or self._stopped
+        try:
+            note_nonfinite(run.nonfinite, run.cfg.train.max_nonfinite, launch.metrics["step"], result)
+        except UserError as error:
+            self.failure = error
 
     def _times(self, launch: _Launch) -> tuple[float, float]:
         """Seconds of a step, and of those the ones in which it waited for its data.
@@ -273,13 +307,16 @@ class _Reader:
 
 
 def _launch(run: Run, stop: StopRequest) -> _Launch:
-    """Launch one optimiser step."""
+    """Launch one optimiser step. Raises _NoBatchError if the loader fails."""
     began, waited = time.perf_counter(), 0.0
 
     def batches() -> Iterator[StepInputs]:
         nonlocal waited
         while True:
-            batch = next(run.batches)
+            try:
+                batch = next(run.batches)
+            except Exception as error:
+                raise _NoBatchError(error) from error
             waited += run.batches.wait_seconds
             yield batch
 

@@ -172,6 +172,16 @@ def test_masks_and_bounds_are_made_once(stub):
     assert first[1] == 40
 
 
+@pytest.mark.parametrize("made", [xformers._mask, varlen._bounds], ids=["xformers", "varlen"])
+def test_masks_and_bounds_stay_for_a_cuda_graph(stub, made):
+    """A recorded graph knows their addresses, and replays whatever other lengths were attended to since."""
+    with backend.use("xformers"):
+        first = made((2, 40), CPU)
+        for length in range(1, 200):
+            made((3, length), CPU)
+        assert made((2, 40), CPU) is first
+
+
 def test_the_real_mask_has_the_same_bounds():
     """xformers' own BlockDiagonalMask, where it is installed."""
     attn_bias = pytest.importorskip("xformers.ops.fmha.attn_bias")

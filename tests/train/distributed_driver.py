@@ -5,14 +5,22 @@ import math
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from train_support import EXACT, make_run, small_config
+import pyarrow as pa
+import pytest
+import torch
+from train_support import EXACT, RandomCrops, make_run, small_config
 
 from pera_fast.errors import UserError
+from pera_fast.train import api, compute_copies
+from pera_fast.train.compute_copies import copy_of
 from pera_fast.train.distributed import World, world
 from pera_fast.train.loop import fit
+from pera_fast.train.run_folder import RunFolder
 from pera_fast.train.signals import StopRequest
+from pera_kernels.products import in_dtype
 
 
 def exact(out: Path, here: World) -> dict[str, Any]:
@@ -57,6 +65,34 @@ def clocked(out: Path, here: World) -> dict[str, Any]:
     return {"code": fit(run, StopRequest())[0], "steps": run.step}
 
 
+def set_up(out: Path, here: World) -> dict[str, Any]:
+    """Weights that have a compute copy after the set-up of a run, and those whose copy is out of date.
+
+    Copies are made on a GPU only, so that is what the weights of this CPU are taken for while they are made.
+    """
+    cfg = small_config("train.batch_size=2", "train.precision=bf16")
+    manifest = SimpleNamespace(readable=Readable())
+    start: Any = SimpleNamespace(cfg=cfg, checkpoint=None, asked=[])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compute_copies, "_wants_copy", lambda parameter: True)
+        loader: Any = RandomCrops(cfg, 16, here.rank, here.size)
+        run = api._build(RunFolder(out / "set_up"), start, here, manifest, loader)  # pyright: ignore[reportArgumentType]
+    have = [p for p in run.pera.parameters() if copy_of(p) is not None]
+    stale = [p for p in have if in_dtype(p, torch.bfloat16) is not copy_of(p)]
+    wrong = [p for p in have if not torch.equal(p.bfloat16(), copy_of(p))]
+    parallel = isinstance(run.model, torch.nn.parallel.DistributedDataParallel)
+    return {"parallel": parallel, "copies": len(have), "stale": len(stale), "wrong": len(wrong)}
+
+
+class Readable:
+    """Stands for the manifest's images."""
+
+    paths = pa.chunked_array([[f"{number}.jpg" for number in range(16)]])
+
+    def __len__(self) -> int:
+        return 16
+
+
 def agreed(here: World) -> dict[str, Any]:
     """What rank 0 alone does, with its errors."""
 
@@ -75,6 +111,7 @@ def main(out: Path) -> None:
     with world("cpu") as here:
         results = {"exact": exact(out, here), "nonfinite": nonfinite(out, here), "stopped": stopped(out, here)}
         results["clocked"], results["agreed"] = clocked(out, here), agreed(here)
+        results["set_up"] = set_up(out, here)
         here.barrier()
         (out / f"rank{here.rank}.json").write_text(json.dumps(results))
 

@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 from train_support import EXACT, environment, make_run, small_config
 
+from pera_fast import pretrain
 from pera_fast.errors import UserError
 from pera_fast.train.checkpoint import find_checkpoints
-from pera_fast.train.distributed import choose_device, world
+from pera_fast.train.distributed import choose_device, collective_timeout, world
 from pera_fast.train.loop import fit
 from pera_fast.train.signals import StopRequest
 
@@ -93,9 +95,50 @@ def test_clock_of_rank_0_decides_on_checkpoints(two):
     assert saved == [f"step_{step:08d}.pt" for step in (1, 2, 3)]
 
 
+def test_copies_of_the_weights_are_up_to_date_when_a_run_begins(two):
+    """DDP has sent rank 0's weights to all by then, which makes copies stale that were made before."""
+    for result in two[1]:
+        assert result["set_up"]["parallel"]
+        assert result["set_up"]["copies"] > 20
+        assert (result["set_up"]["stale"], result["set_up"]["wrong"]) == (0, 0)
+
+
 def test_rank_0_speaks_for_all(two):
     assert [r["agreed"]["value"] for r in two[1]] == [0, None]
     assert [r["agreed"]["error"] for r in two[1]] == ["only rank 0 looked"] * 2
+
+
+@pytest.mark.parametrize(("storage_timeout", "minutes"), [(600, 30), (0, 30), (1200, 40), (7200, 140), (1e300, 525620)])
+def test_a_collective_outlasts_the_wait_for_the_storage(
+    monkeypatch: pytest.MonkeyPatch, storage_timeout: float, minutes: int
+) -> None:
+    """And, by 20 minutes, the checkpoint and the probe of rank 0; NCCL's own limit is 10 minutes in all."""
+    told: dict[str, Any] = {}
+    monkeypatch.setattr("pera_fast.train.distributed.dist.init_process_group", lambda _, **given: told.update(given))
+    monkeypatch.setattr("pera_fast.train.distributed.dist.new_group", lambda **_: None)
+    monkeypatch.setattr("pera_fast.train.distributed.dist.destroy_process_group", lambda: None)
+    for name in ("rank", "world_size"):
+        monkeypatch.setattr(f"pera_fast.train.distributed.dist.get_{name}", lambda: 0)
+        monkeypatch.setenv(name.upper(), "0")
+    monkeypatch.setattr("pera_fast.train.distributed.meet", lambda: (None, 0, 1))
+    cfg = small_config(f"data.storage_timeout={storage_timeout}")
+    with world("cpu", collective_timeout(cfg)):
+        pass
+    assert told["timeout"] == timedelta(minutes=minutes)
+
+
+def test_pretrain_gives_its_settings_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class SeenError(Exception):
+        """Ends the run where it joins the others."""
+
+    def joined(device: str, timeout: timedelta) -> None:
+        raise SeenError(device, timeout)
+
+    monkeypatch.setattr("pera_fast.train.api.world", joined)
+    (tmp_path / "images").mkdir()
+    with pytest.raises(SeenError) as seen:
+        pretrain(tmp_path / "images", tmp_path / "run", "tiny", overrides=["data.storage_timeout=3000"])
+    assert seen.value.args[1] == timedelta(minutes=70)
 
 
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch):

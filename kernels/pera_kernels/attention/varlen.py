@@ -5,7 +5,7 @@ same in torch 2.10 to 2.13. The backward pass adds up dQ in any order, unless to
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -45,9 +45,13 @@ def lengths(groups: Sequence[int]) -> list[int]:
     return [length for count, length in pairs(groups) if length for _ in range(count)]
 
 
-@lru_cache(maxsize=64)
+@cache
 def _bounds(groups: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
-    """cu_seqlens, int32 [sequences + 1], and the longest sequence. Cached: one transfer in a run, not one a block."""
+    """cu_seqlens, int32 [sequences + 1], and the longest sequence. Cached: one transfer in a run, not one a block.
+
+    Kept as long as the process: a CUDA graph holds its address, so it must not be freed for other groups' sake. It is
+    4 bytes a sequence.
+    """
     sizes = lengths(groups)
     cu_seqlens = torch.tensor([0, *sizes]).cumsum(0).int()
     if device.type == "cuda":

@@ -65,9 +65,13 @@ def available(device: torch.device) -> str | None:
 why_not = varlen.why_not
 
 
-@lru_cache(maxsize=64)
+@cache
 def _mask(groups: tuple[int, ...], device: torch.device) -> Any:
-    """The BlockDiagonalMask of packed groups. Cached: it is made from Python lists and sent to the device."""
+    """The BlockDiagonalMask of packed groups. Cached: it is made from Python lists and sent to the device.
+
+    Kept as long as the process: a CUDA graph holds addresses in it, so it must not be freed for other groups' sake. It
+    is some 40 bytes a sequence.
+    """
     return _fmha().BlockDiagonalMask.from_seqlens(varlen.lengths(groups), device=device)
 
 
