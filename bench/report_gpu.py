@@ -1,16 +1,17 @@
 """Tables of GPU measurements: steps beside the published implementation, training from JPEG, kernels of a step.
 
-python bench/report_gpu.py LINES.jsonl --name 2-h200 [--kernels K.csv] [--pretrain P.jsonl]
+python bench/report_gpu.py OUT --name 3-h200                 what bench/gpu/run_all.sh wrote to OUT
+python bench/report_gpu.py LINES.jsonl --name 3-h200 [--kernels K.csv]
 
-turns what `python -m pera_bench.quick` printed, a JSON object a line, into bench/results/gpu/NAME.json. The pages are
-written from there by report.py, in the order of the files' names.
+turns OUT/results.json, or what `python -m pera_bench.quick` printed, a JSON object a line, into
+bench/results/gpu/NAME.json, with the kernels of the trace. The pages are written from there by report.py, in the order
+of the files' names.
 """
 
 import argparse
 import csv
 import json
 import shutil
-import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -156,9 +157,12 @@ def read_kernels(path: Path) -> list[tuple[float, float, str]]:
         return [(float(ms), float(count), name) for ms, count, name in csv.reader(file) if ms[:1].isdigit()]
 
 
-def from_quick(lines: Iterable[File], pretrain: Iterable[File]) -> File:
-    """One file of what `pera_bench.quick` printed, and of what runs of `pretrain` wrote to their metrics."""
-    rows = [row for row in lines if row["part"] in ("step", "published")]
+def from_quick(lines: Iterable[File]) -> File:
+    """One file of what `pera_bench.quick` printed."""
+    lines = list(lines)
+    rows = [row for row in lines if row["part"] in ("step", "published", "pretrain")]
+    if not rows:
+        raise SystemExit("no step was measured: nothing to keep")
     first = rows[0]
     file = {key: first[key] for key in ("device", "torch", "cudnn", "commit", "date", "precision")}
     if any(row[key] != file[key] for row in rows for key in file):
@@ -172,8 +176,10 @@ def from_quick(lines: Iterable[File], pretrain: Iterable[File]) -> File:
             **{key: row[key] for key in KEPT if key in row},
         }
         for row in rows
+        if row["part"] != "pretrain"
     ]
-    file["pretrain"] = [_run(run) for run in pretrain]
+    kept = "settings", "batch", "images_per_s", "data_wait"
+    file["pretrain"] = [{key: row[key] for key in kept} for row in rows if row["part"] == "pretrain"]
     return file
 
 
@@ -182,29 +188,27 @@ def _variant(row: File) -> str:
     return ", ".join(settings) or "as it comes"
 
 
-def _run(run: File) -> File:
-    """The later half of a run's metrics: by then every kernel is compiled and the caches are warm."""
-    late = run["rows"][len(run["rows"]) // 2 :]
-    found = {key: statistics.median(row[key] for row in late) for key in ("images_per_s", "data_wait")}
-    return {"settings": run["settings"], "batch": run["batch"], **found}
+def read_lines(path: Path) -> list[File]:
+    """What was measured: from a folder of bench/gpu/run_all.sh, or from the lines of a file."""
+    if not path.is_dir():
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
+    parts = json.loads((path / "results.json").read_text(encoding="utf-8"))["parts"]
+    results = [result for part in parts for result in part["results"].values()]
+    return [result for result in results if isinstance(result, dict) and "part" in result]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lines", type=Path)
+    parser.add_argument("lines", type=Path, metavar="OUT")
     parser.add_argument("--name", required=True)
     parser.add_argument("--kernels", type=Path)
-    parser.add_argument("--pretrain", type=Path)
     parser.add_argument("--folder", type=Path, default=ROOT / "bench" / "results" / "gpu")
     args = parser.parse_args()
-
-    def read(path: Path | None) -> list[File]:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")] if path else []
-
-    file = from_quick(read(args.lines), read(args.pretrain))
-    if args.kernels:
+    file = from_quick(read_lines(args.lines))
+    kernels = args.kernels or args.lines / "trace-64" / "kernels.csv"
+    if kernels.exists():
         file["kernels"] = f"{args.name}-kernels.csv"
-        shutil.copyfile(args.kernels, args.folder / file["kernels"])
+        shutil.copyfile(kernels, args.folder / file["kernels"])
     (args.folder / f"{args.name}.json").write_text(json.dumps(file, indent=1) + "\n", encoding="utf-8")
 
 

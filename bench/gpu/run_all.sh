@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in 8 minutes on one: tests, ceilings, ops, steps, memory, the loader.
+# Everything that needs a GPU, in 8 minutes on one: tests, steps, training from files, ops, memory, the loader.
 #
 #   bench/gpu/run_all.sh OUT --quick    in 4 minutes: correctness, the step, its kernels, the loader
 #   bench/gpu/run_all.sh OUT            writes OUT/results.json, pictures, and a log of each part

@@ -35,9 +35,15 @@ OPS = (
     *("add_norm_fp8", "gelu_fp8", "quantize_rows", "column_sums", "unit_rows"),
     *("distillation_loss", "koleo", "prototype_losses", "pixel_loss", "block", "update"),
 )
-KERNELS = "reference,pera-fast,triton,chunked,eager,xformers,varlen,sdpa"
-GRAPHS = "no graph"
-ATTENTION = "attention=triton,attention=xformers,attention=varlen,attention=sdpa"
+KERNELS = "reference,pera-fast,triton,chunked,eager,cudnn,xformers,varlen,sdpa"
+ATTENTION = "attention=triton,attention=cudnn,attention=xformers,attention=varlen,attention=sdpa,no graph,compiled"
+# Correctness, what a step needs first. Files and folders with tests marked `gpu`.
+TESTS = (
+    *("tests/test_official_parity.py", "tests/model/test_precision.py", "tests/kernels", "tests/train"),
+    "tests/data/loading",
+)
+# Rounds of many steps: the host waits after each round, which a run never does.
+LONG = "--steps", "12", "--rounds", "3"
 
 
 @dataclass
@@ -64,65 +70,58 @@ class Part:
 
 
 def parts(device: str, recipe: str, images: Sequence[int]) -> list[Part]:
-    """In order of importance: the run has an end, and the last ones may not get their turn."""
-    middle, largest, many = str(images[len(images) // 2]), str(images[-1]), ",".join(map(str, images))
-    few = f"{images[0]},{middle}"
+    """Eight minutes, ``quick_parts`` first; in order of importance, as one that fails to start costs its time too."""
+    middle, many = str(images[len(images) // 2]), ",".join(map(str, images))
 
-    def bench(name: str, limit: float, *args: str, seconds: float = 0.3, needs: str | None = None) -> Part:
+    def bench(name: str, limit: float, *args: str, seconds: float = 0.3) -> Part:
         options = ["--device", device, "--recipe", recipe, "--passes", "1", "--seconds", str(seconds), "--out", "{out}"]
-        return Part(name, [sys.executable, "-m", "pera_fast", "bench", *args, *options], limit, needs)
+        return Part(name, [sys.executable, "-m", "pera_fast", "bench", *args, *options], limit)
 
     ceilings = [sys.executable, "-m", "pera_bench.ceilings", device, "{out}/ceilings.json"]
-    memory = [sys.executable, "-m", "pera_bench.memory", device, recipe, few, "{out}/memory.json"]
-    options = "-m", "gpu", "-o", "addopts=", "--continue-on-collection-errors"
-    tests = [sys.executable, "-m", "pytest", "-q", *options, "tests"]
-    ours = "--only", "pera-fast"
+    memory = [sys.executable, "-m", "pera_bench.memory", device, recipe, f"{images[0]},{middle}", "{out}/memory.json"]
     return [
-        Part("tests", tests, 90),
-        Part("ceilings", ceilings, 40),
-        bench("steps", 130, *STEPS, "--images", many, *ours, seconds=2),
-        bench("published", 80, "step/cheap", "--images", few, "--only", "pera-fast,published", needs="PERA_OFFICIAL"),
-        bench("ops", 150, *OPS, "--images", middle, "--only", KERNELS),
-        bench("attention", 60, "step/cheap", "--images", middle, "--only", ATTENTION),
-        Part("memory", memory, 80),
-        bench("loader", 50, "data/jpeg", "--images", largest, seconds=3),
-        bench("compiled", 90, "step/cheap", "--images", middle, "--only", f"pera-fast,compiled,{GRAPHS}"),
-        bench("compiled_ops", 60, *OPS, "--images", middle, "--only", "compiled"),
+        *quick_parts(device, recipe),
+        _quick("pretrain", 45, "pretrain", 64, device, recipe),
+        _quick("step-64-fp8", 20, "step", 64, device, recipe, "--set", "model.teacher_precision=fp8", *LONG),
+        Part("ceilings", ceilings, 15),
+        bench("ops", 60, *OPS, "--images", middle, "--only", KERNELS, seconds=0.1),
+        Part("memory", memory, 30),
+        bench("attention", 30, "step/cheap", "--images", middle, "--only", ATTENTION),
+        bench("steps", 40, *STEPS, "--images", many, "--only", "pera-fast"),
     ]
 
 
 def quick_parts(device: str, recipe: str) -> list[Part]:
     """Four minutes: correctness, the step beside the published one, the kernels of a step, the loader."""
-    python, options = (
-        sys.executable,
-        ["-m", "gpu", "-o", "addopts=", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider"],
-    )
+    options = ["-m", "gpu", "-o", "addopts=", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist") is not None:
         options += ["-n", "8"]
 
-    def quick(name: str, limit: float, part: str, batch: int, *args: str, needs: str | None = None) -> Part:
-        given = [part, "--batch", str(batch), "--device", device, "--recipe", recipe, "--json", f"{{out}}/{name}.json"]
-        once = ["--rounds", "1", "--steps", "1"] if device == "cpu" else []  # there it is only tried out
-        return Part(name, [python, "-m", "pera_bench.quick", *given, *args, *once], limit, needs)
+    def published(batch: int, limit: float) -> Part:
+        checkout = "--checkout", os.environ.get("PERA_OFFICIAL", ""), "--rounds", "3", "--steps", "2"
+        needs = "PERA_OFFICIAL"
+        return _quick(f"published-{batch}", limit, "published", batch, device, recipe, *checkout, needs=needs)
 
-    def published(batch: int) -> Part:
-        checkout = "--checkout", os.environ.get("PERA_OFFICIAL", "")
-        return quick(f"published-{batch}", 35, "published", batch, *checkout, "--rounds", "3", needs="PERA_OFFICIAL")
-
-    long = "--steps", "12", "--rounds", "3"  # the host waits after each round, which a run never does
-    tests = ["tests/test_official_parity.py", "tests/kernels", "tests/train", "tests/data/test_streams.py"]
     loader = ["bench", "data/jpeg", "--images", "64", "--device", device, "--recipe", recipe, "--passes", "1"]
     return [
-        Part("tests", [python, "-m", "pytest", *options, *tests], 90),
-        quick("step-64", 45, "step", 64, *long),
-        quick("step-16", 30, "step", 16, *long),
-        quick("step-64-fp8", 45, "step", 64, "--set", "model.teacher_precision=fp8", *long),
-        published(64),
-        published(16),
-        quick("step-256", 40, "step", 256, "--rounds", "3"),
-        quick("trace-64", 30, "trace", 64, "--csv", "{out}/kernels.csv"),
-        Part("loader", [python, "-m", "pera_fast", *loader, "--seconds", "3", "--out", "{out}"], 40),
+        Part("tests", [sys.executable, "-m", "pytest", *options, *TESTS], 70),
+        _quick("step-64", 30, "step", 64, device, recipe, *LONG),
+        published(64, 20),
+        _quick("step-16", 15, "step", 16, device, recipe, *LONG),
+        _quick("step-256", 20, "step", 256, device, recipe, "--rounds", "3"),
+        _quick("trace-64", 20, "trace", 64, device, recipe, "--csv", "{out}/kernels.csv"),
+        published(256, 25),
+        published(16, 15),
+        Part("loader", [sys.executable, "-m", "pera_fast", *loader, "--seconds", "2", "--out", "{out}"], 25),
     ]
+
+
+def _quick(
+    name: str, limit: float, part: str, batch: int, device: str, recipe: str, *args: str, needs: str | None = None
+) -> Part:
+    given = [part, "--batch", str(batch), "--device", device, "--recipe", recipe, "--json", f"{{out}}/{name}.json"]
+    once = ["--rounds", "1", "--steps", "1"] if device == "cpu" else []  # there it is only tried out
+    return Part(name, [sys.executable, "-m", "pera_bench.quick", *given, *args, *once], limit, needs)
 
 
 def table(parts: Sequence[Part]) -> str:

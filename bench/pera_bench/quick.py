@@ -3,6 +3,7 @@
     step --batch 64 [--set KEY=VALUE ...] [--backend NAME]      the trainer's step on random crops
     published --batch 64 --checkout DIR                         the published implementation's
     trace --batch 64 --csv FILE                                 every kernel of a step: ms, launches, name
+    pretrain --batch 64                                         a run from JPEG files of 512 px
 
 Prints one line of JSON: what was measured, device and versions. Imports no more than the trainer's step does.
 """
@@ -14,6 +15,7 @@ import csv
 import json
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -31,6 +33,7 @@ from pera_kernels import backend
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
+SCENES = 512  # images of a run from files
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -127,10 +130,29 @@ def measure_trace(args: argparse.Namespace, device: torch.device) -> dict[str, A
     return {"busy_ms": sum(row[0] for row in rows), "launches": sum(row[1] for row in rows)}
 
 
+def measure_pretrain(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """A run of the trainer from files: medians of its later half, when every kernel is compiled and the files are read.
+
+    The scenes are drawn before, ``SCENES`` of them, each decoded anew in every epoch.
+    """
+    from pera_fast.procedural.scenes import CLASSES, write_scenes
+    from pera_fast.train.api import pretrain
+
+    with tempfile.TemporaryDirectory(prefix="pera-bench-") as scratch:
+        images, out = Path(scratch) / "images", Path(scratch) / "run"
+        write_scenes(images, -(-max(SCENES, 2 * args.batch) // len(CLASSES)), size=512)
+        steps = 2 * args.rounds * args.steps
+        settings = [f"train.steps={steps}", f"train.batch_size={args.batch}", f"train.precision={args.precision}"]
+        pretrain(images, out, args.recipe, overrides=[*settings, f"train.device={device.type}", *args.set])
+        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    late = [json.loads(line) for line in lines][steps // 2 :]
+    return {key: statistics.median(row[key] for row in late) for key in ("images_per_s", "data_wait")}
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(prog="pera_bench.quick", description="Measure one thing of a training step.")
-    parser.add_argument("part", choices=("step", "published", "trace"))
+    parser.add_argument("part", choices=("step", "published", "trace", "pretrain"))
     parser.add_argument("--batch", type=int, default=64, help="images of a step")
     parser.add_argument("--recipe", default="vit_b16")
     parser.add_argument("--precision", default="bf16", choices=tuple(PRECISIONS))
@@ -144,8 +166,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
-    measure = {"step": measure_step, "published": measure_published, "trace": measure_trace}[args.part]
-    found = measure(args, device)
+    measure = {
+        "step": measure_step,
+        "published": measure_published,
+        "trace": measure_trace,
+        "pretrain": measure_pretrain,
+    }
+    found = measure[args.part](args, device)
     what = {"part": args.part, "recipe": args.recipe, "batch": args.batch, "precision": args.precision}
     line = json.dumps({**what, "settings": args.set, "backend": args.backend, **found, **machine(device)})
     print(line, flush=True)

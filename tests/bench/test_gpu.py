@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pera_bench import gpu
+from pera_bench import gpu, quick
 from pera_bench.gpu import Part
 from pera_bench.selection import chosen_implementations, load, select
 from pera_bench.suites import SUITES
@@ -61,7 +61,7 @@ def test_without_a_gpu_every_part_says_that_it_needs_one(tmp_path):
     done = subprocess.run([script, tmp_path], env=env, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "results.json").read_text())["parts"]
-    assert len(found) == 10
+    assert len(found) == 16
     assert all(part["status"] == "left out" and part["reason"].startswith("needs a GPU") for part in found)
     assert all(f"{part['name']}: left out" in done.stdout for part in found)
 
@@ -69,7 +69,7 @@ def test_without_a_gpu_every_part_says_that_it_needs_one(tmp_path):
 def test_benches_of_the_parts_exist():
     made = gpu.parts("cuda", "vit_b16", [16, 32])
     benches = [part.command for part in made if "bench" in part.command]
-    assert len(benches) == 7
+    assert len(benches) == 4
     for command in benches:
         named = command[command.index("bench") + 1 : command.index("--images")]
         assert select(",".join(named))
@@ -79,11 +79,11 @@ def test_benches_of_the_parts_exist():
             cpu = torch.device("cpu")
             kept = [chosen_implementations(suite.IMPLEMENTATIONS, cpu, wanted) for suite in suites]
             assert set().union(*kept) == set(wanted.split(","))
-            assert all(kept) or wanted == "compiled"  # the update has no torch.compile
+            assert all(kept)
 
 
 def test_every_op_is_in_the_run():
-    assert {*gpu.OPS, "step", "data"} == set(SUITES) - {"crop_resize"}  # which is for CPUs
+    assert {*gpu.OPS, "step", "data"} == set(SUITES) - {"crop_resize", "transposed"}  # which are for CPUs
     assert {name.partition("/")[2] for name in gpu.STEPS} == set(load("step").CASES)
 
 
@@ -111,14 +111,46 @@ def test_the_quick_run_measures_a_step_and_prints_one_table(tmp_path, capsys):
     assert lines[1] in capsys.readouterr().out
 
 
-def test_the_quick_run_fits_its_time():
-    made = gpu.quick_parts("cuda", "vit_b16")
-    assert made[0].name == "tests", "correctness first"
-    assert {part.name for part in made} >= {
-        "step-16",
-        "step-64",
-        "step-256",
-        "published-16",
-        "published-64",
-        "trace-64",
-    }
+@pytest.mark.parametrize(
+    ("made", "minutes"), [(gpu.quick_parts, 4), (lambda *where: gpu.parts(*where, [16, 32, 64, 128]), 8)]
+)
+def test_the_parts_fit_their_time(made, minutes):
+    """All of them, if each takes as long as it may."""
+    found = made("cuda", "vit_b16")
+    assert found[0].name == "tests", "correctness first"
+    assert sum(part.limit for part in found) <= 60 * minutes
+    steps = {f"{side}-{batch}" for side in ("step", "published") for batch in (16, 64, 256)}
+    wanted = steps | {"trace-64", "loader"} | ({"pretrain", "step-64-fp8", "ops", "memory"} if minutes == 8 else set())
+    assert {part.name for part in found} >= wanted
+    assert len({part.name for part in found}) == len(found), "a part's name is its folder"
+
+
+def test_every_gpu_test_of_the_parts_exists():
+    """pytest collects nothing at all where one of its arguments is not there."""
+    for path in gpu.TESTS:
+        files = [ROOT / path] if path.endswith(".py") else sorted((ROOT / path).rglob("test_*.py"))
+        assert any("mark.gpu" in file.read_text(encoding="utf-8") for file in files), path
+
+
+def test_a_run_from_files_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quick, "SCENES", 8)
+    small = [
+        "--batch",
+        "4",
+        "--recipe",
+        "tiny",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--rounds",
+        "1",
+        "--steps",
+        "1",
+    ]
+    monkeypatch.setattr(sys, "argv", ["quick", "pretrain", *small, "--json", str(tmp_path / "p.json")])
+    quick.main()
+    found = json.loads((tmp_path / "p.json").read_text())
+    assert (found["part"], found["batch"], found["settings"]) == ("pretrain", 4, [])
+    assert found["images_per_s"] > 0
+    assert 0 <= found["data_wait"] <= 1

@@ -210,11 +210,11 @@ def test_summary_of_ops_and_steps(report, tmp_path):
     record(*sizes, alone).save(tmp_path / "step.json")
     text = summary(report, tmp_path)
     (line,) = (line for line in text.splitlines() if "batch" in line and line.startswith("| tiny"))
-    assert line == "| tiny, batch 4, bf16, 2 threads | 2 | 0.2 | 10.00 | 1 | 1 | 1.00 |"
+    assert line == "| tiny, batch 4, bf16, AVX2, 2 threads | 2 | 0.2 | 10.00 | 1 | 1 | 1.00 |"
     assert "emulates bf16 products and ours makes them in float32. A step in float32 is not" in " ".join(text.split())
     record(row("pera-fast", 1.0, **STEP), row("published", 2.0, **STEP)).save(tmp_path / "full.json")
     text = " ".join(summary(report, tmp_path).split())
-    assert "| tiny, batch 2, fp32, 2 threads | 2 | 1 | 2.00 | 1 | 1 | 1.00 |" in text
+    assert "| tiny, batch 2, fp32, AVX2, 2 threads | 2 | 1 | 2.00 | 1 | 1 | 1.00 |" in text
     assert "emulates bf16" in text
     assert "In fp32 both make them in float32." in text.partition("**Ops**")[0]
 

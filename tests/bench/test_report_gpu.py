@@ -25,8 +25,14 @@ def made(tmp_path: Path) -> list[dict]:
         line("published", 64, 150.0, mfu=None, attention="xformers"),
         {**line("trace", 64, 1.0), "busy_ms": 1.0},
     ]
-    rows = [{"images_per_s": x, "data_wait": 0.01} for x in (10.0, 1200.0, 1210.0)]
-    file = report_gpu.from_quick(lines, [{"settings": ["data.decode_on=gpu"], "batch": 64, "rows": rows}])
+    run = {
+        "part": "pretrain",
+        "settings": ["data.decode_on=gpu"],
+        "batch": 64,
+        "images_per_s": 1205.0,
+        "data_wait": 0.01,
+    }
+    file = report_gpu.from_quick([*lines, {**COMMON, **run}])
     (tmp_path / "k.csv").write_text('ms_per_step,launches_per_step,kernel\n3.5,2.0,"a, b|c"\n1.0,1.0,d\n')
     (tmp_path / "1.json").write_text(json.dumps({**file, "kernels": "k.csv"}))
     return report_gpu.load_gpu(tmp_path)
@@ -49,7 +55,27 @@ def test_page_has_every_row_and_says_what_ran(tmp_path: Path) -> None:
 
 def test_lines_of_two_commits_are_refused() -> None:
     with pytest.raises(SystemExit, match="one file for each"):
-        report_gpu.from_quick([line("step", 16, 20.0), line("step", 64, 50.0, commit="def")], [])
+        report_gpu.from_quick([line("step", 16, 20.0), line("step", 64, 50.0, commit="def")])
+
+
+def test_a_folder_of_the_whole_run_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parts' results, those without a measurement and those that ended early among them, and the trace's kernels."""
+    out, folder = tmp_path / "out", tmp_path / "gpu"
+    (out / "trace-64").mkdir(parents=True)
+    folder.mkdir()
+    (out / "trace-64" / "kernels.csv").write_text("ms_per_step,launches_per_step,kernel\n3.5,2.0,a\n")
+    parts = [
+        {"name": "tests", "results": {}},
+        {"name": "step-64", "results": {"step-64": line("step", 64, 50.0)}},
+        {"name": "ops", "results": {"record": {"rows": []}, "list": [1]}},
+        {"name": "trace-64", "results": {"trace-64": {**line("trace", 64, 1.0), "busy_ms": 1.0}}},
+    ]
+    (out / "results.json").write_text(json.dumps({"parts": parts}))
+    monkeypatch.setattr("sys.argv", ["report_gpu.py", str(out), "--name", "3-x", "--folder", str(folder)])
+    report_gpu.main()
+    (file,) = report_gpu.load_gpu(folder)
+    assert [row["ms"] for row in file["steps"]] == [50.0]
+    assert "| 3.50 | 2 | `a` |" in "\n".join(report_gpu.gpu_page([file]))
 
 
 def test_nothing_measured_gives_nothing(tmp_path: Path) -> None:

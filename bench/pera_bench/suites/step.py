@@ -26,7 +26,7 @@ from pera_fast.train.flops import flops_per_image
 from pera_kernels import backend
 from pera_kernels.attention import xformers
 
-ATTENTION = ("triton", "amx", "xformers", "varlen", "sdpa")
+ATTENTION = ("triton", "amx", "cudnn", "xformers", "varlen", "sdpa")
 GRAPHS = ("no graph", "compiled")
 IMPLEMENTATIONS = (
     "reference",
