@@ -59,7 +59,7 @@ def test_lines_of_two_commits_are_refused() -> None:
 
 
 def test_a_folder_of_the_whole_run_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its parts' results, those without a measurement and those that ended early among them, and the trace's kernels."""
+    """Its parts' results, some without a measurement, and the trace's kernels."""
     out, folder = tmp_path / "out", tmp_path / "gpu"
     (out / "trace-64").mkdir(parents=True)
     folder.mkdir()
