@@ -16,6 +16,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "lanes.h"
 #include "tensors.h"
 
 namespace pera {
@@ -338,9 +339,7 @@ std::tuple<Tensor, Tensor> weight_norm(
             continue;
           }
           D* __restrict__ to = out + k * dim;
-          for (int64_t i = 0; i < dim; ++i) {
-            store(to + i, to_float(row[i]) * factor);
-          }
+          for_lanes(dim, [&](int64_t i, auto lanes, auto) { lanes.store(to + i, lanes.load(row + i) * factor); });
         }
       });
     });
