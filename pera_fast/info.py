@@ -110,14 +110,14 @@ def _choices(device: str) -> dict[str, str]:
     import torch
 
     from pera_fast.config import load_config
-    from pera_fast.train.attention import describe_attention
+    from pera_fast.train.attention import describe_attention, why_attention
     from pera_fast.train.graph import choose_graph
 
     where, cfg = torch.device(device), load_config("vit_b16")
     graph = choose_graph(cfg, where)
     return {
         "decoding": _decoding(device),
-        "attention": f"vit_b16: {describe_attention(cfg, where)}",
+        "attention": f"vit_b16: {describe_attention(cfg, where)} ({why_attention(cfg, where)})",
         "CUDA graph": f"{'yes' if graph.use else 'no'} ({graph.reason})",
     }
 

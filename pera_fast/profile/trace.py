@@ -6,7 +6,7 @@ import csv
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 
@@ -66,6 +66,9 @@ def trace(
 ) -> Trace:
     """Records some steps on random crops, at the recipe's batch size, into a folder.
 
+    Without a CUDA graph, whose replays have neither ranges nor allocations, unless ``train.cuda_graph=true`` is given:
+    then the kernels are those of a run, and the ranges those of the update alone.
+
     Writes trace.json.gz (for Perfetto or chrome://tracing), ops.csv, ranges.csv and on CUDA memory_snapshot.pickle (for
     pytorch.org/memory_viz).
 
@@ -80,7 +83,7 @@ def trace(
         UserError: wrong arguments, no such device, or a folder that cannot be written.
     """
     chosen = torch.device(_device(device))
-    cfg = load_config(recipe, overrides)
+    cfg = without_graph(load_config(recipe, overrides))
     plan = cfg.train.resolve_batch(1)
     folder = make_folder(Path(out), "trace.json.gz")
     host = random_inputs(cfg, plan.per_device)  # each step sends them to the device: that is the range "data"
@@ -103,6 +106,13 @@ def trace(
     _write(folder / "ranges.csv", found.ranges)
     _show(found, cfg, plan.per_device, chosen)
     return found
+
+
+def without_graph(cfg: Config) -> Config:
+    """The configuration, its ``train.cuda_graph=auto`` decided: no."""
+    if cfg.train.cuda_graph != "auto":
+        return cfg
+    return replace(cfg, train=replace(cfg.train, cuda_graph="false"))
 
 
 def _device(name: str) -> str:
@@ -176,6 +186,9 @@ def _show(found: Trace, cfg: Config, batch_size: int, device: torch.device) -> N
         for row in rows:
             table.add_row(row.name, f"{row.calls:g}", f"{row.seconds * 1e3:.3f}", f"{row.share:.1%}")
         console.print(table)
+    if device.type == "cuda":
+        graph = cfg.train.cuda_graph == "true"
+        print("a CUDA graph's replays" if graph else "no CUDA graph: train.cuda_graph=true traces its replays")
     if found.snapshot is None:
         print("memory snapshot: none, it needs CUDA")
     else:

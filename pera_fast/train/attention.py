@@ -6,7 +6,8 @@ from pera_fast.config import Config
 from pera_fast.errors import UserError
 from pera_fast.model.pera import PRECISIONS
 from pera_kernels import backend
-from pera_kernels.attention.op import implementations
+from pera_kernels.attention import measured
+from pera_kernels.attention.op import SHORT_SEQUENCE, implementations
 
 
 def prefer_attention(cfg: Config, device: torch.device) -> None:
@@ -23,6 +24,24 @@ def prefer_attention(cfg: Config, device: torch.device) -> None:
         backend.prefer("attention", None)
         reason = str(error).split("was asked for, but ")[-1]
         raise UserError(f"model.attention={name}: {reason}; leave it out") from None
+
+
+def why_attention(cfg: Config, device: torch.device) -> str:
+    """One line: why ``describe_attention`` says what it says."""
+    if cfg.model.attention != "auto":
+        return f"model.attention={cfg.model.attention}"
+    if device.type != "cuda":
+        native = "amx in bf16 on a CPU with AMX, from heads of 32 values on"
+        return f"auto: {native}; else PyTorch's fused attention (sdpa)"
+    capability = torch.cuda.get_device_capability(device)
+    row = measured.MEASURED.get(capability)
+    name = f"compute capability {capability[0]}.{capability[1]}"
+    if row is None:
+        long = f"no measurement on {name}: xformers, or the next that runs"
+    else:
+        lengths = ", ".join(map(str, row.lengths))
+        long = f"{row.fastest} was the fastest on {name} for {lengths} tokens ({row.source})"
+    return f"auto: {long}; triton for at most {SHORT_SEQUENCE} tokens"
 
 
 def sequence_lengths(cfg: Config) -> list[int]:

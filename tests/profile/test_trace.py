@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from profile_support import SMALL
 
-from pera_fast.profile.trace import trace
+from pera_fast.config import load_config
+from pera_fast.profile import trace as module
+from pera_fast.profile.trace import trace, without_graph
 from pera_fast.ranges import PREFIX
 
 
@@ -32,3 +34,21 @@ def test_a_trace_has_the_named_ranges(tmp_path: Path, capsys) -> None:
     assert "memory snapshot: none, it needs CUDA" in said
     assert (tmp_path / "ops.csv").read_text().startswith("name,calls_per_step,seconds_per_step,share\n")
     assert "student" in (tmp_path / "ranges.csv").read_text()
+
+
+def test_a_trace_is_of_steps_whose_parts_run_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph's replays call no Python: neither ranges nor allocations would be seen."""
+    graphs = []
+
+    class Seen(Exception):
+        pass
+
+    def made(cfg, *_):
+        graphs.append(cfg.train.cuda_graph)
+        raise Seen
+
+    monkeypatch.setattr(module, "real_step", made)
+    with pytest.raises(Seen):
+        trace("tiny", tmp_path, "cpu", 1, [*SMALL])
+    assert graphs == ["false"]
+    assert without_graph(load_config("tiny", ["train.cuda_graph=true"])).train.cuda_graph == "true"

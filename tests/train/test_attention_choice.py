@@ -5,9 +5,10 @@ import torch
 
 from pera_fast.config import load_config
 from pera_fast.errors import UserError
-from pera_fast.train.attention import describe_attention, prefer_attention, sequence_lengths
+from pera_fast.train.attention import describe_attention, prefer_attention, sequence_lengths, why_attention
 from pera_kernels import backend
 from pera_kernels.attention import cudnn, measured
+from pera_kernels.isa import Isa, at_most
 
 CPU = torch.device("cpu")
 
@@ -35,7 +36,20 @@ def test_what_cannot_run_is_one_line() -> None:
 
 def test_lengths_are_those_of_the_networks() -> None:
     assert sequence_lengths(load_config("vit_b16")) == [471, 315, 158, 23, 8]
-    assert describe_attention(load_config("vit_b16"), CPU) == "sdpa for sequences of 471, 315, 158, 23, 8 tokens"
+    with at_most(Isa.BASE):
+        assert describe_attention(load_config("vit_b16"), CPU) == "sdpa for sequences of 471, 315, 158, 23, 8 tokens"
+
+
+def test_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    assert why_attention(load_config("tiny", ["model.attention=varlen"]), cuda) == "model.attention=varlen"
+    assert "amx in bf16 on a CPU with AMX" in why_attention(load_config("vit_b16"), CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    said = why_attention(load_config("vit_b16"), cuda)
+    assert "cudnn was the fastest on compute capability 9.0 for 158, 315, 471 tokens (H200, torch 2.11" in said
+    assert said.endswith("triton for at most 32 tokens")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    assert "no measurement on compute capability 8.6: xformers" in why_attention(load_config("vit_b16"), cuda)
 
 
 @pytest.mark.parametrize(("capability", "runs"), [((9, 0), True), ((8, 0), False), ((7, 5), False)])
