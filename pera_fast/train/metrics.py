@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 
 # One object per step. step counts the optimiser steps done (the first is 1); epoch is the pass over the data that the
 # step belongs to, from 0; seconds is the step's time, without probes and checkpoints; data_wait is the fraction of it
-# spent waiting for data; mem is in MiB: the peak that tensors took on the GPU, or this process's resident memory on a
-# CPU; mfu is null where the peak is unknown. A value that is not finite is null, and `nonfinite` then names what was
+# spent waiting for data; mem is in MiB: the most that PyTorch's allocator held on the GPU, the pool of a CUDA
+# graph included, or this process's resident memory on a CPU; mfu is null where the peak is unknown. A value that is not finite is null, and `nonfinite` then names what was
 # not. Steps that were probed (eval.data) have `probe_knn` too, the teacher's kNN accuracy.
 KEYS = (
     "step", "epoch", "loss", "global_cls_loss", "local_cls_loss", "koleo_loss", "pixel_loss", "lr", "wd", "momentum",
@@ -29,9 +29,13 @@ Metrics = dict[str, Any]  # one such object: numbers, None, and the list of name
 
 
 def memory_mib(device: torch.device) -> float:
-    """Peak memory of tensors on the GPU so far, or this process's resident memory, in MiB."""
+    """The most that PyTorch's allocator held on the GPU so far, or this process's resident memory, in MiB.
+
+    What it held, not what lay in tensors: between replays the pool of a CUDA graph holds no tensor, yet nobody else can
+    have it.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return torch.cuda.max_memory_reserved(device) / 2**20
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmRSS:"):

@@ -210,7 +210,8 @@ def test_cards_without_fp8_have_no_prediction_for_it() -> None:
 def test_rates_are_those_of_the_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
     """One peak for a card, whoever divides by it."""
     names = {"A100": "NVIDIA A100-SXM4-80GB", "H100": "NVIDIA H100 80GB HBM3", "H200": "NVIDIA H200"}
-    names |= {"B200": "NVIDIA B200", "L40S": "NVIDIA L40S"}
+    names |= {"B200": "NVIDIA B200", "L40S": "NVIDIA L40S", "RTX 4090": "NVIDIA GeForce RTX 4090"}
+    assert set(names) == {one.name for one in CARDS}
     for short, name in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert device_peak(torch.device("cuda"), "bf16") == card(short).half

@@ -40,15 +40,12 @@ def test_a_trace_is_of_steps_whose_parts_run_in_python(tmp_path: Path, monkeypat
     """A graph's replays call no Python: neither ranges nor allocations would be seen."""
     graphs = []
 
-    class Seen(Exception):
-        pass
-
     def made(cfg, *_):
         graphs.append(cfg.train.cuda_graph)
-        raise Seen
+        raise InterruptedError
 
     monkeypatch.setattr(module, "real_step", made)
-    with pytest.raises(Seen):
+    with pytest.raises(InterruptedError):
         trace("tiny", tmp_path, "cpu", 1, [*SMALL])
     assert graphs == ["false"]
     assert without_graph(load_config("tiny", ["train.cuda_graph=true"])).train.cuda_graph == "true"

@@ -16,7 +16,7 @@ from pera_fast.errors import UserError
 from pera_fast.train import console, flops
 from pera_fast.train.console import Progress, RunLog, describe
 from pera_fast.train.flops import device_peak, flops_per_image
-from pera_fast.train.metrics import MetricsWriter
+from pera_fast.train.metrics import MetricsWriter, memory_mib
 from pera_kernels.cls_attention import cls_attention
 
 METRICS = {"loss": 8.25, "images_per_s": 31.25, "data_wait": 0.034, "mem": 1234.4, "mfu": None}
@@ -171,3 +171,10 @@ def test_flops_follow_what_is_seen():
 
 def test_no_peak_is_invented():
     assert device_peak(torch.device("cpu"), "bf16") is None
+
+
+def test_memory_on_a_gpu_is_what_the_allocator_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool of a CUDA graph holds no tensor between replays."""
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
+    assert memory_mib(torch.device("cuda", 0)) == 3072
