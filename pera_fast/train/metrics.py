@@ -18,9 +18,10 @@ log = logging.getLogger(__name__)
 
 # One object per step. step counts the optimiser steps done (the first is 1); epoch is the pass over the data that the
 # step belongs to, from 0; seconds is the step's time, without probes and checkpoints; data_wait is the fraction of it
-# spent waiting for data; mem is in MiB: the most that PyTorch's allocator held on the GPU, the pool of a CUDA
-# graph included, or this process's resident memory on a CPU; mfu is null where the peak is unknown. A value that is not finite is null, and `nonfinite` then names what was
-# not. Steps that were probed (eval.data) have `probe_knn` too, the teacher's kNN accuracy.
+# spent waiting for data; mem is in MiB: the most that PyTorch's allocator held on the GPU, the pool of a CUDA graph
+# included, or this process's resident memory on a CPU; mfu is null where the peak is unknown. A value that is not
+# finite is null, and `nonfinite` then names what was not. Steps that were probed (eval.data) have `probe_knn` too, the
+# teacher's kNN accuracy.
 KEYS = (
     "step", "epoch", "loss", "global_cls_loss", "local_cls_loss", "koleo_loss", "pixel_loss", "lr", "wd", "momentum",
     "teacher_temp", "grad_norm", "seconds", "images_per_s", "data_wait", "mfu", "mem",
