@@ -36,6 +36,13 @@ PRETRAIN = """
 Images/s of `pera-fast pretrain` from 512 px JPEG files, beside the step alone on random crops; device time that waited
 for data.
 """
+SHARES = """
+Our kernels of that step, as a share of the bandwidth of a large copy, {copy:.2f} TB/s on the same kind of card (goal
+85 %). ms are measured; GB are counted (`pera_fast.profile.count`, {commit}): what a kernel's launches get, each tensor
+once. Above 100 % the data was still in a cache. Left out are kernels of less than {least:.2f} ms, and those whose
+launches the count has otherwise.
+"""
+LEAST = 0.05  # ms a step of a kernel in the table of shares
 KERNELS = """
 Kernels of a step of batch 64, the {shown} that take longest; {path} has all of them.
 """
@@ -148,6 +155,25 @@ def _kernels(files: list[File]) -> list[str]:
     lines = ["### Kernels of a step", "", *paragraph(KERNELS.format(shown=SHOWN, path=where) + at)]
     lines += heading("ms a step", "launches", "kernel")
     lines += [f"| {ms:.2f} | {count:.0f} | `{name[:100].replace('|', ' ')}` |" for ms, count, name in rows[:SHOWN]]
+    return [*lines, "", *_shares(file, rows)]
+
+
+def _shares(file: File, rows: list[tuple[float, float, str]]) -> list[str]:
+    """Share of the copy bandwidth of each Triton kernel whose bytes are known."""
+    counted = file.get("counted")
+    if not counted:
+        return []
+    lines = [
+        *paragraph(SHARES.format(copy=file["copy"] / 1e12, least=LEAST, commit=file["counted_at"])),
+        *heading("kernel", "ms", "GB", "TB/s", "share"),
+    ]
+    for ms, launches, name in rows:
+        known, moved = counted.get(name, (0, 0))
+        if ms >= LEAST and known == round(launches):
+            rate = moved / (ms / 1000)
+            lines.append(
+                f"| `{name}` | {ms:.2f} | {moved / 1e9:.2f} | {rate / 1e12:.2f} | {_percent(rate / file['copy'])} |"
+            )
     return [*lines, ""]
 
 
@@ -178,6 +204,9 @@ def from_quick(lines: Iterable[File]) -> File:
         for row in rows
         if row["part"] != "pretrain"
     ]
+    for row in lines:
+        if row["part"] == "trace" and "counted" in row:
+            file |= {"copy": row["copy"], "counted": row["counted"], "counted_at": row["commit"]}
     kept = "settings", "batch", "images_per_s", "data_wait"
     file["pretrain"] = [{key: row[key] for key in kept} for row in rows if row["part"] == "pretrain"]
     return file

@@ -24,8 +24,11 @@ from typing import Any
 
 import torch
 
+from pera_bench.ceilings import copy_bandwidth
+from pera_bench.timing import clock
 from pera_fast.config import Config, load_config
 from pera_fast.model.pera import PRECISIONS
+from pera_fast.profile.count import count_kernels
 from pera_fast.profile.measure import real_step
 from pera_fast.profile.simulate import VALUES
 from pera_fast.train.flops import device_peak, flops_per_image
@@ -108,7 +111,11 @@ def measure_published(args: argparse.Namespace, device: torch.device) -> dict[st
 
 
 def measure_trace(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Kernels of a step by name, written to a CSV file: ms a step, launches a step, name."""
+    """Kernels of a step by name, written to a CSV file: ms a step, launches a step, name.
+
+    With what a share of the copy bandwidth needs: that bandwidth, and for each Triton kernel of the step the launches
+    and bytes that ``pera_fast.profile`` counts.
+    """
     step = real_step(_config(args), device)
     for _ in range(4):
         step()
@@ -127,7 +134,10 @@ def measure_trace(args: argparse.Namespace, device: torch.device) -> dict[str, A
         writer = csv.writer(file)
         writer.writerow(("ms_per_step", "launches_per_step", "kernel"))
         writer.writerows((f"{ms:.4f}", f"{count:.1f}", name) for ms, count, name in rows)
-    return {"busy_ms": sum(row[0] for row in rows), "launches": sum(row[1] for row in rows)}
+    copy = copy_bandwidth(device, clock(device, processor=False))
+    counted = count_kernels(_config(args), torch.cuda.get_device_capability(device))
+    total = {"busy_ms": sum(row[0] for row in rows), "launches": sum(row[1] for row in rows)}
+    return {**total, "copy": copy, "counted": counted}
 
 
 def measure_pretrain(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -54,6 +54,16 @@ class _Inline(StepGraph):
         return self.backward(batch, torch.full((), teacher_temp, device=GPU))
 
 
+def count_kernels(cfg: Config, capability: tuple[int, int] = HOPPER) -> dict[str, tuple[int, int]]:
+    """Launches and bytes of each Triton kernel in a step, by name: what its launches get, each tensor once.
+
+    Args:
+        cfg: as for ``count_step``.
+        capability: compute capability of the GPU.
+    """
+    return _count(cfg, 1, True, capability).by_kernel
+
+
 def count_step(cfg: Config, world_size: int = 1, opened: bool = False, capability: tuple[int, int] = HOPPER) -> Work:
     """Work of a training step of a configuration on one of some GPUs.
 
@@ -64,6 +74,10 @@ def count_step(cfg: Config, world_size: int = 1, opened: bool = False, capabilit
         opened: look what ops launch rather than what they say.
         capability: compute capability of the GPUs.
     """
+    return _count(cfg, world_size, opened, capability).work
+
+
+def _count(cfg: Config, world_size: int, opened: bool, capability: tuple[int, int]) -> Counting:
     plan = cfg.train.resolve_batch(1)
     real = make_inputs(blank_batch(cfg, plan.per_device), cfg)
     with torch.device("meta"):
@@ -89,4 +103,4 @@ def count_step(cfg: Config, world_size: int = 1, opened: bool = False, capabilit
             *(model, model, optimizer, scaler, repeat(inputs), plan.accumulate, VALUES, cfg.optim.clip),
             World(0, world_size, GPU), graph=graph, update=update,
         )  # fmt: skip
-    return counting.work
+    return counting

@@ -90,6 +90,7 @@ class Counting(TorchDispatchMode):
         super().__init__()
         self.work = Work()
         self.by_op: Counter[str] = Counter()  # launches of each op of pera_kernels
+        self.by_kernel: dict[str, tuple[int, int]] = {}  # launches and bytes of each Triton kernel that was launched
         self._opened = opened
         self._spans: list[str] = []
         self._ops: list[str] = []
@@ -101,7 +102,7 @@ class Counting(TorchDispatchMode):
         Args:
             pointed: bytes of kernels that find their tensors by addresses, over all their launches.
         """
-        self.work, self.by_op, self._pointed = Work(), Counter(), dict(pointed)
+        self.work, self.by_op, self.by_kernel, self._pointed = Work(), Counter(), {}, dict(pointed)
 
     @contextmanager
     def label(self, name: str) -> Iterator[None]:
@@ -134,7 +135,10 @@ class Counting(TorchDispatchMode):
             value = getattr(value, "base", value) if not isinstance(value, Tensor) else value
             if isinstance(value, Tensor):
                 seen[id(value.untyped_storage()), value.storage_offset()] = value
-        self.add(Cost(bytes=self._pointed.pop(kernel, 0) + sum(size(tensor) for tensor in seen.values())))
+        item = Cost(bytes=self._pointed.pop(kernel, 0) + sum(size(tensor) for tensor in seen.values()))
+        launches, moved = self.by_kernel.get(kernel, (0, 0))
+        self.by_kernel[kernel] = launches + item.launches, moved + item.bytes
+        self.add(item)
 
     def exchanged(self, tensor: Tensor, ranks: int) -> None:
         """An all-reduce in a ring: each rank sends and gets the tensor's bytes nearly twice."""

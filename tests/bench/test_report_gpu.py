@@ -53,6 +53,20 @@ def test_page_has_every_row_and_says_what_ran(tmp_path: Path) -> None:
     assert "Together 4.5 ms and 3 launches." in text
 
 
+def test_kernels_have_a_share_of_the_bandwidth(tmp_path: Path) -> None:
+    """Those that the count knows with the launches that the trace has."""
+    trace = line("trace", 64, 1.0, copy=4e12, counted={"one": (2, 3_000_000_000), "two": (9, 5), "short": (1, 9)})
+    file = {**report_gpu.from_quick([line("step", 64, 50.0), trace]), "kernels": "k.csv"}
+    rows = "1.0,2.0,one\n0.9,3.0,two\n0.8,1.0,unknown\n0.001,1.0,short\n"
+    (tmp_path / "k.csv").write_text("ms_per_step,launches_per_step,kernel\n" + rows)
+    (tmp_path / "1.json").write_text(json.dumps(file))
+    text = "\n".join(report_gpu.gpu_page(report_gpu.load_gpu(tmp_path)))
+    assert "| `one` | 1.00 | 3.00 | 3.00 | 75 % |" in text
+    assert "a large copy, 4.00 TB/s" in text
+    shares = text.partition("| kernel | ms | GB")[2]
+    assert not any(name in shares for name in ("two", "unknown", "short"))
+
+
 def test_lines_of_two_commits_are_refused() -> None:
     with pytest.raises(SystemExit, match="one file for each"):
         report_gpu.from_quick([line("step", 16, 20.0), line("step", 64, 50.0, commit="def")])

@@ -180,6 +180,23 @@ def test_the_budget_of_a_step(vit_b16: Work) -> None:
     assert vit_b16.total("bytes") <= GIGABYTES * 1e9
 
 
+def test_kernels_by_name() -> None:
+    """Launches and bytes of each Triton kernel are those that all launches of the step are made of."""
+    cfg = load_config("vit_b16", [*SMALL, "train.precision=bf16"])
+    by_kernel, work = count.count_kernels(cfg), count.count_step(cfg, opened=True)
+    assert {"add_norm_fwd_kernel", "gelu_bwd_kernel", "adamw_ema_kernel", "distillation_loss_fwd_kernel"} <= set(
+        by_kernel
+    )
+    assert all(launches > 0 for launches, _ in by_kernel.values())
+    launches, moved = (sum(numbers) for numbers in zip(*by_kernel.values(), strict=True))
+    assert 0.1 < launches / work.total("launches") < 1
+    assert 0.2 < moved / work.total("bytes") < 1
+    parameters = sum(p.numel() for p in PerA(cfg).parameters())
+    assert (
+        by_kernel["adamw_ema_kernel"][1] > 4 * 5 * parameters / 2
+    )  # of the student: five float32 values each, at least
+
+
 def test_ranks_exchange_gradients() -> None:
     alone, together = counted(world_size=1)[0], counted(world_size=4)[0]
     assert "exchange" not in alone.by_part("launches")
