@@ -218,7 +218,7 @@ def _variant(row: File) -> str:
 
 
 def read_lines(path: Path) -> list[File]:
-    """What was measured: from a folder of bench/gpu/run_all.sh, or from the lines of a file."""
+    """Measurements in a folder of bench/gpu/run_all.sh, or in a file of one JSON object a line."""
     if not path.is_dir():
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
     parts = json.loads((path / "results.json").read_text(encoding="utf-8"))["parts"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -99,6 +100,13 @@ def _on_tiles(x: Tensor) -> bool:
     )
 
 
+@cache
+def _adds_bias() -> bool:
+    """Whether oneDNN has a product of bfloat16 with a bias, which its own limit (ONEDNN_MAX_CPU_ISA) may forbid."""
+    ops = torch.ops.mkldnn
+    return hasattr(ops, "_linear_pointwise") and ops._is_mkldnn_bf16_supported()
+
+
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """``grad' x``, the gradient of a linear layer's weight, accumulated in float32 and rounded to dtype once.
 
@@ -131,7 +139,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, rows: slice | 
     weight, bias = in_dtype(weight, dtype), None if bias is None else in_dtype(bias, dtype)
     if rows is not None:
         weight, bias = weight[rows], None if bias is None else bias[rows]
-    if bias is not None and _on_tiles(x) and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if bias is not None and _on_tiles(x) and _adds_bias():
         # The bias in the product itself; PyTorch's linear writes it into the result first, and adds to that.
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     out = torch.nn.functional.linear(x.to(dtype), weight, bias)
