@@ -1,7 +1,6 @@
 """The first section of docs/results.md: a step, each op, the loader and memory in few lines."""
 
 import json
-from itertools import groupby
 from pathlib import Path
 
 from pera_bench.record import REFERENCE
@@ -108,7 +107,8 @@ def _step_line(machine: Record, row: Row, other: Row) -> str:
 def ops(records: list[Record]) -> list[str]:
     """For each device a table of ops, blocks and the update at the published sizes: of the record with most of them."""
     lines = []
-    for _, some in groupby(records, lambda record: record["machine"]["device"]):
+    devices = dict.fromkeys(record["machine"]["device"] for record in records)
+    for some in ([record for record in records if record["machine"]["device"] == device] for device in devices):
         of_device = sorted(some, key=lambda record: len(record["rows"]), reverse=True)
         for record in of_device:
             rows = [r for r in record["rows"] if r["recipe"] == RECIPE and r["suite"] not in ("step", "data")]
@@ -121,7 +121,7 @@ def ops(records: list[Record]) -> list[str]:
             at += f" {when(record['machine'])}. {'' if compiled else NOT_COMPILED}"
             apart = {when(r["machine"]): None for r in of_device if r is not record and has_compiled(r)}
             at += f" Under torch.compile: {'; '.join(apart)}." if compiled and apart else ""
-            lines += [*paragraph(OPS), *_op_table(ours, compiled), "", *paragraph(at)]
+            lines += [*([] if lines else paragraph(OPS)), *_op_table(ours, compiled), "", *paragraph(at)]
             break
     return lines
 
