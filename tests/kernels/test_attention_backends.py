@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pera_kernels import backend, packing
 from pera_kernels.attention import attention, op, sdpa, varlen, xformers
+from pera_kernels.attention.arguments import Packed
 from pera_kernels.isa import Isa, at_most
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -105,6 +106,13 @@ class StubAten:
         assert (dropout, causal, debug) == (0.0, False, False)
         return *packed_forward(q, k, v, cu_q), None, None, None
 
+    def _flash_attention_forward_no_dropout_inplace(self, out, *given):
+        assert out.shape == given[0].shape
+        assert out.stride(-1) == 1
+        y, lse = self._flash_attention_forward(*given)[:2]
+        self.written = out.copy_(y).data_ptr()
+        return lse
+
     def _flash_attention_backward(
         self, grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, rng_state, unused
     ):
@@ -170,6 +178,24 @@ def test_masks_and_bounds_are_made_once(stub):
     assert varlen._bounds.cache_info().misses == 1
     assert first[0].tolist() == [0, 40, 80, 88, 96, 104, 112, 120, 143, 166, 189]
     assert first[1] == 40
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_varlen_writes_where_it_is_told_to(stub, kernels, monkeypatch, inplace):
+    """Beside another implementation's rows its result needs no copy, where PyTorch has the operator for it."""
+    if not inplace:
+        monkeypatch.delattr(StubAten, varlen.INPLACE)
+    monkeypatch.setattr(xformers, "available", lambda device: "left out")
+    monkeypatch.setattr(op, "SHORT_SEQUENCE", 8)
+    long, short = [2, 40], [5, 8]
+    qkv = make_qkv(groups=[*long, *short])
+    assert [module for module, _ in op._plan(qkv, HEADS, [*long, *short])] == [varlen, kernels]
+    agree(everything(qkv, [*long, *short]), formula(qkv, [*long, *short]))
+    out = torch.full((80, DIM), 7.0, dtype=qkv.dtype)
+    lse = torch.empty(80, HEADS)
+    got = varlen.forward(Packed(qkv[:80], HEADS, long), out, lse)
+    assert (got.data_ptr() == out.data_ptr()) == inplace
+    assert (varlen.aten.written == out.data_ptr()) if inplace else out.eq(7).all()
 
 
 @pytest.mark.parametrize("made", [xformers._mask, varlen._bounds], ids=["xformers", "varlen"])
@@ -273,6 +299,7 @@ groups = [4, 158, 0, 5, 11, 8]
 for module, dtype in cases:
     qkv = torch.empty(720, 3 * 768, dtype=dtype, device="meta")
     lse = torch.empty(720, 12, device="meta")
+    module.forward(Packed(qkv, 12, groups), torch.empty(720, 768, dtype=dtype, device="meta"), lse)
     out = module.forward(Packed(qkv, 12, groups), None, lse)
     assert out.shape == (720, 768) and out.is_contiguous() and out.dtype == dtype
     module.backward(torch.empty_like(out), Packed(qkv, 12, groups), Attended(out, lse), torch.empty_like(qkv))

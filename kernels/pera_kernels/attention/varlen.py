@@ -15,6 +15,7 @@ from .arguments import Attended, Packed
 
 aten = torch.ops.aten
 MAX_HEAD_DIM = 256
+INPLACE = "_flash_attention_forward_no_dropout_inplace"  # spares a copy; not in every torch
 
 
 def available(device: torch.device) -> str | None:
@@ -60,11 +61,15 @@ def _bounds(groups: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]
 
 
 def forward(packed: Packed, out: Tensor | None, lse: Tensor) -> Tensor:
-    """Attention (T, D) of every group, in memory of its own; fills lse (T, H)."""
+    """Attention (T, D) of every group, in ``out`` if that is given and PyTorch can write there; fills lse (T, H)."""
     qkv, num_heads, groups = packed
     q, k, v = qkv.view(qkv.shape[0], 3, num_heads, -1).unbind(1)
     bounds, longest = _bounds(tuple(groups), qkv.device)
-    y, sums = aten._flash_attention_forward(q, k, v, bounds, bounds, longest, longest, 0.0, False, False)[:2]
+    given = q, k, v, bounds, bounds, longest, longest, 0.0, False, False
+    if out is not None and hasattr(aten, INPLACE):
+        y, sums = out, getattr(aten, INPLACE)(out.view(q.shape), *given)
+    else:
+        y, sums = aten._flash_attention_forward(*given)[:2]
     lse.copy_(sums.t())  # (H, T) in the operator
     return y.flatten(1)
 
