@@ -164,9 +164,17 @@ def test_training_steps_with_every_backend(golden: Golden, implementation: str) 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("recompute", ["none", "cheap"])
+@pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
 def test_training_steps_on_a_gpu(golden: Golden, recompute: str) -> None:
     check_training_steps(golden, recompute, golden.meta["steps"], torch.device("cuda", 0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("implementation", ["triton", "sdpa", "reference"])  # the others take no float32
+def test_training_steps_with_every_backend_on_a_gpu(golden: Golden, implementation: str) -> None:
+    with backend.use(implementation):
+        check_training_steps(golden, "cheap", golden.meta["steps"], torch.device("cuda", 0))
 
 
 def check_training_steps(

@@ -135,6 +135,6 @@ def test_vit_b16_with_every_attention(implementation: str, step_on_a_gpu: Step) 
     check_step(step_on_a_gpu, implementation)
 
 
-@pytest.mark.parametrize("implementation", ["native", "sdpa", "chunked"])
+@pytest.mark.parametrize("implementation", ["native", "sdpa", "chunked", "amx", "avx512_bf16"])
 def test_a_small_step(implementation: str, small_step: Step) -> None:
     check_step(small_step, implementation)
