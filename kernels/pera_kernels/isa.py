@@ -26,9 +26,21 @@ class Isa(IntEnum):
 _limit: Isa | None = None
 
 
+def _capabilities() -> dict[str, bool]:
+    """By PyTorch's names; older PyTorch says less: there AVX-512 counts from the CPUs on that have VNNI."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    avx512, tiles = (
+        torch.cpu._is_avx512_supported() and torch.cpu._is_vnni_supported(),
+        torch.cpu._is_amx_tile_supported(),
+    )
+    parts = {f"avx512_{part}": avx512 for part in ("f", "bw", "dq", "vl")}
+    return {**parts, "avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_tile": tiles, "amx_bf16": tiles}
+
+
 @cache
 def _of_this_cpu() -> Isa:
-    has = torch.cpu.get_capabilities()
+    has = _capabilities()
     if not all(has.get(f"avx512_{part}", False) for part in ("f", "bw", "dq", "vl")):
         return Isa.BASE
     if not has.get("avx512_bf16", False):

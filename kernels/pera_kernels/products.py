@@ -104,7 +104,8 @@ def _on_tiles(x: Tensor) -> bool:
 def _adds_bias() -> bool:
     """Whether oneDNN has a product of bfloat16 with a bias, which its own limit (ONEDNN_MAX_CPU_ISA) may forbid."""
     ops = torch.ops.mkldnn
-    return hasattr(ops, "_linear_pointwise") and ops._is_mkldnn_bf16_supported()
+    needed = "_linear_pointwise", "_is_mkldnn_bf16_supported"
+    return all(hasattr(ops, name) for name in needed) and ops._is_mkldnn_bf16_supported()
 
 
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

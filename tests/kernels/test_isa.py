@@ -35,6 +35,12 @@ PARTS = {f"avx512_{part}": True for part in ("f", "bw", "dq", "vl")}
 TILES = {"amx_tile": True, "amx_bf16": True}
 
 
+def test_older_pytorch_says_the_same(monkeypatch):
+    newer = module._of_this_cpu.__wrapped__()
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert module._of_this_cpu.__wrapped__() is newer
+
+
 @pytest.mark.parametrize(
     ("capabilities", "permitted", "expected"),
     [

@@ -27,10 +27,10 @@ class Native:
 
     def available(self, device: torch.device) -> str | None:
         """Why this cannot run on a device, or None."""
+        if device.type == "cpu" and isa() < self.needed:
+            return f"this processor has no {self.needed.name.replace('_', '-')}, or PERA_MAX_ISA leaves it out"
         if reason := _built(device):
             return reason
-        if isa() < self.needed:
-            return f"this processor has no {self.needed.name.replace('_', '-')}, or PERA_MAX_ISA leaves it out"
         if not self.by_default and backend.wanted("attention") != self.name:
             return "not measured to be faster"
         return None

@@ -11,9 +11,9 @@ _built = backend.needs_native("transposed")
 
 
 def _available(device: torch.device) -> str | None:
-    if reason := _built(device):
-        return reason
-    return None if isa() >= Isa.AVX512 else "this processor has no AVX-512, or PERA_MAX_ISA leaves it out"
+    if device.type == "cpu" and isa() < Isa.AVX512:
+        return "this processor has no AVX-512, or PERA_MAX_ISA leaves it out"
+    return _built(device)
 
 
 backend.register("transposed", "avx512", available=_available)
