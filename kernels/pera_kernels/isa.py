@@ -1,10 +1,11 @@
 """The instruction set that native CPU kernels are chosen by."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ class Isa(IntEnum):
 _limit: Isa | None = None
 
 
-def _capabilities() -> dict[str, bool]:
+def _capabilities() -> Mapping[str, Any]:
     """By PyTorch's names; older PyTorch says less: there AVX-512 counts from the CPUs on that have VNNI."""
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()

@@ -35,10 +35,22 @@ PARTS = {f"avx512_{part}": True for part in ("f", "bw", "dq", "vl")}
 TILES = {"amx_tile": True, "amx_bf16": True}
 
 
-def test_older_pytorch_says_the_same(monkeypatch):
-    newer = module._of_this_cpu.__wrapped__()
+@pytest.mark.parametrize(
+    ("has", "expected"),
+    [
+        ("", Isa.BASE),
+        ("avx512", Isa.BASE),  # the first of them have not all its parts
+        ("avx512 vnni", Isa.AVX512),
+        ("avx512 vnni avx512_bf16", Isa.AVX512_BF16),
+        ("avx512 vnni avx512_bf16 amx_tile", Isa.AMX),
+    ],
+)
+def test_older_pytorch_is_asked_otherwise(monkeypatch, has, expected):
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert module._of_this_cpu.__wrapped__() is newer
+    for name in ("avx512", "vnni", "avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in has.split())
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True)
+    assert module._of_this_cpu.__wrapped__() is expected
 
 
 @pytest.mark.parametrize(
