@@ -17,6 +17,10 @@
 #include <sstream>
 #include <stdexcept>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK // its name up to PyTorch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace pera {
 
 using torch::headeronly::BFloat16;
