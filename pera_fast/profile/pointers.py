@@ -101,7 +101,7 @@ class _Walk:
             place = given[0] if of_module else self._of(node.func.value)
             (self.read if node.func.attr == "load" else self.written).update(place)
             return NONE
-        called = self._functions.get(node.func.id) if isinstance(node.func, ast.Name) else None
+        called: Any = self._functions.get(node.func.id) if isinstance(node.func, ast.Name) else None
         if hasattr(called, "arg_names"):  # another triton.jit function
             inner = use(called, self._constants(called, node))
             passed = {**dict(zip(called.arg_names, given, strict=False)), **named}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from pera_fast.config import Config
-from pera_fast.profile.cards import CARDS, Card
+from pera_fast.train.cards import CARDS, Card
 from pera_fast.profile.count import HOPPER
 from pera_fast.profile.on_gpu import GPU
 from pera_fast.profile.work import Row, Work

@@ -10,8 +10,8 @@ step could be counted:
   kernels/pera_kernels/cost.py into a worktree of it. Its ops state no costs, so each is opened: what it calls is
   counted.
 - 2d9b0ae (16 64 256 64,model.teacher_precision=fp8): pick 20f3b16 on top (with 2d9b0ae's ``_fused`` of linear_gelu),
-  then copy these five files. ``counted`` in bench/results/gpu/2-h200-2d9b0ae.json is ``count.count_kernels`` there, with
-  count.py copied too.
+  then copy these five files. ``counted`` in bench/results/gpu/2-h200-2d9b0ae.json is ``count.count_kernels`` there,
+  with count.py copied too.
 """
 
 from __future__ import annotations
