@@ -110,14 +110,18 @@ def _choices(device: str) -> dict[str, str]:
     import torch
 
     from pera_fast.config import load_config
-    from pera_fast.train.attention import describe_attention, why_attention
+    from pera_fast.train.attention import explain_attention
     from pera_fast.train.graph import choose_graph
 
     where, cfg = torch.device(device), load_config("vit_b16")
     graph = choose_graph(cfg, where)
+    try:
+        attention = f"vit_b16: {explain_attention(cfg, where)}"
+    except RuntimeError as error:  # PERA_BACKEND asks for one that cannot run here
+        attention = str(error)
     return {
         "decoding": _decoding(device),
-        "attention": f"vit_b16: {describe_attention(cfg, where)} ({why_attention(cfg, where)})",
+        "attention": attention,
         "CUDA graph": f"{'yes' if graph.use else 'no'} ({graph.reason})",
     }
 

@@ -111,11 +111,7 @@ def measure_published(args: argparse.Namespace, device: torch.device) -> dict[st
 
 
 def measure_trace(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Kernels of a step by name, written to a CSV file: ms a step, launches a step, name.
-
-    With what a share of the copy bandwidth needs: that bandwidth, and for each Triton kernel of the step the launches
-    and bytes that ``pera_fast.profile`` counts.
-    """
+    """Kernels of a step by name, written to a CSV file: ms a step, launches a step, name; and the copy bandwidth."""
     step = real_step(_config(args), device)
     for _ in range(4):
         step()
@@ -134,10 +130,22 @@ def measure_trace(args: argparse.Namespace, device: torch.device) -> dict[str, A
         writer = csv.writer(file)
         writer.writerow(("ms_per_step", "launches_per_step", "kernel"))
         writer.writerows((f"{ms:.4f}", f"{count:.1f}", name) for ms, count, name in rows)
-    copy = copy_bandwidth(device, clock(device, processor=False))
-    counted = count_kernels(_config(args), torch.cuda.get_device_capability(device))
+    copy = copy_bandwidth(device, clock(device))
     total = {"busy_ms": sum(row[0] for row in rows), "launches": sum(row[1] for row in rows)}
-    return {**total, "copy": copy, "counted": counted}
+    return {**total, "copy": copy, "capability": torch.cuda.get_device_capability(device)}
+
+
+def count_traced(line: dict[str, Any]) -> dict[str, Any]:
+    """Launches and bytes of each Triton kernel of a traced step, as ``pera_fast.profile`` counts them on any machine.
+
+    Args:
+        line: of the trace.
+    """
+    settings = [f"train.batch_size={line['batch']}", f"train.precision={line['precision']}", *line["settings"]]
+    try:
+        return {"counted": count_kernels(load_config(line["recipe"], settings), tuple(line["capability"]))}
+    except Exception as error:  # whatever is wrong here, the kernels were traced
+        return {"uncounted": f"{type(error).__name__}: {error}"}
 
 
 def measure_pretrain(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -184,11 +192,18 @@ def main() -> None:
     }
     found = measure[args.part](args, device)
     what = {"part": args.part, "recipe": args.recipe, "batch": args.batch, "precision": args.precision}
-    line = json.dumps({**what, "settings": args.set, "backend": args.backend, **found, **machine(device)})
-    print(line, flush=True)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(line + "\n", encoding="utf-8")
+    line = {**what, "settings": args.set, "backend": args.backend, **found, **machine(device)}
+    _write(args.json, line)
+    if args.part == "trace":  # after what only a GPU can say is written
+        line |= count_traced(line)
+        _write(args.json, line)
+    print(json.dumps(line), flush=True)
+
+
+def _write(path: Path | None, line: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(line) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from pera_fast.profile.pointers import use
+
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ALIGNED = 1 << 10  # addresses of storages are multiples of this many bytes
 
-Launched = Callable[[str, list[Any]], None]
-"""Told of a Triton launch: the kernel's name and its arguments."""
+Launched = Callable[[str, list[Any], list[Any]], None]
+"""Told of a Triton launch: the kernel's name, the arguments that it reads through, those that it writes through."""
 Exchanged = Callable[[Tensor], None]
 """Told of an all-reduce of a tensor."""
 
@@ -127,7 +129,8 @@ def _replace_triton(replace: Callable[[Any, str, Any], None], launched: Launched
     from triton.runtime.jit import JITFunction
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
-        launched(self.fn.__name__, [*args, *kwargs.values()])
+        given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        launched(self.fn.__name__, *([given.get(name) for name in names] for names in use(self, given)))
 
     replace(JITFunction, "run", run)
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from pera_fast.config import Config
-from pera_fast.profile.cards import CARDS, Card
 from pera_fast.profile.count import HOPPER
 from pera_fast.profile.on_gpu import GPU
 from pera_fast.profile.work import Row, Work
+from pera_fast.train.cards import CARDS, Card
 from pera_fast.train.flops import flops_per_image
 from pera_fast.train.graph import choose_graph
 

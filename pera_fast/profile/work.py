@@ -128,17 +128,12 @@ class Counting(TorchDispatchMode):
         if self._ops:
             self.by_op[self._ops[0]] += item.launches
 
-    def launched(self, kernel: str, arguments: list[Any]) -> None:
-        """A launch of a Triton kernel: it reads or writes each tensor that it gets once."""
-        seen: dict[Any, Tensor] = {}
-        for value in arguments:
-            value = getattr(value, "base", value) if not isinstance(value, Tensor) else value
-            if isinstance(value, Tensor):
-                seen[id(value.untyped_storage()), value.storage_offset()] = value
-        item = Cost(bytes=self._pointed.pop(kernel, 0) + sum(size(tensor) for tensor in seen.values()))
-        launches, moved = self.by_kernel.get(kernel, (0, 0))
-        self.by_kernel[kernel] = launches + item.launches, moved + item.bytes
-        self.add(item)
+    def launched(self, kernel: str, read: list[Any], written: list[Any]) -> None:
+        """A launch of a Triton kernel: it reads each tensor of ``read`` and writes each of ``written`` once."""
+        moved = self._pointed.pop(kernel, 0) + _bytes(read) + _bytes(written)
+        launches, before = self.by_kernel.get(kernel, (0, 0))
+        self.by_kernel[kernel] = launches + 1, before + moved
+        self.add(Cost(bytes=moved))
 
     def exchanged(self, tensor: Tensor, ranks: int) -> None:
         """An all-reduce in a ring: each rank sends and gets the tensor's bytes nearly twice."""
@@ -180,6 +175,16 @@ class Counting(TorchDispatchMode):
             return result
         finally:
             self._ops.pop()
+
+
+def _bytes(arguments: list[Any]) -> int:
+    """Bytes of the tensors among a launch's arguments; one that it gets twice counts once."""
+    seen: dict[Any, Tensor] = {}
+    for value in arguments:
+        value = value if isinstance(value, Tensor) else getattr(value, "base", None)  # of a tensor descriptor
+        if isinstance(value, Tensor):
+            seen[id(value.untyped_storage()), value.storage_offset()] = value
+    return sum(size(tensor) for tensor in seen.values())
 
 
 def _in_order(func: OpOverload, args: tuple, kwargs: dict) -> list[Any]:

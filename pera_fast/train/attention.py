@@ -7,7 +7,7 @@ from pera_fast.errors import UserError
 from pera_fast.model.pera import PRECISIONS
 from pera_kernels import backend
 from pera_kernels.attention import measured
-from pera_kernels.attention.op import SHORT_SEQUENCE, implementations
+from pera_kernels.attention.op import SHORT_SEQUENCE, implementations, passed_over
 
 
 def prefer_attention(cfg: Config, device: torch.device) -> None:
@@ -26,24 +26,6 @@ def prefer_attention(cfg: Config, device: torch.device) -> None:
         raise UserError(f"model.attention={name}: {reason}; leave it out") from None
 
 
-def why_attention(cfg: Config, device: torch.device) -> str:
-    """One line: why ``describe_attention`` says what it says."""
-    if cfg.model.attention != "auto":
-        return f"model.attention={cfg.model.attention}"
-    if device.type != "cuda":
-        native = "amx in bf16 on a CPU with AMX, from heads of 32 values on"
-        return f"auto: {native}; else PyTorch's fused attention (sdpa)"
-    capability = torch.cuda.get_device_capability(device)
-    row = measured.MEASURED.get(capability)
-    name = f"compute capability {capability[0]}.{capability[1]}"
-    if row is None:
-        long = f"no measurement on {name}: xformers, or the next that runs"
-    else:
-        lengths = ", ".join(map(str, row.lengths))
-        long = f"{row.fastest} was the fastest on {name} for {lengths} tokens ({row.source})"
-    return f"auto: {long}; triton for at most {SHORT_SEQUENCE} tokens"
-
-
 def sequence_lengths(cfg: Config) -> list[int]:
     """Tokens of the sequences that the networks of a configuration attend over, longest first."""
     lengths = set()
@@ -55,10 +37,43 @@ def sequence_lengths(cfg: Config) -> list[int]:
 
 def describe_attention(cfg: Config, device: torch.device) -> str:
     """One line: what attends over sequences of which lengths."""
-    m = cfg.model
-    dtype = PRECISIONS[cfg.train.precision]
-    found = implementations(device, dtype, m.num_heads, m.embed_dim // m.num_heads, sequence_lengths(cfg))
+    return "; ".join(_described(name, lengths) for name, lengths in _by_name(cfg, device).items())
+
+
+def explain_attention(cfg: Config, device: torch.device) -> str:
+    """``describe_attention``, each implementation with the reason why it runs and the source of that."""
+    found = _by_name(cfg, device)
+    return "; ".join(f"{_described(name, lengths)}: {_why(name, cfg, device)}" for name, lengths in found.items())
+
+
+def _described(name: str, lengths: list[str]) -> str:
+    return f"{name} for sequences of {', '.join(lengths)} tokens"
+
+
+def _by_name(cfg: Config, device: torch.device) -> dict[str, list[str]]:
+    """Lengths of the sequences that each implementation takes."""
     by_name: dict[str, list[str]] = {}
-    for length, name in found.items():
+    for length, name in implementations(device, *_heads(cfg), sequence_lengths(cfg)).items():
         by_name.setdefault(name, []).append(str(length))
-    return "; ".join(f"{name} for sequences of {', '.join(lengths)} tokens" for name, lengths in by_name.items())
+    return by_name
+
+
+def _heads(cfg: Config) -> tuple[torch.dtype, int, int]:
+    return PRECISIONS[cfg.train.precision], cfg.model.num_heads, cfg.model.embed_dim // cfg.model.num_heads
+
+
+def _why(name: str, cfg: Config, device: torch.device) -> str:
+    if name == backend.wanted("attention"):
+        asked = cfg.model.attention == name
+        return f"{'model.attention' if asked else backend.ENVIRONMENT}={name}"
+    if name == "triton":
+        return f"several sequences share a tile, up to {SHORT_SEQUENCE} tokens ({measured.SHORT})"
+    where = "a CPU with AMX"
+    row = measured.AMX
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        where, row = f"compute capability {capability[0]}.{capability[1]}", measured.MEASURED.get(capability)
+    if row is not None and row.fastest == name:
+        return f"the fastest on {where}, measured with {', '.join(map(str, row.lengths))} tokens ({row.source})"
+    over = passed_over(device, *_heads(cfg))
+    return "; ".join(["the first that runs", *(f"not {other}, as {reason}" for other, reason in over.items())])

@@ -6,21 +6,16 @@ its cls tokens need. Not counted: recomputation, and what
 stochastic depth leaves out. The networks: docs/method.md section 4.
 """
 
+import re
+
 import torch
 
 from pera_fast.config import Config
+from pera_fast.train.cards import CARDS
 
-# Dense tensor-core peak for bf16 and fp16 in FLOP/s (makers' data sheets), by a part of the device's name. A device
-# that is not here has no MFU: better none than a guess. First match counts.
-PEAKS = (
-    ("B200", 2250e12),
-    ("H200", 989.4e12),
-    ("H100 PCIe", 756e12),
-    ("H100 80GB HBM3", 989.4e12),
-    ("A100", 312e12),
-    ("L40S", 362e12),
-    ("RTX 4090", 165.2e12),
-)
+# Dense tensor-core peak for bf16 and fp16 in FLOP/s, by a regular expression for torch's name of the device. A device
+# that is not here has no MFU: better none than a guess.
+PEAKS = (("H100 PCIe", 756e12), *((card.device, card.half) for card in CARDS))
 
 
 def device_peak(device: torch.device, precision: str) -> float | None:
@@ -28,7 +23,7 @@ def device_peak(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS if part in name), None)
+    return next((peak for device, peak in PEAKS if re.search(device, name)), None)
 
 
 def _blocks(cfg: Config, length: int, depth: int) -> float:

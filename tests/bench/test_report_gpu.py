@@ -7,6 +7,7 @@ import pytest
 
 import report_front
 import report_gpu
+from pera_bench import quick
 
 COMMON = {"device": "H200", "torch": "2.11", "cudnn": "9", "commit": "abc", "date": "2026-11-26", "precision": "bf16"}
 
@@ -53,18 +54,46 @@ def test_page_has_every_row_and_says_what_ran(tmp_path: Path) -> None:
     assert "Together 4.5 ms and 3 launches." in text
 
 
-def test_kernels_have_a_share_of_the_bandwidth(tmp_path: Path) -> None:
-    """Those that the count knows with the launches that the trace has."""
-    trace = line("trace", 64, 1.0, copy=4e12, counted={"one": (2, 3_000_000_000), "two": (9, 5), "short": (1, 9)})
+def shares_page(tmp_path: Path, trace: dict) -> str:
+    """The page's table of shares, for a trace of four kernels."""
     file = {**report_gpu.from_quick([line("step", 64, 50.0), trace]), "kernels": "k.csv"}
-    rows = "1.0,2.0,one\n0.9,3.0,two\n0.8,1.0,unknown\n0.001,1.0,short\n"
+    rows = "1.0,2.0,one\n0.9,3.0,two\n0.8,1.0,unknown\n0.002,1.0,short\n"
     (tmp_path / "k.csv").write_text("ms_per_step,launches_per_step,kernel\n" + rows)
     (tmp_path / "1.json").write_text(json.dumps(file))
     text = "\n".join(report_gpu.gpu_page(report_gpu.load_gpu(tmp_path)))
-    assert "| `one` | 1.00 | 3.00 | 3.00 | 75 % |" in text
-    assert "a large copy, 4.00 TB/s" in text
-    shares = text.partition("| kernel | ms | GB")[2]
-    assert not any(name in shares for name in ("two", "unknown", "short"))
+    return text.partition("Our Triton kernels")[2]
+
+
+COUNTED = {"one": (2, 3_000_000_000), "two": (9, 5), "short": (1, 8_000_000), "absent": (1, 1)}
+
+
+def test_kernels_have_a_share_of_the_bandwidth(tmp_path: Path) -> None:
+    """All that the count knows with the launches that the trace has, and their sum."""
+    text = shares_page(tmp_path, line("trace", 64, 1.0, copy=4e12, counted=COUNTED))
+    assert "a large copy (4.00 TB/s, measured after the trace; goal 85 %)" in text
+    assert "| `one` | 1.000 | 2 | 3.000 | 3.00 | 75 % |" in text
+    assert "| `short` | 0.002 | 1 | 0.008 | 4.00 | 100 % |" in text
+    assert "| together | 1.002 | 3 | 3.008 | 3.00 | 75 % |" in text
+    assert "Left out, as the count has other launches than the trace: two." in text
+    assert not any(name in text for name in ("unknown", "absent"))
+
+
+@pytest.mark.parametrize("more", [{}, {"uncounted": "TypeError: no"}, {"counted": {"absent": (1, 1)}}])
+def test_a_trace_without_a_count_has_its_kernels(tmp_path: Path, more: dict) -> None:
+    assert shares_page(tmp_path, line("trace", 64, 1.0, copy=4e12, **more)) == ""
+    assert "| 0.90 | 3 | `two` |" in "\n".join(report_gpu.gpu_page(report_gpu.load_gpu(tmp_path)))
+
+
+def test_what_was_not_counted_there_is_counted_here(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """At the commit that was measured alone."""
+    monkeypatch.setattr(quick, "machine", lambda _: COMMON)
+    monkeypatch.setattr(quick, "count_traced", lambda row: {"counted": {"one": (1, row["batch"])}})
+    trace = line("trace", 64, 1.0, copy=4e12, uncounted="TypeError: no")
+    assert report_gpu.with_count(trace)["counted"] == {"one": (1, 64)}
+    assert "counted" not in report_gpu.with_count({**trace, "commit": "def"})
+    assert "TypeError: no; git checkout def" in capsys.readouterr().out
+    for row in (line("step", 64, 1.0), {**trace, "counted": COUNTED}):
+        assert report_gpu.with_count(row) is row
 
 
 def test_lines_of_two_commits_are_refused() -> None:

@@ -6,11 +6,12 @@ counts steps of vit_b16; a STEP is a batch size, with settings after commas: 64,
 the commit that was measured, with that worktree and its kernels/ on PYTHONPATH. The first two were measured before a
 step could be counted:
 
-- fce4329 (16 64 128 256 512): copy on_gpu.py, work.py and operators.py of pera_fast/profile and
+- fce4329 (16 64 128 256 512): copy on_gpu.py, pointers.py, work.py and operators.py of pera_fast/profile and
   kernels/pera_kernels/cost.py into a worktree of it. Its ops state no costs, so each is opened: what it calls is
   counted.
 - 2d9b0ae (16 64 256 64,model.teacher_precision=fp8): pick 20f3b16 on top (with 2d9b0ae's ``_fused`` of linear_gelu),
-  then copy these four files.
+  then copy these five files. ``counted`` in bench/results/gpu/2-h200-2d9b0ae.json is ``count.count_kernels`` there,
+  with count.py copied too.
 """
 
 from __future__ import annotations

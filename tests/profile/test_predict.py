@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from pera_fast.config import load_config
-from pera_fast.profile.cards import CARDS, card
 from pera_fast.profile.predict import MEASURED, Efficiency, predictions, step_seconds
 from pera_fast.profile.work import Row, Work
+from pera_fast.train.cards import CARDS, card
 from pera_fast.train.flops import device_peak
 from pera_kernels.cost import Cost
 

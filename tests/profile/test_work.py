@@ -21,9 +21,9 @@ from pera_fast.profile.on_gpu import on_gpu
 from pera_fast.profile.work import Counting, Work
 from pera_fast.train.flops import flops_per_image
 from pera_kernels import backend, cost
-from pera_kernels.add_norm import add_norm
+from pera_kernels.add_norm import add_norm, add_norm_
 from pera_kernels.attention import measured as attention
-from pera_kernels.gelu import gelu
+from pera_kernels.gelu import gelu, gelu_, gelu_backward_
 from pera_kernels.linear_gelu import linear_gelu, linear_gelu_backward
 from pera_kernels.linear_gelu import measured as gelus
 from pera_kernels.quantize_rows import quantize_rows
@@ -87,7 +87,7 @@ def test_stated_launches_are_those_that_ops_make(overrides: tuple[str, ...]) -> 
     assert len(stated[1]) > 15
     assert stated[1] == opened[1]
     assert stated[0].total("launches") == opened[0].total("launches")
-    assert {op: (said, opened[2][op]) for op, said in stated[2].items() if not 0.3 < said / opened[2][op] < 2.1} == {}
+    assert {op: (said, opened[2][op]) for op, said in stated[2].items() if not 0.3 < said / opened[2][op] < 1.6} == {}
     assert stated[0].total("bytes") == pytest.approx(opened[0].total("bytes"), rel=0.05)
 
 
@@ -195,6 +195,23 @@ def test_kernels_by_name() -> None:
     assert (
         by_kernel["adamw_ema_kernel"][1] > 4 * 5 * parameters / 2
     )  # of the student: five float32 values each, at least
+
+
+def test_what_is_updated_in_place_counts_twice() -> None:
+    """It is read and written, whether a kernel knows it by one argument or by two."""
+    groups, bytes_of = [2, 32], 2 * 64 * 64
+
+    def run() -> None:
+        x, y = (torch.empty(64, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        bias = torch.empty(64, device="cuda")
+        add_norm_(x, y, None, bias, bias, 1e-6, groups)
+        gelu_(x)
+        gelu_backward_(y, x)
+
+    found = inside(run, opened=True).by_kernel
+    small = 2000  # statistics, biases, sums
+    for name, times in (("add_norm_fwd_kernel", 4), ("gelu_fwd_kernel", 2), ("gelu_bwd_kernel", 3)):
+        assert 0 <= found[name][1] - times * bytes_of <= small, name
 
 
 def test_ranks_exchange_gradients() -> None:

@@ -173,6 +173,19 @@ def test_no_peak_is_invented():
     assert device_peak(torch.device("cpu"), "bf16") is None
 
 
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        *((name, None) for name in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H200 NVL", "NVIDIA GB200")),
+    ],
+)
+def test_a_slower_card_has_not_the_peak_of_its_namesake(monkeypatch, name: str, peak: float | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    assert device_peak(torch.device("cuda", 0), "bf16") == peak
+
+
 def test_memory_on_a_gpu_is_what_the_allocator_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pool of a CUDA graph holds no tensor between replays."""
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3 * 2**30)

@@ -33,6 +33,7 @@ _WHOLE = {
     "sdpa": sdpa.fused,
     "reference": sdpa.formula,
 }
+_ON_CPU, _ON_GPU = ("amx", "avx512_bf16"), ("cudnn", "xformers", "varlen")
 
 
 def _short_sequence() -> int:
@@ -90,6 +91,23 @@ def implementations(
     qkv = torch.empty(0, 3 * num_heads * head_dim, dtype=dtype, device=device)
     names = {id(module): name for name, module in _WHOLE.items()}
     return {n: names.get(id(_plan(qkv, num_heads, [1, n])[0][0]), "triton") for n in lengths}
+
+
+def passed_over(device: torch.device, dtype: torch.dtype, num_heads: int, head_dim: int) -> dict[str, str]:
+    """Reasons why implementations that come before the one that runs on a device do not run, by name.
+
+    The Triton kernels, which run beside another one, and those for the other kind of device are not among them.
+    """
+    qkv = torch.empty(0, 3 * num_heads * head_dim, dtype=dtype, device=device)
+    asked, names = backend.wanted("attention"), list(_WHOLE)
+    found: dict[str, str] = {}
+    for other in names[names.index(asked) if asked in names else 0 :]:
+        reason = _WHOLE[other].available(device) or _WHOLE[other].why_not(qkv, num_heads)
+        if reason is None:
+            break
+        if other not in (_ON_CPU if device.type == "cuda" else _ON_GPU):
+            found[other] = reason
+    return found
 
 
 def _runs(qkv: Tensor, num_heads: int, groups: Sequence[int]) -> Iterator[tuple[Any, slice, list[int]]]:
