@@ -2,9 +2,11 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from profile_support import SMALL
 
 from pera_fast.config import load_config
@@ -34,6 +36,42 @@ def test_a_trace_has_the_named_ranges(tmp_path: Path, capsys) -> None:
     assert "memory snapshot: none, it needs CUDA" in said
     assert (tmp_path / "ops.csv").read_text().startswith("name,calls_per_step,seconds_per_step,share\n")
     assert "student" in (tmp_path / "ranges.csv").read_text()
+
+
+@pytest.mark.parametrize("graph", ["auto", "true"])
+def test_a_trace_of_a_gpu_has_ranges_and_a_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, graph: str
+) -> None:
+    """With steps on a CPU in place of the GPU's."""
+    said: list[str] = []
+    make = module.real_step
+
+    def on_cpu(cfg, device, batches):
+        said.append(f"{device.type} {cfg.train.cuda_graph}")
+        step = make(replace(cfg, train=replace(cfg.train, cuda_graph="false")), torch.device("cpu"), batches)
+        return lambda: (said.append("step"), step())
+
+    def dump(path: str) -> None:
+        said.append("dumped")
+        Path(path).write_bytes(b"allocations")
+
+    monkeypatch.setattr(module, "real_step", on_cpu)
+    monkeypatch.setattr(module, "synchronize", lambda device: said.append("wait"))
+    monkeypatch.setattr(module.machine, "device_name", lambda kind: kind)
+    monkeypatch.setattr(module, "_device", lambda name: name)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **how: said.append(f"record {how}"))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", dump)
+    settings = [*SMALL, "train.batch_size=2", "train.precision=fp32", f"train.cuda_graph={graph}"]
+    found = trace("tiny", tmp_path, "cuda", 2, settings)
+    assert {"step", "data", "student", "teacher", "backward"} <= {row.name for row in found.ranges}
+    assert found.snapshot is not None
+    assert found.snapshot.read_bytes() == b"allocations"
+    assert said[0] == ("cuda true" if graph == "true" else "cuda false")
+    history = f"record {{'max_entries': {module.SNAPSHOT_EVENTS}}}"
+    assert said[-5:] == [history, "step", "wait", "dumped", "record {'enabled': None}"]
+    printed = capsys.readouterr().out
+    assert ("a CUDA graph's replays" in printed) == (graph == "true")
+    assert ("no CUDA graph: train.cuda_graph=true traces its replays" in printed) == (graph == "auto")
 
 
 def test_a_trace_is_of_steps_whose_parts_run_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
