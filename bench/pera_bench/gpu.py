@@ -104,13 +104,13 @@ def quick_parts(device: str, recipe: str) -> list[Part]:
 
     loader = ["bench", "data/jpeg", "--images", "64", "--device", device, "--recipe", recipe, "--passes", "1"]
     return [
-        Part("tests", [sys.executable, "-m", "pytest", *options, *TESTS], 70),
-        _quick("step-64", 30, "step", 64, device, recipe, *LONG),
+        Part("tests", [sys.executable, "-m", "pytest", *options, *TESTS], 65),
+        _quick("step-64", 40, "step", 64, device, recipe, *LONG),
         published(64, 20),
         _quick("step-16", 15, "step", 16, device, recipe, *LONG),
         _quick("step-256", 20, "step", 256, device, recipe, "--rounds", "3"),
         _quick("trace-64", 20, "trace", 64, device, recipe, "--csv", "{out}/kernels.csv"),
-        published(256, 25),
+        published(256, 20),
         published(16, 15),
         Part("loader", [sys.executable, "-m", "pera_fast", *loader, "--seconds", "2", "--out", "{out}"], 25),
     ]
