@@ -61,7 +61,7 @@ def kernels() -> dict[str, object]:
 
 
 def test_every_pointer_of_our_kernels_is_used() -> None:
-    """Where a kernel's source is written in a way that is not followed, its bytes would be missing."""
+    """Every kernel's source is written in a way that the reader of its loads and stores follows."""
     assert len(kernels()) > 30
     for name, kernel in kernels().items():
         found = use(kernel, {})

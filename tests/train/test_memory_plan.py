@@ -50,7 +50,7 @@ def test_prediction_is_a_close_upper_bound(recipe: str, settings: list[str]) -> 
 
 
 def test_prediction_holds_what_an_h200_reserved() -> None:
-    """What its allocator held with the step as it comes (no recomputation), by no more than 8 %."""
+    """The prediction is at most 8 % above what the allocator held for the default step (no recomputation)."""
     rows = json.loads(MEASURED.read_text())["steps"]
     measured = {row["batch"]: row["reserved_mib"] for row in rows if row["variant"] == "as it comes"}
     assert sorted(measured) == [16, 64, 256]
