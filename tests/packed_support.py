@@ -1,5 +1,7 @@
 """Random packed tokens, and an op compared with its float64 reference, outputs and gradients."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch import Tensor
@@ -72,8 +74,11 @@ def each_implementation(op: str, *names: str):
 @pytest.fixture(params=["reference", "native", "triton"])
 def implementation(request):
     """Each implementation in turn; skipped with the reason where it cannot run."""
+    ops = "embed_tokens", "mask_tokens", "sequence_norm", "sequence_add"
+    for op in ops:
+        import_module(f"pera_kernels.{op}")  # registers it
     with backend.use(request.param):
-        for op in ("embed_tokens", "mask_tokens", "sequence_norm", "sequence_add"):
+        for op in ops:
             try:
                 backend.choose(op, torch.device("cpu"))
             except RuntimeError as reason:

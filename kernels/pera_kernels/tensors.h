@@ -21,6 +21,8 @@
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
 
+#include "type512.h"
+
 namespace pera {
 
 using torch::headeronly::BFloat16;
@@ -75,6 +77,11 @@ inline void check_index(bool condition, const Parts&... parts) {
     fail<std::out_of_range>(parts...);
   }
 }
+
+template <typename T>
+constexpr avx512::Type kType = std::is_same_v<T, float> ? avx512::Type::kFloat
+    : std::is_same_v<T, BFloat16>                       ? avx512::Type::kBFloat16
+                                                        : avx512::Type::kHalf;
 
 // Calls run(T()) with T the C++ type of a dtype: float, BFloat16 or Half. Any other dtype raises.
 template <typename Run>

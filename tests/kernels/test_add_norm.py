@@ -15,7 +15,7 @@ GROUPS = [[3, 5, 7, 2], [1, 1], [4, 9, 0, 3], [2, 17, 5, 8, 1, 1]]
 NAMES = ("x", "y", "y_bias", "weight", "bias")
 
 
-implementation = each_on_cpu("add_norm", ["reference", "native", "triton"])
+implementation = each_on_cpu("add_norm", ["reference", "native-base", "native-avx512", "triton"])
 
 
 def case(groups: list[int], subsets: bool, dim: int = 8, norm: bool = True):

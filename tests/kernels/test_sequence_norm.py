@@ -2,12 +2,8 @@
 
 import pytest
 import torch
-from packed_support import (
-    compare,
-    implementation,  # noqa: F401 a fixture
-    randn,
-    subset,
-)
+from implementations import each_on_cpu
+from packed_support import compare, randn, subset
 
 from pera_kernels import packing
 from pera_kernels.sequence_norm import sequence_norm
@@ -16,12 +12,16 @@ from pera_kernels.sequence_norm.reference import sequence_norm as norm_reference
 GROUPS = [[3, 5, 7, 2], [1, 1], [4, 9, 0, 3], [2, 17, 5, 8, 1, 1]]
 
 
-@pytest.mark.parametrize("groups", GROUPS)
+implementation = each_on_cpu("sequence_norm", ["reference", "native-base", "native-avx512", "triton"])
+
+
+@pytest.mark.parametrize(
+    ("groups", "dim"), [*((groups, 8) for groups in GROUPS), *((GROUPS[0], dim) for dim in (5, 37, 264))]
+)
 @pytest.mark.parametrize("subsets", [False, True])
 @pytest.mark.usefixtures("implementation")
-def test_sequence_norm(groups: list[int], subsets: bool) -> None:
+def test_sequence_norm(groups: list[int], dim: int, subsets: bool) -> None:
     keep, kept = subset(groups, 1) if subsets else (None, [])
-    dim = 8
     tensors = {
         "x": randn(packing.num_tokens(groups), dim, seed=1) * 3 + 1,
         "weight": randn(dim, seed=2),

@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <tuple>
 
+#include "avx512.h"
 #include "layer_norm.h"
 #include "packed.h"
+#include "sequence_norm/avx512.h"
 
 namespace pera {
 namespace {
@@ -52,7 +54,8 @@ std::tuple<Tensor, Tensor, Tensor> add_norm(
     Ints add_counts,
     const std::optional<Tensor>& norm_keep,
     Ints norm_counts,
-    Tensor out) {
+    Tensor out,
+    [[maybe_unused]] bool avx512) {
   const Tensor x = as_contiguous(x_), y = as_contiguous(y_, x.scalar_type());
   const auto y_bias = floats(y_bias_), weight = floats(weight_), bias = floats(bias_);
   const Packing add(groups, add_keep, add_counts), norm(groups, norm_keep, norm_counts);
@@ -75,7 +78,13 @@ std::tuple<Tensor, Tensor, Tensor> add_norm(
         const int64_t first = span.stream * dim;
         if (span.packed != kDropped) {
           const float scale = add.scale(span.stream);
-          add_rows(from + first, branch + span.packed * dim, yb, scale, span.rows, dim, stream + first);
+          const T* y = branch + span.packed * dim;
+#ifdef PERA_AVX512
+          if (avx512) {
+            return avx512::add_rows(kType<T>, from + first, y, yb, scale, span.rows, dim, stream + first);
+          }
+#endif
+          add_rows(from + first, y, yb, scale, span.rows, dim, stream + first);
         } else if (stream != from) {
           std::copy_n(from + first, span.rows * dim, stream + first);
         }
@@ -84,7 +93,18 @@ std::tuple<Tensor, Tensor, Tensor> add_norm(
         return;
       }
       norm.visit_stream(begin, end, [&](Span span) {
-        for (int64_t r = 0; span.packed != kDropped && r < span.rows; ++r) {
+        if (span.packed == kDropped) {
+          return;
+        }
+#ifdef PERA_AVX512
+        if (avx512) {
+          const int64_t row = span.packed;
+          return avx512::normalise(
+              kType<T>, stream + span.stream * dim, w, b, span.rows, dim, static_cast<float>(eps), to + row * dim,
+              means + row, rstds + row);
+        }
+#endif
+        for (int64_t r = 0; r < span.rows; ++r) {
           const int64_t row = span.packed + r;
           const T* sum = stream + (span.stream + r) * dim;
           const Stats stats = normalise(sum, w, b, dim, static_cast<float>(eps), to + row * dim);
@@ -115,7 +135,8 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_backward(
     Ints add_counts,
     const std::optional<Tensor>& norm_keep,
     Ints norm_counts,
-    bool has_bias) {
+    bool has_bias,
+    [[maybe_unused]] bool avx512) {
   const Tensor x = as_contiguous(x_);
   const auto as_x = [&](const std::optional<Tensor>& t) {
     return t ? std::optional(as_contiguous(*t, x.scalar_type())) : std::nullopt;
@@ -146,6 +167,14 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_backward(
           g ? std::copy_n(g + first, n, to + first) : std::fill_n(to + first, n, T(0));
           return;
         }
+#ifdef PERA_AVX512
+        if (avx512) {
+          const int64_t row = span.packed;
+          return avx512::normalise_backward(
+              kType<T>, h + row * dim, from + first, w, m + row, s + row, g ? g + first : nullptr, span.rows, dim,
+              to + first, columns, columns + dim);
+        }
+#endif
         for (int64_t row = span.packed, at = first; row < span.packed + span.rows; ++row, at += dim) {
           const auto backward = [&](auto other) {
             const Stats stats{m[row], s[row]};
@@ -162,6 +191,13 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_backward(
           return;
         }
         const float scale = add.scale(span.stream);
+#ifdef PERA_AVX512
+        if (avx512) {
+          return avx512::scale_rows(
+              kType<T>, to + span.stream * dim, scale, span.rows, dim, branch ? branch + span.packed * dim : nullptr,
+              has_bias ? columns + 2 * dim : nullptr);
+        }
+#endif
         for (int64_t r = 0; r < span.rows; ++r) {
           const T* stream = to + (span.stream + r) * dim;
           T* result = branch ? branch + (span.packed + r) * dim : nullptr;
@@ -198,11 +234,12 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(pera_native, m) {
   m.def(
       "add_norm(Tensor x, Tensor y, Tensor? y_bias, Tensor? weight, Tensor? bias, float eps, int[] groups, "
-      "Tensor? add_keep, int[] add_counts, Tensor? norm_keep, int[] norm_counts, Tensor(a!) out) "
+      "Tensor? add_keep, int[] add_counts, Tensor? norm_keep, int[] norm_counts, Tensor(a!) out, bool avx512) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
       "add_norm_backward(Tensor? grad, Tensor? grad_normed, Tensor x, Tensor? weight, Tensor? mean, Tensor? rstd, "
-      "int[] groups, Tensor? add_keep, int[] add_counts, Tensor? norm_keep, int[] norm_counts, bool has_bias) "
+      "int[] groups, Tensor? add_keep, int[] add_counts, Tensor? norm_keep, int[] norm_counts, bool has_bias, "
+      "bool avx512) "
       "-> (Tensor, Tensor, Tensor)");
 }
 

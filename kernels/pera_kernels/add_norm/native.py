@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..isa import Isa, isa
 from .arguments import Norm, Subsets, kept
 
 __all__ = ["add_norm", "add_norm_backward"]
@@ -28,7 +29,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Forward: the sum [T, D], which is x if ``inplace``, the normalised rows [Rn, D], mean and rstd [Rn] float32."""
     out = x if inplace else torch.empty_like(x, memory_format=torch.contiguous_format)
-    return out, *torch.ops.pera_native.add_norm(x, y, y_bias, *norm, *_lists(subsets), out)
+    return out, *torch.ops.pera_native.add_norm(x, y, y_bias, *norm, *_lists(subsets), out, isa() >= Isa.AVX512)
 
 
 def add_norm_backward(
@@ -43,5 +44,6 @@ def add_norm_backward(
     has_bias: bool,
 ) -> list[Tensor]:
     """Gradients: of x [T, D], of y [Ra, D] (empty without a subset: it is that of x), sums [3, D] float32."""
-    lists = _lists(subsets, has_add)
-    return list(torch.ops.pera_native.add_norm_backward(grad, grad_normed, x, weight, mean, rstd, *lists, has_bias))
+    norm, lists = (weight, mean, rstd), _lists(subsets, has_add)
+    native = torch.ops.pera_native.add_norm_backward
+    return list(native(grad, grad_normed, x, *norm, *lists, has_bias, isa() >= Isa.AVX512))

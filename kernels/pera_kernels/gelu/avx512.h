@@ -1,11 +1,9 @@
 // Functions of avx512.cpp: raw pointers, as they may include nothing that other files include (CMakeLists.txt).
 #pragma once
 
-#include <stdint.h>
+#include "type512.h"
 
 namespace pera::avx512 {
-
-enum class Type { kFloat, kBFloat16, kHalf };
 
 // out[i] = gelu(x[i]); out may be x. tails: coefficients [4, normal::kTails], the constant ones first.
 void gelu(Type type, const void* x, int64_t n, void* out, const float* tails);

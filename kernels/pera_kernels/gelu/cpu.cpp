@@ -117,11 +117,6 @@ const float* tails() {
   }();
   return coefficients.data();
 }
-
-template <typename T>
-constexpr avx512::Type kType = std::is_same_v<T, float> ? avx512::Type::kFloat
-    : std::is_same_v<T, BFloat16>                       ? avx512::Type::kBFloat16
-                                                        : avx512::Type::kHalf;
 #endif
 
 void gelu(const Tensor& x, Tensor out, [[maybe_unused]] bool avx512) {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "avx512.h"
 #include "layer_norm.h"
 #include "packed.h"
 
@@ -19,7 +20,8 @@ std::tuple<Tensor, Tensor, Tensor> sequence_norm(
     double eps,
     const std::optional<Tensor>& keep,
     Ints groups,
-    Ints kept_counts) {
+    Ints kept_counts,
+    [[maybe_unused]] bool avx512) {
   const Tensor x = as_contiguous(x_), weight = floats(weight_), bias = floats(bias_);
   const Packing packing(groups, keep, kept_counts);
   const int64_t dim = x.size(1);
@@ -35,7 +37,18 @@ std::tuple<Tensor, Tensor, Tensor> sequence_norm(
     const float *w = weight.const_data_ptr<float>(), *b = bias.const_data_ptr<float>();
     parallel_for(0, packing.tokens, 16, [&](int64_t begin, int64_t end) {
       packing.visit_stream(begin, end, [&](Span span) {
-        for (int64_t r = 0; span.packed != kDropped && r < span.rows; ++r) {
+        if (span.packed == kDropped) {
+          return;
+        }
+#ifdef PERA_AVX512
+        if (avx512) {
+          const int64_t row = span.packed;
+          return avx512::normalise(
+              kType<T>, from + span.stream * dim, w, b, span.rows, dim, static_cast<float>(eps), to + row * dim,
+              means + row, rstds + row);
+        }
+#endif
+        for (int64_t r = 0; r < span.rows; ++r) {
           const int64_t row = span.packed + r;
           const Stats stats =
               normalise(from + (span.stream + r) * dim, w, b, dim, static_cast<float>(eps), to + row * dim);
@@ -56,7 +69,8 @@ std::tuple<Tensor, Tensor, Tensor> sequence_norm_backward(
     const Tensor& rstd_,
     const std::optional<Tensor>& keep,
     Ints groups,
-    Ints kept_counts) {
+    Ints kept_counts,
+    [[maybe_unused]] bool avx512) {
   const Tensor x = as_contiguous(x_), grad = as_contiguous(grad_, x.scalar_type()), weight = floats(weight_);
   const Tensor mean = floats(mean_), rstd = floats(rstd_);
   const Packing packing(groups, keep, kept_counts);
@@ -83,6 +97,14 @@ std::tuple<Tensor, Tensor, Tensor> sequence_norm_backward(
             zero(to + span.stream * dim, span.rows * dim);
             return;
           }
+#ifdef PERA_AVX512
+          if (avx512) {
+            const int64_t row = span.packed, first = span.stream * dim;
+            return avx512::normalise_backward(
+                kType<T>, g + row * dim, from + first, w, m + row, s + row, nullptr, span.rows, dim, to + first, columns,
+                columns + dim);
+          }
+#endif
           for (int64_t r = 0; r < span.rows; ++r) {
             const int64_t row = span.packed + r, first = (span.stream + r) * dim;
             normalise_backward(
@@ -103,11 +125,11 @@ std::tuple<Tensor, Tensor, Tensor> sequence_norm_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pera_native, m) {
   m.def(
-      "sequence_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? keep, int[] groups, int[] kept_counts) "
-      "-> (Tensor, Tensor, Tensor)");
+      "sequence_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? keep, int[] groups, int[] kept_counts, "
+      "bool avx512) -> (Tensor, Tensor, Tensor)");
   m.def(
       "sequence_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd, Tensor? keep, "
-      "int[] groups, int[] kept_counts) -> (Tensor, Tensor, Tensor)");
+      "int[] groups, int[] kept_counts, bool avx512) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pera_native, CPU, m) {

@@ -1,15 +1,22 @@
 """pera::sequence_norm: schema, shapes, gradient."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backend, cost
 from ..packing import check, gather, kept_groups, kept_parts, num_tokens, split
+from . import native
 
 backend.register("sequence_norm", "triton", available=backend.needs_triton)
 backend.register("sequence_norm", "native", available=backend.needs_native("sequence_norm", "sequence_norm_backward"))
+
+
+def _kernels(x: Tensor) -> Any | None:
+    kernels = backend.kernels("sequence_norm", x)
+    return native if kernels is torch.ops.pera_native else kernels
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -27,7 +34,7 @@ def _sequence_norm(
     groups: Sequence[int],
     kept_counts: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if (kernels := backend.kernels("sequence_norm", x)) is not None:
+    if (kernels := _kernels(x)) is not None:
         return kernels.sequence_norm(x, weight, bias, eps, keep, groups, kept_counts)
     rows = gather(x, keep, groups, kept_counts)
     # The CPU kernel pairs half rows with float32 parameters by itself; elsewhere the rows are widened here.
@@ -58,7 +65,7 @@ def _backward(
     groups: Sequence[int],
     kept_counts: Sequence[int],
 ) -> list[Tensor]:
-    if (kernels := backend.kernels("sequence_norm", x)) is not None:
+    if (kernels := _kernels(x)) is not None:
         return list(kernels.sequence_norm_backward(grad, x, weight, mean, rstd, keep, groups, kept_counts))
     rows = gather(x, keep, groups, kept_counts)
     wide = _wide(rows)
