@@ -12,7 +12,9 @@ from report_text import heading, paragraph
 
 STEPS = """
 Forward, backward, clipping, AdamW, center, EMA. Where there is a ratio, the published implementation ran in the same
-process at the same sizes, batch and precision: `PERA_OFFICIAL=CHECKOUT pera-fast bench step`.
+process at the same sizes, batch and precision: `PERA_OFFICIAL=CHECKOUT pera-fast bench step`. "Of products": the
+method's FLOPs over the time, as a share of what large products reach (in brackets the published implementation's); with
+* of products made between the steps, else of the fastest in another minute.
 """
 SHARES = ("of copy", "of products")
 POINT = ("recipe", "images", "precision")
@@ -47,15 +49,16 @@ def step_table(records: list[Record]) -> list[str]:
             step = f"{row['recipe']}, batch {row['images']}, {row['precision']}, recompute {row['case']}"
             step += "" if row["implementation"] == "pera-fast" else f", {row['implementation']}"
             times = f"{speed(row)} | {row['median_s']:.3g} ({row['min_s']:.3g} to {row['max_s']:.3g})"
-            against = " | | "
+            against, share = " | | ", _share(row)
             if other:
+                share += f" ({_share(other)})" if share else ""
                 how = other["implementation"].removeprefix("published")
                 against = f"{speed(other)}{how} | {other['median_s'] / row['median_s']:.2f} | {peak(other)}"
             machine, memory = record["machine"], peak(row)
-            lines.append(f"| {where(machine)} | {step} | {times} | {memory} | {against} | {when(machine)} |")
+            lines.append(f"| {where(machine)} | {step} | {times} | {share} | {memory} | {against} | {when(machine)} |")
     if not lines:
         return []
-    columns = "device", "step", "images/s", "s a step (min to max)", "peak MiB"
+    columns = "device", "step", "images/s", "s a step (min to max)", "of products", "peak MiB"
     columns += "published images/s", "ratio", "published peak MiB", "commit, date"
     return ["## Whole training steps", "", *paragraph(STEPS), *heading(*columns), *lines, ""]
 
@@ -108,6 +111,12 @@ def memory_table(folder: Path) -> list[str]:
         "| --- | --- | --- | --- | --- |",
     ]
     return [*head, *lines, ""]
+
+
+def _share(row: Row) -> str:
+    if "of_matrix" not in row:
+        return ""
+    return f"{row['of_matrix']:.0%}{' *' if 'matrix_meanwhile' in row else ''}"
 
 
 def point(row: Row) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """Measures the machine's ceilings once and caches them: bandwidth of a large copy, rate of large matrix products.
 
-Every percentage of a bench is of these. Kept in the user's cache by device, torch, threads and precision;
-`pera-fast bench --remeasure` takes them again.
+Every percentage of a bench is of these, but that of a long call on a CPU (`RateMeanwhile`). Kept in the user's cache by
+device, torch, threads and precision; `pera-fast bench --remeasure` takes them again.
 """
 
 from __future__ import annotations
@@ -71,10 +71,49 @@ def copy_bandwidth(device: torch.device, now: Clock) -> float:
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, now: Clock) -> float:
     """FLOP/s of the fastest of several products of square matrices."""
+    call, flops = _square_product(device, dtype)
+    return flops / _fastest(device, now, call)
+
+
+def _square_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Any], int]:
+    """A large product and its FLOPs."""
     n = SIDE[device.type]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * n**3 / _fastest(device, now, lambda: torch.mm(a, b, out=out))
+    return lambda: torch.mm(a, b, out=out), 2 * n**3
+
+
+class RateMeanwhile:
+    """Rate of large products on a CPU between the rounds of a long call, by the same clock: their mean.
+
+    A machine whose cores are shared with others has no one rate: what it gives changes by a factor from minute to
+    minute, so the fastest product of another minute says little about a call.
+
+    Attributes:
+        flops, seconds: of the products so far.
+    """
+
+    def __init__(self, precision: str, now: Clock) -> None:
+        device = torch.device("cpu")
+        self._call, self._flops = _square_product(device, product_dtype(PRECISIONS[precision], device))
+        self._now = now
+        self._call()  # the first one packs and plans
+        self.flops, self.seconds = 0, 0.0
+
+    def sample(self, seconds: float) -> None:
+        """Make products for that long, at least one."""
+        end = self.seconds + seconds
+        while True:
+            start = self._now()
+            self._call()
+            self.flops, self.seconds = self.flops + self._flops, self.seconds + self._now() - start
+            if self.seconds >= end:
+                return
+
+    @property
+    def rate(self) -> float:
+        """FLOP/s."""
+        return self.flops / self.seconds
 
 
 def _fitting(device: torch.device) -> int:

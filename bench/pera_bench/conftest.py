@@ -78,4 +78,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def measure(benchmark: Any, number: int, point: Point, request: pytest.FixtureRequest) -> Measure:
     option = request.config.option
-    return Measure(benchmark, point.device, option.seconds, option.passes, first=number == 1)
+    how = {"first": number == 1, "processor": option.processor_time}
+    return Measure(benchmark, point.device, point.precision, option.seconds, option.passes, **how)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from pera_bench.ceilings import RateMeanwhile
 from pera_bench.timing import Memory, clock, flusher
 from pera_bench.work import COMPILED, Unavailable, Whole, Work
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200  # of all passes together
 FEW_ROUNDS = 3  # of calls that take long, or when there is no time
 LONG = 1.0  # seconds
+SAMPLED = 0.05  # share of a long call's time in which the rate of large products is measured, before and after it
 
 
 @dataclass
@@ -25,16 +28,20 @@ class Measure:
     Attributes:
         benchmark: pytest-benchmark's fixture.
         device: where it runs.
+        precision: bf16, fp16 or fp32.
         seconds: that the timed calls of all passes may take together, if MIN_ROUNDS of them take less.
         passes: over all benches.
         first: whether this is the first one, which measures memory and error too.
+        processor: whether the benchmark's timer is processor time.
     """
 
     benchmark: Any
     device: torch.device
+    precision: str
     seconds: float
     passes: int = 1
     first: bool = True
+    processor: bool = False
     _lasts: float = field(default=0.0, init=False)  # seconds of the last call
 
     def __call__(self, made: Work | Whole, direction: str, implementation: str) -> dict[str, Any]:
@@ -67,9 +74,9 @@ class Measure:
                 # The loader allocates in another thread: unknown.
                 found["peak_mib"] = (resident + memory.peak) / 2**20 or None
                 found["error"] = run.error() if run.error else None
-            busy = self._time(run.call)
+            found |= self._time(run.call)
         cost = {"moved_bytes": run.cost.moved, "flops": run.cost.flops}
-        times = {"times_s": list(self.benchmark.stats.stats.data), "busy": busy}
+        times = {"times_s": list(self.benchmark.stats.stats.data)}
         return {"implementation": run.implementation or implementation, **cost, **found, **times}
 
     def _warm_up(self, call: Any, implementation: str) -> None:
@@ -87,18 +94,32 @@ class Measure:
             raise Unavailable(f"torch.compile: {reason.strip()[:200]}") from error
         self._lasts = now() - start
 
-    def _time(self, call: Any) -> float | None:
-        """Takes the times. Returns the share of them in which this thread ran, on a CPU: others took the rest."""
+    def _time(self, call: Any) -> dict[str, Any]:
+        """Take the times.
+
+        Returns:
+            "busy": the share of them in which this thread ran, on a CPU (others took the rest), else None. Of long
+            calls on a CPU "matrix_meanwhile", FLOP/s of large products between them.
+        """
         if self._lasts <= LONG:  # else once more would tell little and take much
             now = clock(self.device)
             start = now()
             call()
             self._lasts = now() - start
-        start, ran = time.perf_counter(), time.thread_time()
-        self.benchmark.pedantic(call, setup=flusher(self.device), rounds=self._rounds(self._lasts))
         if self.device.type != "cpu":
-            return None
-        return (time.thread_time() - ran) / (time.perf_counter() - start)
+            self.benchmark.pedantic(call, setup=flusher(self.device), rounds=self._rounds(self._lasts))
+            return {"busy": None}
+        products, prepare = None, None
+        if self._lasts > LONG:
+            products = RateMeanwhile(self.precision, clock(self.device, self.processor))
+            prepare = partial(products.sample, SAMPLED * self._lasts)
+        start, ran = time.perf_counter(), time.thread_time()
+        self.benchmark.pedantic(call, setup=prepare, rounds=self._rounds(self._lasts))
+        found = {"busy": (time.thread_time() - ran) / (time.perf_counter() - start)}
+        if products is None or prepare is None:
+            return found
+        prepare()
+        return {**found, "matrix_meanwhile": products.rate}
 
     def _rounds(self, seconds: float) -> int:
         """Rounds of this pass, for a call that lasts so long."""

@@ -96,7 +96,8 @@ def summarise(measured: list[dict[str, Any]], ceilings: dict[str, float]) -> lis
     """One row a bench from one a bench and pass, in the order of the first pass.
 
     A row has the median, quartiles and extremes of the calls of all passes together, how many these were ("rounds"),
-    the median of each pass ("passes_s"), and the shares of the ceilings.
+    the median of each pass ("passes_s"), and the shares of the ceilings; that of products ("of_matrix") is of the rate
+    between the calls ("matrix_meanwhile") where that was measured.
     """
     passes: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in measured:
@@ -113,6 +114,10 @@ def summarise(measured: list[dict[str, Any]], ceilings: dict[str, float]) -> lis
         for cost, share, ceiling in (("moved_bytes", "of_copy", "copy"), ("flops", "of_matrix", "matrix")):
             if first[cost]:
                 row |= {cost: first[cost], share: first[cost] / median / ceilings[ceiling]}
+        rates = [some["matrix_meanwhile"] for some in (first, *later) if "matrix_meanwhile" in some]
+        if rates:  # means of both: what others took of the machine, they took of both
+            row["matrix_meanwhile"] = statistics.harmonic_mean(rates)
+            row["of_matrix"] = first["flops"] / statistics.mean(times) / row["matrix_meanwhile"]
         rows.append(row)
     return rows
 

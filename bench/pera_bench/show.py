@@ -73,7 +73,7 @@ def cells(row: dict[str, Any], ceilings: dict[str, float]) -> list[str]:
         f"{spread(row) / median:.0%}",
         f"{row['of_copy'] * ceilings['copy'] / 1e9:.1f}" if "of_copy" in row else "",
         f"{row['of_copy']:.0%}" if "of_copy" in row else "",
-        f"{row['of_matrix'] * ceilings['matrix'] / 1e12:.3g}" if "of_matrix" in row else "",
+        f"{row['flops'] / median / 1e12:.3g}" if "of_matrix" in row else "",
         f"{row['of_matrix']:.0%}" if "of_matrix" in row else "",
         "" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}",
         "" if row["error"] is None else f"{row['error']:.0e}",

@@ -2,14 +2,15 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pera_bench import ceilings
+from pera_bench import ceilings, measure
 from pera_bench.point import Point, nbytes
 from pera_bench.timing import Memory, clock
-from pera_bench.work import BOTH, COMPILED, FORWARD, Cost, Unavailable, Work, relative_error
+from pera_bench.work import BOTH, COMPILED, FORWARD, Cost, Unavailable, Whole, Work, relative_error
 
 CPU = torch.device("cpu")
 
@@ -85,6 +86,41 @@ def test_ceilings_are_measured_once(tmp_path, monkeypatch):
     path.write_text("not JSON")
     assert ceilings.ceilings(CPU, "fp32")["copy"] > 1e8
     assert len({path, ceilings.cache_path(CPU, "bf16"), ceilings.cache_path(CPU, "fp32", processor=True)}) == 3
+
+
+def test_the_rate_meanwhile_is_of_products_by_the_given_clock(monkeypatch):
+    monkeypatch.setitem(ceilings.SIDE, "cpu", 100)
+    ticks = iter(range(100))
+    products = ceilings.RateMeanwhile("fp32", lambda: next(ticks))  # each reading a second after the one before
+    products.sample(2.5)
+    assert (products.seconds, products.flops) == (3, 3 * 2 * 100**3)
+    products.sample(0.0)
+    assert products.seconds == 4
+    assert products.rate == 2 * 100**3
+
+
+class Timer:
+    """pytest-benchmark's fixture, as far as it is used."""
+
+    stats = SimpleNamespace(stats=SimpleNamespace(data=[1.0]))
+
+    def pedantic(self, call, setup, rounds: int) -> None:
+        for _ in range(rounds):
+            if setup is not None:
+                setup()
+            call()
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_long_calls_on_a_cpu_measure_the_rate_meanwhile(long: bool, monkeypatch):
+    monkeypatch.setitem(ceilings.SIDE, "cpu", 100)
+    monkeypatch.setattr(measure, "LONG", 0.01)
+    calls = []
+    made = Whole({"ours": lambda: lambda: (calls.append(1), time.sleep(0.02 if long else 0.0))}, Cost(flops=8))
+    found = measure.Measure(Timer(), CPU, "bf16", 0.0)(made, "step", "ours")
+    assert ("matrix_meanwhile" in found) == long
+    assert 0 < found.get("matrix_meanwhile", 1) < 1e14
+    assert len(calls) == (2 if long else 3) + measure.FEW_ROUNDS
 
 
 def test_point_has_the_shapes_of_a_step():

@@ -95,6 +95,9 @@ def test_passes_make_one_row():
     assert "of_matrix" not in first
     assert not {"asked", "pass", "times_s"} & first.keys()
     assert (chosen["median_s"], other["images"], other["rounds"]) == (9.0, 4, 1)
+    rates = {"flops": 12, "matrix_meanwhile": 4.0}, {"flops": 12, "matrix_meanwhile": 12.0}
+    (shared,) = summarise([timed([1.0, 5.0]) | rates[0], timed([3.0], 2) | rates[1]], {"copy": 4.0, "matrix": 100.0})
+    assert shared["of_matrix"] == pytest.approx(12 / 3.0 / 6.0)  # of the harmonic mean: as long in each
     (late,) = summarise([timed([1.0], 2)], {"copy": 4.0, "matrix": 1.0})  # the first pass had failed
     assert "1 s" in printed(show, record(late))
 
@@ -163,11 +166,12 @@ STEP = {"suite": "step", "case": "cheap", "direction": "step", "error": None}
 def test_page_of_a_folder(report, tmp_path):
     record(row("reference", 4e-3), row("native", 1e-3)).save(tmp_path / "ops.json")
     theirs = row("published", 5.0, **STEP | {"peak_mib": 4.0})
-    record(row("pera-fast", 2.0, **STEP), theirs).save(tmp_path / "step.json")
+    ours = row("pera-fast", 2.0, **STEP | {"of_matrix": 0.8, "matrix_meanwhile": 1e12})
+    record(ours, theirs).save(tmp_path / "step.json")
     text = report.page(tmp_path)
     assert "Nothing has been measured on a GPU yet" in text
     assert "| koleo, global | forward | native | 1 (10%) | 4 | 4.00 | 50% | 25% | 1e-06 |" in text
-    assert "batch 2, fp32, recompute cheap | 1 | 2 (1 to 4) | 1 | 0.4 | 2.50 | 4 | abc, 2026-01-02 |" in text
+    assert "batch 2, fp32, recompute cheap | 1 | 2 (1 to 4) | 80% * (25%) | 1 | 0.4 | 2.50 | 4 | abc, 2026-01-02 |" in text
     of_card = record(row("triton", 1e-3), kind="cuda", device="Card")
     parts = [{"results": {"bench": asdict(of_card)}}, {"results": {"ceilings": {"found": {}}}}]
     (tmp_path / "gpu.json").write_text(json.dumps({"parts": parts}))
