@@ -171,7 +171,9 @@ def test_page_of_a_folder(report, tmp_path):
     text = report.page(tmp_path)
     assert "Nothing has been measured on a GPU yet" in text
     assert "| koleo, global | forward | native | 1 (10%) | 4 | 4.00 | 50% | 25% | 1e-06 |" in text
-    assert "batch 2, fp32, recompute cheap | 1 | 2 (1 to 4) | 80% * (25%) | 1 | 0.4 | 2.50 | 4 | abc, 2026-01-02 |" in text
+    assert (
+        "batch 2, fp32, recompute cheap | 1 | 2 (1 to 4) | 80% * (25%) | 1 | 0.4 | 2.50 | 4 | abc, 2026-01-02 |" in text
+    )
     of_card = record(row("triton", 1e-3), kind="cuda", device="Card")
     parts = [{"results": {"bench": asdict(of_card)}}, {"results": {"ceilings": {"found": {}}}}]
     (tmp_path / "gpu.json").write_text(json.dumps({"parts": parts}))

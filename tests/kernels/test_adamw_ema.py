@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from implementations import why_not, with_threads
 from torch import Tensor
 
 from pera_kernels import backend
 from pera_kernels.adamw_ema import AdamWEma, Slot
 
-SIZES = [(96, 64), (1,), (7, 3), (5000,), (0, 4), (3, 4096), (16,)]
+SIZES = [(96, 64), (1,), (7, 3), (5000,), (0, 4), (5, 8191), (16,)]  # the largest takes several chunks
 BETAS, EPS, CLIP = (0.9, 0.999), 2e-5, 3.0
 VALUES = {"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.97}
 FINE = torch.tensor([1.0, -2.0, 3.0])
@@ -22,6 +23,7 @@ GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 @pytest.fixture(
     params=[
         pytest.param(("reference", "cpu"), id="reference"),
+        pytest.param(("native", "cpu"), id="native"),
         pytest.param(("triton", "cpu"), id="triton"),
         pytest.param(("reference", "cuda"), marks=GPU, id="reference-cuda"),
         pytest.param(("triton", "cuda"), marks=GPU, id="triton-cuda"),
@@ -30,8 +32,10 @@ GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     name, kind = request.param
     with backend.use(name):
-        if name == "triton" and backend.needs_triton(torch.device(kind)) is not None:
-            pytest.skip("needs Triton's interpreter or a GPU")
+        try:
+            backend.choose("adamw_ema", torch.device(kind))
+        except RuntimeError as reason:
+            pytest.skip(str(reason))
         yield torch.device(kind)
 
 
@@ -197,6 +201,22 @@ def test_equal_bits_twice(device: torch.device) -> None:
             update.apply(**VALUES)
         results.append([*norms, *snapshot(slots)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_equal_bits_for_any_number_of_threads() -> None:
+    if reason := why_not("adamw_ema", "native"):
+        pytest.skip(reason)
+
+    def after_a_step() -> list[Tensor]:
+        slots = make_slots(torch.device("cpu"))
+        update = AdamWEma(slots, BETAS, EPS)
+        norm = update.prepare(numbers(2, torch.device("cpu")), FINE, CLIP).clone()
+        update.apply(**VALUES)
+        return [norm, *snapshot(slots)]
+
+    with backend.use("native"):
+        one, *others = with_threads(after_a_step, 1, 2, 5)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(one, other, strict=True))
 
 
 def test_bad_arguments_are_named() -> None:

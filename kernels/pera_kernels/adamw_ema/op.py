@@ -1,6 +1,5 @@
 """The interface of the update: checks and keeps the tensors, and chooses an implementation."""
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,14 +9,15 @@ from torch import Tensor
 
 from .. import backend, cost
 from ..launching import device_of
-from . import reference
+from . import native, reference
 from .reference import Slot
 
 backend.register("adamw_ema", "triton", available=backend.needs_triton)
+backend.register("adamw_ema", "native", available=backend.needs_native("adamw_ema_prepare", "adamw_ema_apply"))
 
 
 class AdamWEma:
-    """AdamW and EMA over fixed tensors, in two calls a step; the host waits for neither.
+    """AdamW and EMA over fixed tensors, in two calls a step; on a GPU the host waits for neither.
 
     Between them the caller may use what `prepare` found out, and the parameters are still the old ones.
 
@@ -39,7 +39,7 @@ class AdamWEma:
             self._check(number, slot)
         self._gradients: list[Tensor | None] = []
         self._scalars = torch.zeros(4, device=self._device)
-        self._table: Any = None
+        self._table: Any = None  # of kernels
 
     def _check(self, number: int, slot: Slot) -> None:
         singles = {"exp_avg": slot.exp_avg, "exp_avg_sq": slot.exp_avg_sq, "teacher": slot.teacher}
@@ -81,12 +81,11 @@ class AdamWEma:
                 f"AdamWEma: losses are {losses.dtype} {list(losses.shape)}, want float32 [any], contiguous"
             )
         with torch.no_grad(), self._place():
-            if not self._in_triton():
+            if not self._in_kernels():
                 self._scalars = reference.prepare(self.slots, self._gradients, losses, clip, grad_scale, factor)
             else:
                 self._table.point(self._gradients)
-                logs = (_log(self._betas[0]), _log(self._betas[1]))
-                self._scalars = self._table.prepare(losses, clip, grad_scale, factor, logs)
+                self._scalars = self._table.prepare(losses, clip, grad_scale, factor)
         return self._scalars
 
     def apply(self, lr: float, weight_decay: float, momentum: float) -> None:
@@ -96,10 +95,10 @@ class AdamWEma:
             lr, weight_decay: of AdamW at this step.
             momentum: of the EMA.
         """
-        values = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": self._betas, "eps": self._eps}
+        values = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eps": self._eps}
         with torch.no_grad(), self._place():
-            if not self._in_triton():
-                reference.apply(self.slots, self._gradients, self._scalars, **values)
+            if not self._in_kernels():
+                reference.apply(self.slots, self._gradients, self._scalars, betas=self._betas, **values)
             else:
                 self._table.apply(**values)
 
@@ -114,13 +113,16 @@ class AdamWEma:
     def _place(self) -> AbstractContextManager[object]:
         return device_of(self.slots[0].param)
 
-    def _in_triton(self) -> bool:
-        if backend.choose("adamw_ema", self._device) != "triton":
+    def _in_kernels(self) -> bool:
+        name = backend.choose("adamw_ema", self._device)
+        if name == "reference":
             return False
-        if self._table is None:
-            from .triton import Table
+        if self._table is None and name == "triton":
+            from . import triton
 
-            self._table = Table(self.slots, self._device, self._copy_dtype)
+            self._table = triton.Table(self.slots, self._device, self._copy_dtype, self._betas)
+        elif self._table is None:
+            self._table = native.Table(self.slots, self._copy_dtype, self._betas)
         return True
 
 
@@ -135,7 +137,3 @@ def _check_one(what: str, tensor: Tensor | None, param: Tensor, dtype: torch.dty
         )
     if not tensor.is_contiguous():
         raise ValueError(f"AdamWEma: {what} is not contiguous")
-
-
-def _log(beta: float) -> float:
-    return math.log(beta) if beta > 0 else -math.inf

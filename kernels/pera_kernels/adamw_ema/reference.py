@@ -29,6 +29,12 @@ class Slot:
     copy: Tensor | None = None
     teacher_copy: Tensor | None = None
 
+    def addresses(self) -> list[int]:
+        """Row of the kernels' table: where the tensors lie (0: there is none), number of elements."""
+        moments = self.exp_avg, self.exp_avg_sq
+        tensors = (self.param, *moments, self.teacher, self.copy, self.teacher_copy, self.step)
+        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors] + [self.param.numel()]
+
 
 def prepare(
     slots: Sequence[Slot],

@@ -4,6 +4,7 @@ The addresses of parameters, moments and copies stay the same over a run, so the
 gradients have a table of their own, which is written again where they moved. A chunk is `CHUNK` elements of one tensor.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +20,7 @@ BLOCK = 1024
 NUM_WARPS = 4
 PREPARE_BLOCK = 1024
 PREPARE_WARPS = 8
-COLUMNS = 8  # of the table: param, exp_avg, exp_avg_sq, teacher, copy, teacher copy, step, number of elements
+COLUMNS = 8  # of the table: `Slot.addresses`
 COPY_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -160,11 +161,14 @@ class Table:
         slots: as `AdamWEma` takes them, checked.
         device: of all tensors.
         copy_dtype: bf16 or fp16 of the copies; None: no slot has one.
+        betas: of AdamW.
     """
 
-    def __init__(self, slots: Sequence[Slot], device: torch.device, copy_dtype: torch.dtype | None):
-        self._device, self._copy = device, COPY_TYPES[copy_dtype or torch.bfloat16]
-        rows = [_row(slot) for slot in slots]
+    def __init__(
+        self, slots: Sequence[Slot], device: torch.device, copy_dtype: torch.dtype | None, betas: tuple[float, float]
+    ):
+        self._device, self._copy, self._betas = device, COPY_TYPES[copy_dtype or torch.bfloat16], betas
+        rows = [slot.addresses() for slot in slots]
         self._fits = [all(address % 16 == 0 for address in row) for row in rows]  # the count of elements, too
         self._gradients: list[int] = [0] * len(slots)
         self._gradients_fit = True
@@ -199,9 +203,7 @@ class Table:
         self._gradients = addresses
         self._grads.copy_(_send(addresses, torch.int64, self._device))
 
-    def prepare(
-        self, losses: Tensor, clip: float, grad_scale: Tensor | None, factor: float, log_betas: tuple[float, float]
-    ) -> Tensor:
+    def prepare(self, losses: Tensor, clip: float, grad_scale: Tensor | None, factor: float) -> Tensor:
         """f32 [4] of `AdamWEma.prepare`, from the gradients that `point` took."""
         for first, number, aligned in self._ranges:
             if number:
@@ -212,25 +214,25 @@ class Table:
         prepare_kernel[(1,)](
             self._partial, self._partial.shape[0], losses, losses.shape[0],
             self._scalars if grad_scale is None else grad_scale, self._rows, self._grads, len(self._counts),
-            self._corrections, self._scalars, factor, clip, *log_betas,
+            self._corrections, self._scalars, factor, clip, *(_log(beta) for beta in self._betas),
             COLUMNS=COLUMNS, HAS_SCALE=grad_scale is not None, BLOCK=PREPARE_BLOCK, num_warps=PREPARE_WARPS,
         )  # fmt: skip
         return self._scalars
 
-    def apply(self, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, momentum: float) -> None:
+    def apply(self, *, lr: float, weight_decay: float, eps: float, momentum: float) -> None:
         """The update that `prepare` allowed."""
+        beta1, beta2 = self._betas
         for first, number, aligned in self._ranges:
             if number:
                 adamw_ema_kernel[(number,)](
                     self._rows, self._grads, self._chunks, self._corrections, self._scalars, first,
-                    lr, lr * weight_decay, betas[1], 1 - betas[0], 1 - betas[1], eps, 1 - momentum,
+                    lr, lr * weight_decay, beta2, 1 - beta1, 1 - beta2, eps, 1 - momentum,
                     COLUMNS=COLUMNS, CHUNK=CHUNK, BLOCK=BLOCK, ALIGNED=aligned, COPY=self._copy, num_warps=NUM_WARPS,
                 )  # fmt: skip
 
 
-def _row(slot: Slot) -> list[int]:
-    tensors = (slot.param, slot.exp_avg, slot.exp_avg_sq, slot.teacher, slot.copy, slot.teacher_copy, slot.step)
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors] + [slot.param.numel()]
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -math.inf
 
 
 def _send(numbers: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
