@@ -1,24 +1,32 @@
 """Half-precision copies of the weights that matrix products read.
 
-Parameters are float32. A cast of each before its product would be hundreds of launches a step, so on a GPU a copy of
-each lies in one buffer a network, and the optimiser's pass writes it together with the parameter
-(``pera_kernels.adamw_ema``). ``pera_kernels.products.in_dtype`` takes a copy only while it is up to date.
+Parameters are float32. A cast of each before its product would be hundreds of launches a step, so a copy of each lies
+in one buffer a network, and the optimiser's pass writes it together with the parameter (``pera_kernels.adamw_ema``).
+``pera_kernels.products.in_dtype`` takes a copy only while it is up to date.
 """
 
 import torch
 from torch import Tensor, nn
 
 from pera_fast.model.pera import PerA
+from pera_kernels import backend
+from pera_kernels.products import product_dtype
 
 
 def make_copies(model: PerA) -> None:
-    """Give the linear layers of blocks and heads' MLPs their copies; does nothing for float32 or on a CPU.
+    """Give the linear layers of blocks and heads' MLPs their copies.
+
+    Does nothing where products run in float32, or where PyTorch's operators make the update, which write no copies.
 
     Every weight and bias gets ``compute_copy``, a tensor of its shape in the compute dtype, equal to it. Weights of the
     teacher that products take in FP8 get that copy instead, on any device.
     """
     model.make_fp8()
-    if model.compute_dtype == torch.float32:
+    device = next(model.parameters()).device
+    if (
+        product_dtype(model.compute_dtype, device) == torch.float32
+        or backend.choose("adamw_ema", device) == "reference"
+    ):
         return
     for network in (model.student, model.teacher, model.pred_head):
         layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
@@ -33,7 +41,7 @@ def make_copies(model: PerA) -> None:
 
 
 def _wants_copy(parameter: Tensor) -> bool:
-    return parameter.is_cuda and not hasattr(parameter, "fp8_copy")
+    return not hasattr(parameter, "fp8_copy")
 
 
 def _set(parameter: Tensor, copy: Tensor) -> None:

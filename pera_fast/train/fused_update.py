@@ -1,4 +1,4 @@
-"""The update on a GPU: gradient norm, clipping, AdamW, EMA and center, without a wait of the host.
+"""The update by one op: gradient norm, clipping, AdamW, EMA and center; on a GPU without a wait of the host.
 
 What is not finite is found on the device, and the update, which changes nothing then, is launched all the same.
 """
@@ -89,8 +89,6 @@ class FusedUpdate:
 
 
 def make_update(model: PerA, optimizer: torch.optim.AdamW, scaler: torch.amp.GradScaler) -> FusedUpdate | None:
-    """The update for a model on a GPU where Triton runs; None elsewhere."""
+    """The update for a model where kernels of `adamw_ema` run; None elsewhere."""
     device = next(model.parameters()).device
-    if device.type != "cuda" or backend.choose("adamw_ema", device) != "triton":
-        return None
-    return FusedUpdate(model, optimizer, scaler)
+    return None if backend.choose("adamw_ema", device) == "reference" else FusedUpdate(model, optimizer, scaler)

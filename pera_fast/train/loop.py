@@ -62,7 +62,7 @@ class Run:
     export: Callable[[PerA, Path], None]  # writes the teacher
     begin: Callable[[], None] = lambda: None  # called by rank 0 after the first step of this process
     graph: StepGraph | None = None  # of the micro-batches
-    update: FusedUpdate | None = None  # on a GPU
+    update: FusedUpdate | None = None
     probe: Probe | None = None  # of rank 0; the others wait for it in the next step's collective
     step: int = 0  # optimiser steps done
     position: int = 0  # place in the data, in steps of this total batch from epoch 0; differs if the batch once changed
@@ -155,7 +155,7 @@ def fit(run: Run, stop: StopRequest) -> tuple[int, Metrics]:
                     reader.pause()
                 all_save = last or run.step % cfg.train.checkpoint_every == 0
                 due = all_save or (world.main and clock.is_due())
-                all_read = all_save or bool(stopped) or run.update is None
+                all_read = all_save or bool(stopped) or run.update is None or launch.step.end is None
                 if due or all_read:
                     reader.finish(progress)
                 if world.size == 1:

@@ -52,5 +52,7 @@ def apply_gradients(
     fused.grad_scale = ((norm + 1e-6) / clip).clamp(min=1)  # AdamW divides by it: clipping costs no pass of its own
     fused.found_inf = (~ok).to(torch.float32)
     optimizer.step()
+    # Fused AdamW does not count as a write, but whoever keeps a copy of a parameter must see that it is stale.
+    torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
     scaler.update()  # lowers the scale after infinite gradients, raises it after many good steps
     return norm, ok.to(torch.float32)

@@ -102,7 +102,7 @@ def launch_step(
         batches: gives the micro-batches, on any device.
         stop: says whether each of some signals came to this process; all ranks learn it, in `StepResult.stop`.
         graph: made by `make_graph`, runs the micro-batches; None: they run op by op.
-        update: made by `make_update`, for a GPU; None: PyTorch's operators, and the host looks whether all is finite.
+        update: made by `make_update`; None: PyTorch's operators, and the host looks whether all is finite.
     """
     arrivals: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # before and after each micro-batch came
     if graph is None:
@@ -138,12 +138,12 @@ def launch_step(
     last = torch.stack([norm, ok, torch.zeros_like(norm) if scale is None else scale.float()])
     numbers = torch.cat([total[: len(LOSSES)], came, last]).double()
     begin = arrivals[0][1] if arrivals else None
-    if update is not None:
+    if update is not None and numbers.is_cuda:
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
         host.copy_(numbers, non_blocking=True)
         return LaunchedStep(host, begin, _mark(world.device), arrivals[1:])
     numbers = numbers.cpu()  # waits for the device
-    if numbers[-2] > 0:
+    if update is None and numbers[-2] > 0:
         with span("EMA"):
             pera.update_center(total[len(LOSSES) :])  # before the teacher's, and in effect from the next step on
             pera.update_teacher(values.momentum)

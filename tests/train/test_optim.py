@@ -10,6 +10,7 @@ from torch import nn
 from pera_fast.config import Config
 from pera_fast.train.optim import apply_gradients, make_optimizer, make_scaler
 from pera_fast.train.schedules import StepValues
+from pera_kernels.products import in_dtype
 
 VALUES = StepValues(lr=0.01, weight_decay=0.1, momentum=0.99, teacher_temp=0.05)
 FINE = torch.ones(5)
@@ -53,6 +54,19 @@ def test_step_is_clip_then_adamw(size: float, clipped: bool):
     published_adamw(twin, cfg).step()
     for a, b in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_a_copy_of_a_weight_that_it_updated_is_not_taken():
+    """Fused AdamW leaves a parameter's version counter as it was."""
+    net = network()
+    weight = net[0].weight
+    weight.compute_copy, weight.compute_copy_version = weight.detach().bfloat16(), weight._version
+    assert in_dtype(weight, torch.bfloat16) is weight.compute_copy
+    optimizer, scaler = make_optimizer(net.parameters(), Config()), make_scaler(Config(), torch.device("cpu"))
+    backward(net, scaler)
+    apply_gradients(optimizer, scaler, VALUES, 3.0, FINE)
+    assert torch.equal(in_dtype(weight, torch.bfloat16), weight.bfloat16())
+    assert not torch.equal(weight.compute_copy, weight.bfloat16())
 
 
 @pytest.mark.parametrize("where", ["losses", "gradients"])

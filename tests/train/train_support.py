@@ -13,7 +13,9 @@ from pera_fast.data.loading.batch import Batch, ColorParams, CropGroup
 from pera_fast.data.sampling.order import SampleOrder
 from pera_fast.model.pera import PerA
 from pera_fast.train.checkpoint import FORMAT
+from pera_fast.train.compute_copies import make_copies
 from pera_fast.train.distributed import World
+from pera_fast.train.fused_update import make_update
 from pera_fast.train.inputs import make_inputs
 from pera_fast.train.loop import Run
 from pera_fast.train.optim import make_optimizer, make_scaler
@@ -89,11 +91,14 @@ def make_run(
     batches = RandomCrops(cfg, images, here.rank, here.size, state["step"] if state else 0)
     folder = RunFolder(out)
     folder.make()
+    model = here.wrap(pera, unused=False)
+    make_copies(pera)
+    optimizer, scaler = make_optimizer(pera.parameters(), cfg), make_scaler(cfg, here.device)
     run = Run(
         cfg=cfg, folder=folder, world=here, plan=cfg.train.resolve_batch(here.size),
-        schedules=make_schedules(cfg, batches.steps_per_epoch), pera=pera, model=here.wrap(pera, unused=False),
-        optimizer=make_optimizer(pera.parameters(), cfg), scaler=make_scaler(cfg, here.device), batches=batches,
-        images=images, data="random", export=export,
+        schedules=make_schedules(cfg, batches.steps_per_epoch), pera=pera, model=model, optimizer=optimizer,
+        scaler=scaler, batches=batches, images=images, data="random", export=export,
+        update=make_update(pera, optimizer, scaler),
     )  # fmt: skip
     if state:
         run.load(state, "test")

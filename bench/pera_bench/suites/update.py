@@ -1,4 +1,4 @@
-"""The end of a step: clipping, AdamW and the teacher's EMA over all parameters; on a GPU `adamw_ema` and the center."""
+"""The end of a step: clipping, AdamW and the teacher's EMA over all parameters; where `adamw_ema` runs, the center too."""
 
 from collections.abc import Callable
 
