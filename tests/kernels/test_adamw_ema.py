@@ -1,6 +1,7 @@
 """The fused update against torch's AdamW and lerp in float64."""
 
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -188,6 +189,17 @@ def test_gradients_may_move_and_lie_anywhere(device: torch.device) -> None:
         results.append(snapshot(slots))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)  # the norm is summed in another order
+
+
+def test_gradients_are_not_kept_alive(device: torch.device) -> None:
+    update = AdamWEma(make_slots(device), BETAS, EPS)
+    gradients = numbers(2, device)
+    seen = weakref.ref(gradients[0])
+    update.prepare(gradients, FINE.to(device), CLIP)
+    update.apply(**VALUES)
+    del gradients
+    assert seen() is None
+    assert update.traffic()["sum_squares_kernel"] == sum(4 * math.prod(size) for size in SIZES[:6])
 
 
 def test_equal_bits_twice(device: torch.device) -> None:

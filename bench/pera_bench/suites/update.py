@@ -1,4 +1,4 @@
-"""The end of a step: clipping, AdamW and the teacher's EMA over all parameters; where `adamw_ema` runs, the center too."""
+"""The end of a step: clipping, AdamW, the teacher's EMA; where `adamw_ema` runs, the center too."""
 
 from collections.abc import Callable
 

@@ -37,7 +37,8 @@ class AdamWEma:
         self._copy_dtype: torch.dtype | None = None
         for number, slot in enumerate(self.slots):
             self._check(number, slot)
-        self._gradients: list[Tensor | None] = []
+        self._gradients: list[Tensor | None] = []  # between `prepare` and `apply`: they live no longer for it
+        self._taken: list[bool] = []  # whether each slot had one
         self._scalars = torch.zeros(4, device=self._device)
         self._table: Any = None  # of kernels
 
@@ -74,6 +75,7 @@ class AdamWEma:
         self._gradients = [
             g if slot.exp_avg is not None else None for slot, g in zip(self.slots, gradients, strict=True)
         ]
+        self._taken = [g is not None for g in self._gradients]
         for number, (slot, gradient) in enumerate(zip(self.slots, self._gradients, strict=True)):
             _check_one(f"gradient {number}", gradient, slot.param, torch.float32)
         if losses.dtype != torch.float32 or losses.dim() != 1 or not losses.is_contiguous():
@@ -89,7 +91,9 @@ class AdamWEma:
         return self._scalars
 
     def apply(self, lr: float, weight_decay: float, momentum: float) -> None:
-        """Make the update that `prepare` allowed: AdamW, then teacher = momentum * teacher + (1 - momentum) * param.
+        """Make the update that `prepare` allowed, once.
+
+        AdamW, then teacher = momentum * teacher + (1 - momentum) * param.
 
         Args:
             lr, weight_decay: of AdamW at this step.
@@ -101,13 +105,14 @@ class AdamWEma:
                 reference.apply(self.slots, self._gradients, self._scalars, betas=self._betas, **values)
             else:
                 self._table.apply(**values)
+        self._gradients = []
 
     def traffic(self) -> dict[str, int]:
         """Bytes that the kernels of the last `prepare` and an `apply` read and write, by the kernel's name."""
-        taken = [(slot, g) for slot, g in zip(self.slots, self._gradients, strict=True) if g is not None]
-        trained = sum(2 * cost.size(slot.param, slot.exp_avg, slot.exp_avg_sq) for slot, _ in taken)
+        taken = [slot for slot, has in zip(self.slots, self._taken, strict=True) if has]
+        trained = sum(2 * cost.size(slot.param, slot.exp_avg, slot.exp_avg_sq) for slot in taken)
         copied = sum(cost.size(slot.copy, slot.teacher_copy) + 2 * cost.size(slot.teacher) for slot in self.slots)
-        gradients = sum(cost.size(g) for _, g in taken)
+        gradients = sum(cost.size(slot.param) for slot in taken)  # as large as their parameters
         return {"sum_squares_kernel": gradients, "adamw_ema_kernel": gradients + trained + copied}
 
     def _place(self) -> AbstractContextManager[object]:
