@@ -34,7 +34,7 @@ slower ones too, is [below](#training-steps-on-a-gpu).
 """
 PRETRAIN = """
 Images/s of `pera-fast pretrain` from 512 px JPEG files, beside the step alone on random crops; device time that waited
-for data.
+for data; the host's time to launch a step, and what of that waited for the loader.
 """
 SHARES = """
 Our Triton kernels of that step, as a share of the bandwidth of a large copy ({copy:.2f} TB/s, {copy_of}; goal 85 %).
@@ -130,7 +130,8 @@ def _pretrain(files: list[File]) -> list[str]:
     rows = [(file, row) for file in files for row in file.get("pretrain", ())]
     if not rows:
         return []
-    columns = "device", "settings", "images/s", "step alone, images/s", "share", "waited for data", "commit"
+    columns = "device", "settings", "images/s", "step alone, images/s", "share", "waited for data"
+    columns += "host ms a step", "of which for data", "commit"
     lines = ["### Training from files", "", *paragraph(PRETRAIN), *heading(*columns)]
     for file, row in rows:
         alone = step_alone(file, row)
@@ -139,7 +140,8 @@ def _pretrain(files: list[File]) -> list[str]:
         cells = (
             f"batch {row['batch']}, {settings} | {row['images_per_s']:.0f} | {share} | {100 * row['data_wait']:.1f} %"
         )
-        lines.append(f"| {file['device']} | {cells} | {file['commit']}, {file['date']} |")
+        host = " | ".join(f"{row[key]:.1f}" if key in row else "" for key in ("host_ms", "host_waited_ms"))
+        lines.append(f"| {file['device']} | {cells} | {host} | {file['commit']}, {file['date']} |")
     return [*lines, ""]
 
 
@@ -212,9 +214,17 @@ def from_quick(lines: Iterable[File]) -> File:
         if row["part"] == "trace" and "counted" in row:
             file |= {"copy": row["copy"], "copy_of": "measured after the trace"}
             file |= {"counted": row["counted"], "counted_at": row["commit"]}
-    kept = "settings", "batch", "images_per_s", "data_wait"
-    file["pretrain"] = [{key: row[key] for key in kept} for row in rows if row["part"] == "pretrain"]
+    file["pretrain"] = [run for row in rows if row["part"] == "pretrain" for run in _runs(row)]
     return file
+
+
+def _runs(row: File) -> list[File]:
+    """A run from files as it came, and those with a decoder by name."""
+    runs = [row]
+    for decoder, found in row.get("decoders", {}).items():
+        runs.append({**row, "settings": [*row["settings"], f"data.decode_on={decoder}"], **found})
+    kept = "settings", "batch", "images_per_s", "data_wait", "host_ms", "host_waited_ms"
+    return [{key: run[key] for key in kept if key in run} for run in runs]
 
 
 def _variant(row: File) -> str:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -149,22 +150,50 @@ def count_traced(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_pretrain(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """A run of the trainer from files: medians of its later half, when every kernel is compiled and the files are read.
+    """Runs of the trainer from files, as it comes and, on a GPU, with either decoder by name ("decoders").
 
-    The scenes are drawn before, ``SCENES`` of them, each decoded anew in every epoch.
+    The scenes are drawn before, ``SCENES`` of them, each decoded anew in every epoch. Each run is written when it ends,
+    as the time may be over before the next one has.
     """
     from pera_fast.procedural.scenes import CLASSES, write_scenes
-    from pera_fast.train.api import pretrain
 
     with tempfile.TemporaryDirectory(prefix="pera-bench-") as scratch:
-        images, out = Path(scratch) / "images", Path(scratch) / "run"
+        images = Path(scratch) / "images"
         write_scenes(images, -(-max(SCENES, 2 * args.batch) // len(CLASSES)), size=512)
-        steps = 2 * args.rounds * args.steps
-        settings = [f"train.steps={steps}", f"train.batch_size={args.batch}", f"train.precision={args.precision}"]
-        pretrain(images, out, args.recipe, overrides=[*settings, f"train.device={device.type}", *args.set])
-        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    late = [json.loads(line) for line in lines][steps // 2 :]
-    return {key: statistics.median(row[key] for row in late) for key in ("images_per_s", "data_wait")}
+        found = _run_from_files(args, device, images, Path(scratch) / "run")
+        for decoder in ("cpu", "gpu") if device.type == "cuda" else ():
+            _write(args.json, {**_what(args), **found, **machine(device)})
+            run = _run_from_files(args, device, images, Path(scratch) / decoder, f"data.decode_on={decoder}")
+            found.setdefault("decoders", {})[decoder] = run
+    return found
+
+
+def _run_from_files(
+    args: argparse.Namespace, device: torch.device, images: Path, out: Path, *overrides: str
+) -> dict[str, float]:
+    """Medians of a run's later half, when every kernel is compiled and the files are read.
+
+    "host_ms" is the host's time to launch a step, "host_waited_ms" what of it waited for the loader: a step that takes
+    the device longer than on crops that are there already waits for its host, or shares the device with the loader.
+    """
+    from pera_fast.train import loop
+    from pera_fast.train.api import pretrain
+
+    host: list[tuple[float, float]] = []
+
+    def launch(*given: Any) -> Any:
+        launched = original(*given)
+        host.append((1e3 * launched.seconds, 1e3 * launched.waited))
+        return launched
+
+    steps, original = 2 * args.rounds * args.steps, loop._launch
+    settings = [f"train.steps={steps}", f"train.batch_size={args.batch}", f"train.precision={args.precision}"]
+    with mock.patch.object(loop, "_launch", launch):
+        pretrain(images, out, args.recipe, overrides=[*settings, f"train.device={device.type}", *args.set, *overrides])
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    late = [{**row, "host_ms": ms, "host_waited_ms": waited} for row, (ms, waited) in zip(rows, host, strict=True)]
+    keys = "images_per_s", "data_wait", "host_ms", "host_waited_ms"
+    return {key: statistics.median(row[key] for row in late[steps // 2 :]) for key in keys}
 
 
 def main() -> None:
@@ -190,14 +219,17 @@ def main() -> None:
         "trace": measure_trace,
         "pretrain": measure_pretrain,
     }
-    found = measure[args.part](args, device)
-    what = {"part": args.part, "recipe": args.recipe, "batch": args.batch, "precision": args.precision}
-    line = {**what, "settings": args.set, "backend": args.backend, **found, **machine(device)}
+    line = {**_what(args), **measure[args.part](args, device), **machine(device)}
     _write(args.json, line)
     if args.part == "trace":  # after what only a GPU can say is written
         line |= count_traced(line)
         _write(args.json, line)
     print(json.dumps(line), flush=True)
+
+
+def _what(args: argparse.Namespace) -> dict[str, Any]:
+    what = {"part": args.part, "recipe": args.recipe, "batch": args.batch, "precision": args.precision}
+    return {**what, "settings": args.set, "backend": args.backend}
 
 
 def _write(path: Path | None, line: dict[str, Any]) -> None:

@@ -154,3 +154,5 @@ def test_a_run_from_files_is_measured(tmp_path, monkeypatch, capsys):
     assert (found["part"], found["batch"], found["settings"]) == ("pretrain", 4, [])
     assert found["images_per_s"] > 0
     assert 0 <= found["data_wait"] <= 1
+    assert 0 <= found["host_waited_ms"] <= found["host_ms"]
+    assert "decoders" not in found  # a CPU has one

@@ -126,6 +126,17 @@ def test_nothing_measured_gives_nothing(tmp_path: Path) -> None:
     assert report_gpu.gpu_page(report_gpu.load_gpu(tmp_path)) == []
 
 
+def test_training_from_files_has_a_row_for_each_decoder(tmp_path: Path) -> None:
+    run = {"part": "pretrain", "settings": [], "batch": 64, "images_per_s": 900.0, "data_wait": 0.0}
+    decoders = {"cpu": {"images_per_s": 1000.0, "data_wait": 0.5, "host_ms": 40.0, "host_waited_ms": 30.0}}
+    file = report_gpu.from_quick([line("step", 64, 64.0), {**COMMON, **run, "decoders": decoders}])
+    assert [row["settings"] for row in file["pretrain"]] == [[], ["data.decode_on=cpu"]]
+    (tmp_path / "1.json").write_text(json.dumps(file))
+    text = "\n".join(report_gpu.gpu_page(report_gpu.load_gpu(tmp_path)))
+    assert "batch 64, as it comes | 900 | 1000 | 90 % | 0.0 % |  |  |" in text
+    assert "batch 64, data.decode_on=cpu | 1000 | 1000 | 100 % | 50.0 % | 40.0 | 30.0 |" in text
+
+
 def test_front_has_a_number_of_each_kind_with_its_device(tmp_path: Path) -> None:
     (tmp_path / "gpu").mkdir()
     made(tmp_path / "gpu")
