@@ -115,7 +115,7 @@ def summarise(measured: list[dict[str, Any]], ceilings: dict[str, float]) -> lis
             if first[cost]:
                 row |= {cost: first[cost], share: first[cost] / median / ceilings[ceiling]}
         rates = [some["matrix_meanwhile"] for some in (first, *later) if "matrix_meanwhile" in some]
-        if rates:  # means of both: what others took of the machine, they took of both
+        if rates and first["flops"]:  # means of both: what others took of the machine, they took of both
             row["matrix_meanwhile"] = statistics.harmonic_mean(rates)
             row["of_matrix"] = first["flops"] / statistics.mean(times) / row["matrix_meanwhile"]
         rows.append(row)

@@ -98,6 +98,8 @@ def test_passes_make_one_row():
     rates = {"flops": 12, "matrix_meanwhile": 4.0}, {"flops": 12, "matrix_meanwhile": 12.0}
     (shared,) = summarise([timed([1.0, 5.0]) | rates[0], timed([3.0], 2) | rates[1]], {"copy": 4.0, "matrix": 100.0})
     assert shared["of_matrix"] == pytest.approx(12 / 3.0 / 6.0)  # of the harmonic mean: as long in each
+    (moves,) = summarise([timed([1.0]) | {"matrix_meanwhile": 4.0}], {"copy": 4.0, "matrix": 100.0})
+    assert "of_matrix" not in moves  # it has no products
     (late,) = summarise([timed([1.0], 2)], {"copy": 4.0, "matrix": 1.0})  # the first pass had failed
     assert "1 s" in printed(show, record(late))
 
