@@ -160,7 +160,7 @@ def measure_pretrain(args: argparse.Namespace, device: torch.device) -> dict[str
     with tempfile.TemporaryDirectory(prefix="pera-bench-") as scratch:
         images = Path(scratch) / "images"
         write_scenes(images, -(-max(SCENES, 2 * args.batch) // len(CLASSES)), size=512)
-        found = _run_from_files(args, device, images, Path(scratch) / "run")
+        found: dict[str, Any] = {**_run_from_files(args, device, images, Path(scratch) / "run")}
         for decoder in ("cpu", "gpu") if device.type == "cuda" else ():
             _write(args.json, {**_what(args), **found, **machine(device)})
             run = _run_from_files(args, device, images, Path(scratch) / decoder, f"data.decode_on={decoder}")
