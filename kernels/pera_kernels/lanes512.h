@@ -40,23 +40,11 @@ inline void store(float* to, __mmask32 mask, Pair value) {
   _mm512_mask_storeu_ps(to + 16, static_cast<__mmask16>(mask >> 16), value.b);
 }
 
-// Zero where the mask is.
-inline Pair masked(Pair value, __mmask32 mask) {
-  return {_mm512_maskz_mov_ps(static_cast<__mmask16>(mask), value.a),
-          _mm512_maskz_mov_ps(static_cast<__mmask16>(mask >> 16), value.b)};
-}
+// Each type: load() and store() its values; load_floats() in the order of its pairs, in_order() from that into the order of
+// memory; masked() clears what lies outside the mask; kExact: results are wanted to the precision of float32.
 
-// Each type: load() and store() its values, load_floats() in the same order; in_order() puts a pair into that of memory, and
-// masked() clears what lies outside the mask.
-struct Single {
-  using Value = float;
-  static constexpr bool kExact = true;
-  static Pair load(const float* from, __mmask32 mask) {
-    return avx512::load(from, mask);
-  }
-  static void store(float* to, __mmask32 mask, Pair value) {
-    avx512::store(to, mask, value);
-  }
+// Types whose pairs are in the order of memory.
+struct InOrder {
   static Pair load_floats(const float* from, __mmask32 mask) {
     return avx512::load(from, mask);
   }
@@ -64,7 +52,19 @@ struct Single {
     return value;
   }
   static Pair masked(Pair value, __mmask32 mask) {
-    return avx512::masked(value, mask);
+    return {_mm512_maskz_mov_ps(static_cast<__mmask16>(mask), value.a),
+            _mm512_maskz_mov_ps(static_cast<__mmask16>(mask >> 16), value.b)};
+  }
+};
+
+struct Single : InOrder {
+  using Value = float;
+  static constexpr bool kExact = true;
+  static Pair load(const float* from, __mmask32 mask) {
+    return avx512::load(from, mask);
+  }
+  static void store(float* to, __mmask32 mask, Pair value) {
+    avx512::store(to, mask, value);
   }
 };
 
@@ -108,7 +108,7 @@ struct BFloat16 {
   }
 };
 
-struct Half {
+struct Half : InOrder {
   using Value = uint16_t;
   static constexpr bool kExact = false;
   static Pair load(const uint16_t* from, __mmask32 mask) {
@@ -119,15 +119,6 @@ struct Half {
     constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     const __m512i a = _mm512_castsi256_si512(_mm512_cvtps_ph(value.a, kNearest));
     _mm512_mask_storeu_epi16(to, mask, _mm512_inserti64x4(a, _mm512_cvtps_ph(value.b, kNearest), 1));
-  }
-  static Pair load_floats(const float* from, __mmask32 mask) {
-    return avx512::load(from, mask);
-  }
-  static Pair in_order(Pair value) {
-    return value;
-  }
-  static Pair masked(Pair value, __mmask32 mask) {
-    return avx512::masked(value, mask);
   }
 };
 

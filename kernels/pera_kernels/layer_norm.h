@@ -1,9 +1,10 @@
-// LayerNorm of a row and its gradient. The row is read once from memory and twice from the L1 cache.
+// LayerNorm of rows and its gradient. A row is read once from memory and twice from the L1 cache.
 #pragma once
 
 #include <cmath>
 
 #include "lanes.h"
+#include "sequence_norm/avx512.h"
 
 namespace pera {
 
@@ -79,6 +80,61 @@ void normalise_backward(
     const Floats s = lanes.load(grad + i) * lanes.load(weight + i);
     lanes.store(grad_x + i, other((s - mean_scaled - xhat * mean_product) * rstd, i, lanes));
   });
+}
+
+// y [rows, D] = LayerNorm of x [rows, D]; means, rstds [rows].
+template <typename T>
+void normalise_rows(
+    const T* x,
+    const float* weight,
+    const float* bias,
+    int64_t rows,
+    int64_t dim,
+    float eps,
+    T* y,
+    float* means,
+    float* rstds,
+    [[maybe_unused]] bool avx512) {
+#ifdef PERA_AVX512
+  if (avx512) {
+    return avx512::normalise(kType<T>, x, weight, bias, rows, dim, eps, y, means, rstds);
+  }
+#endif
+  for (int64_t r = 0; r < rows; ++r) {
+    const Stats stats = normalise(x + r * dim, weight, bias, dim, eps, y + r * dim);
+    means[r] = stats.mean;
+    rstds[r] = stats.rstd;
+  }
+}
+
+// Of rows; other [rows, D] or null.
+template <typename T>
+void normalise_backward_rows(
+    const T* grad,
+    const T* x,
+    const float* weight,
+    const float* means,
+    const float* rstds,
+    const T* other,
+    int64_t rows,
+    int64_t dim,
+    T* grad_x,
+    float* grad_weight,
+    float* grad_bias,
+    [[maybe_unused]] bool avx512) {
+#ifdef PERA_AVX512
+  if (avx512) {
+    return avx512::normalise_backward(
+        kType<T>, grad, x, weight, means, rstds, other, rows, dim, grad_x, grad_weight, grad_bias);
+  }
+#endif
+  for (int64_t r = 0, at = 0; r < rows; ++r, at += dim) {
+    const auto backward = [&](auto added) {
+      normalise_backward(
+          grad + at, x + at, weight, {means[r], rstds[r]}, dim, added, grad_x + at, grad_weight, grad_bias);
+    };
+    other ? backward(Gradient<T>{other + at}) : backward(NoGradient{});
+  }
 }
 
 } // namespace pera

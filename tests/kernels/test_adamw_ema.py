@@ -199,6 +199,8 @@ def test_gradients_are_not_kept_alive(device: torch.device) -> None:
     update.apply(**VALUES)
     del gradients
     assert seen() is None
+    with pytest.raises(RuntimeError, match="apply without prepare"):
+        update.apply(**VALUES)
     assert update.traffic()["sum_squares_kernel"] == sum(4 * math.prod(size) for size in SIZES[:6])
 
 

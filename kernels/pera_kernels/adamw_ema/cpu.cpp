@@ -122,7 +122,7 @@ struct Values {
   float lr, decay, beta2, weight1, weight2, eps, weight_ema;
 };
 
-// Brings what will be read soon into the cache: ten streams are more than a processor follows by itself.
+// Brings what will be read soon into the cache: these are more streams than a processor follows by itself.
 inline void fetch(const float* at) {
   __builtin_prefetch(at + 256);
 }

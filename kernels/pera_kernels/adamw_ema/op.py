@@ -98,7 +98,12 @@ class AdamWEma:
         Args:
             lr, weight_decay: of AdamW at this step.
             momentum: of the EMA.
+
+        Raises:
+            RuntimeError: no `prepare` since the last one: its gradients may be gone.
         """
+        if not self._gradients:
+            raise RuntimeError("AdamWEma: apply without prepare")
         values = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eps": self._eps}
         with torch.no_grad(), self._place():
             if not self._in_kernels():

@@ -9,7 +9,6 @@
 #include "avx512.h"
 #include "layer_norm.h"
 #include "packed.h"
-#include "sequence_norm/avx512.h"
 
 namespace pera {
 namespace {
@@ -26,7 +25,20 @@ const float* data(const std::optional<Tensor>& floats) {
 
 // to = x + scale * (y + y_bias), of rows * dim values; to may be x.
 template <typename T>
-void add_rows(const T* x, const T* y, const float* y_bias, float scale, int64_t rows, int64_t dim, T* to) {
+void add_rows(
+    const T* x,
+    const T* y,
+    const float* y_bias,
+    float scale,
+    int64_t rows,
+    int64_t dim,
+    T* to,
+    [[maybe_unused]] bool avx512) {
+#ifdef PERA_AVX512
+  if (avx512) {
+    return avx512::add_rows(kType<T>, x, y, y_bias, scale, rows, dim, to);
+  }
+#endif
   if (!y_bias) {
     for_lanes(rows * dim, [&](int64_t i, auto lanes, auto) {
       lanes.store(to + i, lanes.load(x + i) + lanes.load(y + i) * scale);
@@ -37,6 +49,28 @@ void add_rows(const T* x, const T* y, const float* y_bias, float scale, int64_t 
     for_lanes(dim, [&](int64_t i, auto lanes, auto) {
       const Floats branch = lanes.load(y + first + i) + lanes.load(y_bias + i);
       lanes.store(to + first + i, lanes.load(x + first + i) + branch * scale);
+    });
+  }
+}
+
+// to = scale * grad [rows, dim], unless `to` is null; its columns are added to sums [dim], unless that is null.
+template <typename T>
+void scale_rows(
+    const T* grad, float scale, int64_t rows, int64_t dim, T* to, float* sums, [[maybe_unused]] bool avx512) {
+#ifdef PERA_AVX512
+  if (avx512) {
+    return avx512::scale_rows(kType<T>, grad, scale, rows, dim, to, sums);
+  }
+#endif
+  for (int64_t first = 0; first < rows * dim; first += dim) {
+    for_lanes(dim, [&](int64_t i, auto lanes, auto) {
+      const Floats value = lanes.load(grad + first + i) * scale;
+      if (to) {
+        lanes.store(to + first + i, value);
+      }
+      if (sums) {
+        lanes.store(sums + i, lanes.load(sums + i) + value);
+      }
     });
   }
 }
@@ -55,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> add_norm(
     const std::optional<Tensor>& norm_keep,
     Ints norm_counts,
     Tensor out,
-    [[maybe_unused]] bool avx512) {
+    bool avx512) {
   const Tensor x = as_contiguous(x_), y = as_contiguous(y_, x.scalar_type());
   const auto y_bias = floats(y_bias_), weight = floats(weight_), bias = floats(bias_);
   const Packing add(groups, add_keep, add_counts), norm(groups, norm_keep, norm_counts);
@@ -78,13 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> add_norm(
         const int64_t first = span.stream * dim;
         if (span.packed != kDropped) {
           const float scale = add.scale(span.stream);
-          const T* y = branch + span.packed * dim;
-#ifdef PERA_AVX512
-          if (avx512) {
-            return avx512::add_rows(kType<T>, from + first, y, yb, scale, span.rows, dim, stream + first);
-          }
-#endif
-          add_rows(from + first, y, yb, scale, span.rows, dim, stream + first);
+          add_rows(from + first, branch + span.packed * dim, yb, scale, span.rows, dim, stream + first, avx512);
         } else if (stream != from) {
           std::copy_n(from + first, span.rows * dim, stream + first);
         }
@@ -93,23 +121,10 @@ std::tuple<Tensor, Tensor, Tensor> add_norm(
         return;
       }
       norm.visit_stream(begin, end, [&](Span span) {
-        if (span.packed == kDropped) {
-          return;
-        }
-#ifdef PERA_AVX512
-        if (avx512) {
-          const int64_t row = span.packed;
-          return avx512::normalise(
-              kType<T>, stream + span.stream * dim, w, b, span.rows, dim, static_cast<float>(eps), to + row * dim,
-              means + row, rstds + row);
-        }
-#endif
-        for (int64_t r = 0; r < span.rows; ++r) {
-          const int64_t row = span.packed + r;
-          const T* sum = stream + (span.stream + r) * dim;
-          const Stats stats = normalise(sum, w, b, dim, static_cast<float>(eps), to + row * dim);
-          means[row] = stats.mean;
-          rstds[row] = stats.rstd;
+        if (const int64_t row = span.packed; row != kDropped) {
+          normalise_rows(
+              stream + span.stream * dim, w, b, span.rows, dim, static_cast<float>(eps), to + row * dim, means + row,
+              rstds + row, avx512);
         }
       });
     };
@@ -136,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_backward(
     const std::optional<Tensor>& norm_keep,
     Ints norm_counts,
     bool has_bias,
-    [[maybe_unused]] bool avx512) {
+    bool avx512) {
   const Tensor x = as_contiguous(x_);
   const auto as_x = [&](const std::optional<Tensor>& t) {
     return t ? std::optional(as_contiguous(*t, x.scalar_type())) : std::nullopt;
@@ -167,21 +182,10 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_backward(
           g ? std::copy_n(g + first, n, to + first) : std::fill_n(to + first, n, T(0));
           return;
         }
-#ifdef PERA_AVX512
-        if (avx512) {
-          const int64_t row = span.packed;
-          return avx512::normalise_backward(
-              kType<T>, h + row * dim, from + first, w, m + row, s + row, g ? g + first : nullptr, span.rows, dim,
-              to + first, columns, columns + dim);
-        }
-#endif
-        for (int64_t row = span.packed, at = first; row < span.packed + span.rows; ++row, at += dim) {
-          const auto backward = [&](auto other) {
-            const Stats stats{m[row], s[row]};
-            normalise_backward(h + row * dim, from + at, w, stats, dim, other, to + at, columns, columns + dim);
-          };
-          g ? backward(Gradient<T>{g + at}) : backward(NoGradient{});
-        }
+        const int64_t row = span.packed;
+        normalise_backward_rows(
+            h + row * dim, from + first, w, m + row, s + row, g ? g + first : nullptr, span.rows, dim, to + first,
+            columns, columns + dim, avx512);
       });
       if (!branch && !has_bias) {
         return;
@@ -190,28 +194,9 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_backward(
         if (span.packed == kDropped) {
           return;
         }
-        const float scale = add.scale(span.stream);
-#ifdef PERA_AVX512
-        if (avx512) {
-          return avx512::scale_rows(
-              kType<T>, to + span.stream * dim, scale, span.rows, dim, branch ? branch + span.packed * dim : nullptr,
-              has_bias ? columns + 2 * dim : nullptr);
-        }
-#endif
-        for (int64_t r = 0; r < span.rows; ++r) {
-          const T* stream = to + (span.stream + r) * dim;
-          T* result = branch ? branch + (span.packed + r) * dim : nullptr;
-          for_lanes(dim, [&](int64_t i, auto lanes, auto) {
-            const Floats value = lanes.load(stream + i) * scale;
-            if (result) {
-              lanes.store(result + i, value);
-            }
-            if (has_bias) {
-              float* sum = columns + 2 * dim + i;
-              lanes.store(sum, lanes.load(sum) + value);
-            }
-          });
-        }
+        scale_rows(
+            to + span.stream * dim, add.scale(span.stream), span.rows, dim, branch ? branch + span.packed * dim : nullptr,
+            has_bias ? columns + 2 * dim : nullptr, avx512);
       });
     };
     parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {

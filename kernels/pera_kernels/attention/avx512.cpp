@@ -194,7 +194,7 @@ struct Avx512Bf16 {
   }
 };
 
-// 2^x, relative error 3e-6, of which rounding to bfloat16 leaves nothing; 0 for x below -150.
+// 2^x, relative error 3e-6, a thousandth of what rounding to bfloat16 makes; 0 for x below -150.
 __m512 power_of_two(__m512 x) {
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, whole); // in [-.5, .5], where the polynomial has the least relative error

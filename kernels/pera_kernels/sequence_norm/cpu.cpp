@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <tuple>
 
-#include "avx512.h"
 #include "layer_norm.h"
 #include "packed.h"
 
@@ -21,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor> sequence_norm(
     const std::optional<Tensor>& keep,
     Ints groups,
     Ints kept_counts,
-    [[maybe_unused]] bool avx512) {
+    bool avx512) {
   const Tensor x = as_contiguous(x_), weight = floats(weight_), bias = floats(bias_);
   const Packing packing(groups, keep, kept_counts);
   const int64_t dim = x.size(1);
@@ -37,23 +36,10 @@ std::tuple<Tensor, Tensor, Tensor> sequence_norm(
     const float *w = weight.const_data_ptr<float>(), *b = bias.const_data_ptr<float>();
     parallel_for(0, packing.tokens, 16, [&](int64_t begin, int64_t end) {
       packing.visit_stream(begin, end, [&](Span span) {
-        if (span.packed == kDropped) {
-          return;
-        }
-#ifdef PERA_AVX512
-        if (avx512) {
-          const int64_t row = span.packed;
-          return avx512::normalise(
-              kType<T>, from + span.stream * dim, w, b, span.rows, dim, static_cast<float>(eps), to + row * dim,
-              means + row, rstds + row);
-        }
-#endif
-        for (int64_t r = 0; r < span.rows; ++r) {
-          const int64_t row = span.packed + r;
-          const Stats stats =
-              normalise(from + (span.stream + r) * dim, w, b, dim, static_cast<float>(eps), to + row * dim);
-          means[row] = stats.mean;
-          rstds[row] = stats.rstd;
+        if (const int64_t row = span.packed; row != kDropped) {
+          normalise_rows(
+              from + span.stream * dim, w, b, span.rows, dim, static_cast<float>(eps), to + row * dim, means + row,
+              rstds + row, avx512);
         }
       });
     });
@@ -70,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> sequence_norm_backward(
     const std::optional<Tensor>& keep,
     Ints groups,
     Ints kept_counts,
-    [[maybe_unused]] bool avx512) {
+    bool avx512) {
   const Tensor x = as_contiguous(x_), grad = as_contiguous(grad_, x.scalar_type()), weight = floats(weight_);
   const Tensor mean = floats(mean_), rstd = floats(rstd_);
   const Packing packing(groups, keep, kept_counts);
@@ -97,19 +83,11 @@ std::tuple<Tensor, Tensor, Tensor> sequence_norm_backward(
             zero(to + span.stream * dim, span.rows * dim);
             return;
           }
-#ifdef PERA_AVX512
-          if (avx512) {
-            const int64_t row = span.packed, first = span.stream * dim;
-            return avx512::normalise_backward(
-                kType<T>, g + row * dim, from + first, w, m + row, s + row, nullptr, span.rows, dim, to + first, columns,
-                columns + dim);
-          }
-#endif
-          for (int64_t r = 0; r < span.rows; ++r) {
-            const int64_t row = span.packed + r, first = (span.stream + r) * dim;
-            normalise_backward(
-                g + row * dim, from + first, w, {m[row], s[row]}, dim, NoGradient{}, to + first, columns, columns + dim);
-          }
+          const int64_t row = span.packed, first = span.stream * dim;
+          const T* no_other = nullptr;
+          normalise_backward_rows(
+              g + row * dim, from + first, w, m + row, s + row, no_other, span.rows, dim, to + first, columns,
+              columns + dim, avx512);
         });
       }
     });
